@@ -1,0 +1,245 @@
+"""Records to rows and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from sqlalchemy import RowMapping
+
+from prefloop.records import (
+    AuthorKind,
+    Checkpoint,
+    Comparison,
+    Ended,
+    Judgement,
+    Message,
+    PrefloopError,
+    Rater,
+    RaterKind,
+    Signal,
+    Split,
+    Status,
+    StepLabel,
+    Task,
+    TokenPath,
+    Trajectory,
+    Verdict,
+)
+
+Row = dict[str, Any]
+
+
+def task_row(task: Task) -> Row:
+    """The row of a task."""
+    return {
+        "id": task.id,
+        "environment": task.environment,
+        "specification": task.specification,
+        "seed": task.seed,
+        "messages": [message.to_dict() for message in task.messages],
+        "tools": list(task.tools),
+        "split": task.split.value,
+        "cluster": task.cluster,
+    }
+
+
+def task_from_row(row: RowMapping) -> Task:
+    """The task of a row."""
+    return Task(
+        environment=row["environment"],
+        specification=row["specification"],
+        seed=row["seed"],
+        messages=tuple(Message.from_dict(raw) for raw in row["messages"]),
+        tools=tuple(row["tools"]),
+        split=Split(row["split"]),
+        cluster=row["cluster"],
+        id=row["id"],
+    )
+
+
+def trajectory_row(trajectory: Trajectory, created_at: float) -> Row:
+    """The row of a trajectory; its token paths have rows of their own."""
+    return {
+        "id": trajectory.id,
+        "task_id": trajectory.task_id,
+        "run_id": trajectory.run_id or None,
+        "iteration": trajectory.iteration,
+        "sample": trajectory.sample,
+        "seed": trajectory.seed,
+        "author_kind": trajectory.author_kind.value,
+        "author": trajectory.author,
+        "parent_id": trajectory.parent_id or None,
+        "ended": trajectory.ended.value,
+        "messages": json.dumps([message.to_dict() for message in trajectory.messages], ensure_ascii=False),
+        "num_prompt_messages": trajectory.num_prompt_messages,
+        "group_seeded": trajectory.group_seeded,
+        "extra": trajectory.extra,
+        "erased_at": None,
+        "created_at": created_at,
+    }
+
+
+def trajectory_from_row(row: RowMapping, paths: tuple[TokenPath, ...] = ()) -> Trajectory:
+    """The trajectory of a row.
+
+    Raises:
+        PrefloopError: its body was erased on request.
+    """
+    if row["messages"] is None:
+        raise PrefloopError(f"trajectory {row['id']} was erased on request: only its tombstone is left")
+    return Trajectory(
+        id=row["id"],
+        task_id=row["task_id"],
+        messages=tuple(Message.from_dict(raw) for raw in json.loads(row["messages"])),
+        num_prompt_messages=row["num_prompt_messages"],
+        ended=Ended(row["ended"]),
+        author_kind=AuthorKind(row["author_kind"]),
+        author=row["author"],
+        run_id=row["run_id"] or "",
+        iteration=row["iteration"],
+        sample=row["sample"],
+        seed=row["seed"],
+        parent_id=row["parent_id"] or "",
+        group_seeded=row["group_seeded"],
+        token_paths=paths,
+        extra=row["extra"],
+    )
+
+
+def token_path_rows(trajectory: Trajectory) -> list[Row]:
+    """One row for each token path, arrays as little-endian bytes."""
+    return [
+        {
+            "trajectory_id": trajectory.id,
+            "position": position,
+            "token": path.token.astype("<i4").tobytes(),
+            "source": path.source.astype("u1").tobytes(),
+            "message": path.message.astype("<i4").tobytes(),
+            "logprob": path.logprob.astype("<f4").tobytes(),
+            "tokenizer_hash": path.tokenizer_hash,
+            "template_hash": path.template_hash,
+        }
+        for position, path in enumerate(trajectory.token_paths)
+    ]
+
+
+def token_path_from_row(row: RowMapping) -> TokenPath:
+    """The token path of a row."""
+    return TokenPath(
+        token=np.frombuffer(row["token"], "<i4"),
+        source=np.frombuffer(row["source"], "u1"),
+        message=np.frombuffer(row["message"], "<i4"),
+        logprob=np.frombuffer(row["logprob"], "<f4"),
+        tokenizer_hash=row["tokenizer_hash"],
+        template_hash=row["template_hash"],
+    )
+
+
+def rater_row(rater: Rater) -> Row:
+    """The row of a rater."""
+    return {
+        "id": rater.id,
+        "kind": rater.kind.value,
+        "name": rater.name,
+        "specification": rater.specification,
+    }
+
+
+def rater_from_row(row: Mapping[str, Any]) -> Rater:
+    """The rater of a row."""
+    return Rater(RaterKind(row["kind"]), row["name"], row["specification"])
+
+
+def judgement_row(judgement: Judgement, created_at: float) -> Row:
+    """The row of a judgement."""
+    return {
+        "id": judgement.id,
+        "trajectory_id": judgement.trajectory_id,
+        "rater_id": judgement.rater_id,
+        "replicate": judgement.replicate,
+        "status": judgement.status.value,
+        "value": judgement.value,
+        "score": judgement.score,
+        "criteria": judgement.criteria,
+        "rationale": judgement.rationale,
+        "request_hash": judgement.request_hash,
+        "cost": judgement.cost,
+        "created_at": created_at,
+    }
+
+
+def judgement_from_row(row: RowMapping) -> Judgement:
+    """The judgement of a row."""
+    fields = {name: row[name] for name in Judgement.__slots__}
+    return Judgement(**{**fields, "status": Status(row["status"])})
+
+
+def comparison_row(comparison: Comparison, created_at: float) -> Row:
+    """The row of a comparison."""
+    return {
+        **asdict(comparison),
+        "id": comparison.id,
+        "status": comparison.status.value,
+        "verdict": comparison.verdict.value if comparison.verdict else None,
+        "replaces": comparison.replaces or None,
+        "created_at": created_at,
+    }
+
+
+def comparison_from_row(row: RowMapping) -> Comparison:
+    """The comparison of a row."""
+    fields = {name: row[name] for name in Comparison.__slots__}
+    verdict = Verdict(row["verdict"]) if row["verdict"] else None
+    return Comparison(
+        **{**fields, "status": Status(row["status"]), "verdict": verdict, "replaces": row["replaces"] or ""}
+    )
+
+
+def step_label_row(label: StepLabel, created_at: float) -> Row:
+    """The row of a step label."""
+    start, end = label.span or (None, None)
+    return {
+        "id": label.id,
+        "trajectory_id": label.trajectory_id,
+        "rater_id": label.rater_id,
+        "message": label.message,
+        "tool_call": label.tool_call,
+        "span_start": start,
+        "span_end": end,
+        "label": label.label,
+        "created_at": created_at,
+    }
+
+
+def step_label_from_row(row: RowMapping) -> StepLabel:
+    """The step label of a row."""
+    span = None if row["span_start"] is None else (row["span_start"], row["span_end"])
+    return StepLabel(row["trajectory_id"], row["rater_id"], row["message"], row["label"], row["tool_call"], span)
+
+
+def signal_row(signal: Signal, created_at: float) -> Row:
+    """The row of a user's signal."""
+    return {**asdict(signal), "id": signal.id, "kind": signal.kind.value, "created_at": created_at}
+
+
+def checkpoint_row(checkpoint: Checkpoint, created_at: float) -> Row:
+    """The row of a checkpoint."""
+    return {
+        **asdict(checkpoint),
+        "parent_id": checkpoint.parent_id or None,
+        "dataset_id": checkpoint.dataset_id or None,
+        "run_id": checkpoint.run_id or None,
+        "created_at": created_at,
+    }
+
+
+def checkpoint_from_row(row: RowMapping) -> Checkpoint:
+    """The checkpoint of a row."""
+    fields = {name: row[name] for name in Checkpoint.__slots__}
+    for name in ("parent_id", "dataset_id", "run_id"):
+        fields[name] = fields[name] or ""
+    return Checkpoint(**fields)
