@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -149,7 +148,7 @@ def rater_row(rater: Rater) -> Row:
     }
 
 
-def rater_from_row(row: Mapping[str, Any]) -> Rater:
+def rater_from_row(row: RowMapping) -> Rater:
     """The rater of a row."""
     return Rater(RaterKind(row["kind"]), row["name"], row["specification"])
 

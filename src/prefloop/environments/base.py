@@ -1,0 +1,77 @@
+"""What an agent acts in. The protocol speaks messages and tools, never tokens.
+
+An environment makes tasks and opens episodes of them; an episode shows its prompt messages and tools, answers each
+assistant message with tool or user messages, and ends with a verified outcome. All luck of an episode comes from
+its seed: a group of rollouts of one task shares the seed, so that they differ by the policy alone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from prefloop.records import JSONObject, Message, Split, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What an environment verified of an episode.
+
+    `value` is the reward in the environment's own unit, `score` its monotone map to [0, 1]; `metrics` holds counts
+    and shares by name (for booking: invented ids, errors, ignored constraints, …).
+    """
+
+    value: float
+    score: float
+    success: bool
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """An environment's answer to an assistant message: tool or user messages, or nothing more when it is over."""
+
+    messages: tuple[Message, ...] = ()
+    done: bool = False
+
+
+class Episode(ABC):
+    """One attempt at one task."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[JSONObject, ...]
+
+    @abstractmethod
+    def step(self, message: Message) -> Step:
+        """Answer an assistant message."""
+
+    @abstractmethod
+    def outcome(self) -> Outcome | None:
+        """The verified outcome of what has happened so far, also of an episode that was cut short.
+
+        None where the environment can verify nothing (a plain prompt dataset).
+        """
+
+
+class Environment(ABC):
+    """A source of tasks and of episodes.
+
+    `group_seeded` is False where episodes of one task and seed may still differ by the environment's luck; their
+    pairs are marked. `max_turns` is the number of assistant messages after which an episode is cut short.
+    """
+
+    name: str
+    max_turns: int
+    group_seeded: bool = True
+
+    @abstractmethod
+    def tasks(self, split: Split, num: int, *, first: int = 0) -> Sequence[Task]:
+        """`num` tasks of a split from the `first` on; the same call gives the same tasks.
+
+        Train and held-out tasks are disjoint.
+        """
+
+    @abstractmethod
+    def reset(self, task: Task, seed: int) -> Episode:
+        """Open an episode of a task."""
