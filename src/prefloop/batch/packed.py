@@ -1,0 +1,160 @@
+"""The one batch that every algorithm trains on.
+
+Shape suffixes: T tokens of the forest, V visits of paths to tokens, S samples, P pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from prefloop.batch.examples import Example, PreferencePair
+from prefloop.batch.tree import Forest, build_forest
+from prefloop.records import PrefloopError
+
+Unit = Literal["loss token", "pair"]
+"""What a loss gives one value for."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedBatch:
+    """A forest of token prefixes, the paths that visit it, and one value per visit, sample or pair.
+
+    The forest holds no model: policy and reference are forwards over the same batch. Query q sees key k iff
+    `k <= q < end_T[k]`; the position of a token is `depth_T`; the logits that predict token t are those at
+    `parent_T[t]` (-1 for roots, which nothing predicts).
+
+    Int64: `token_T`, `parent_T`, `depth_T`, `end_T`, `visit_token_V` (the node visited), `visit_sample_V` (the
+    sample on whose behalf) and `pair_P2` (the samples chosen and rejected). Bool: `loss_mask_V`. Float32, in
+    nats: `sampled_logprob_V` (the behaviour policy's, NaN where not sampled) and `ref_logprob_V` (the
+    reference's, None when it is not known). Float32: `weight_S`, `weight_P` and `probability_P`, the belief that
+    chosen really is better.
+    """
+
+    token_T: Tensor
+    parent_T: Tensor
+    depth_T: Tensor
+    end_T: Tensor
+    visit_token_V: Tensor
+    visit_sample_V: Tensor
+    loss_mask_V: Tensor
+    sampled_logprob_V: Tensor
+    weight_S: Tensor
+    pair_P2: Tensor
+    probability_P: Tensor
+    weight_P: Tensor
+    ref_logprob_V: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the number of distinct tokens."""
+        return self.token_T.shape[0]
+
+    @property
+    def num_samples(self) -> int:
+        """S, the number of samples."""
+        return self.weight_S.shape[0]
+
+    @property
+    def loss_visits(self) -> Tensor:
+        """The visits that enter losses, in order; int64, U loss tokens."""
+        return torch.nonzero(self.loss_mask_V)[:, 0]
+
+    def weight(self, unit: Unit) -> Tensor:
+        """The weight of each unit; their sum over the optimizer step is the loss's denominator."""
+        if unit == "pair":
+            return self.weight_P
+        return self.weight_S[self.visit_sample_V[self.loss_visits]]
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch on a device."""
+        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: t.to(device) for name, t in moved.items() if t is not None})
+
+
+def pack(examples: Sequence[Example]) -> PackedBatch:
+    """The batch of these examples; samples are numbered in order, a pair's chosen before its rejected.
+
+    Raises:
+        PrefloopError: naming the row: a sample without a loss token, a loss token that nothing predicts (the
+            first of a path), or reference log-probs of another length.
+    """
+    samples = [paths for example in examples for paths in example.samples]
+    paths = [path for sample in samples for path in sample]
+    forest = build_forest([path.token for path in paths])
+    visit_sample_V = np.repeat(np.arange(len(samples)), [sum(len(path.token) for path in sample) for sample in samples])
+    loss_mask_V = np.concatenate([path.loss_mask for path in paths])
+    _check_loss_mask(examples, forest, visit_sample_V, loss_mask_V)
+    sampled_logprob_V = np.concatenate([path.logprob for path in paths], dtype=np.float32)
+    return PackedBatch(
+        **_tensors(forest),
+        visit_sample_V=torch.from_numpy(visit_sample_V),
+        loss_mask_V=torch.from_numpy(loss_mask_V),
+        sampled_logprob_V=torch.from_numpy(sampled_logprob_V),
+        ref_logprob_V=_reference_stream(examples),
+        **_sample_streams(examples),
+    )
+
+
+def _tensors(forest: Forest) -> dict[str, Tensor]:
+    names = ("token_T", "parent_T", "depth_T", "end_T", "visit_token_V")
+    return {name: torch.from_numpy(getattr(forest, name)) for name in names}
+
+
+def _sample_streams(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Weights, pairs and probabilities of the examples."""
+    weight_S: list[float] = []
+    pair_P2: list[tuple[int, int]] = []
+    pairs = [example for example in examples if isinstance(example, PreferencePair)]
+    for example in examples:
+        if isinstance(example, PreferencePair):
+            pair_P2.append((len(weight_S), len(weight_S) + 1))
+        weight_S += [example.weight] * len(example.samples)
+    return {
+        "weight_S": torch.tensor(weight_S, dtype=torch.float32),
+        "pair_P2": torch.tensor(pair_P2, dtype=torch.long).reshape(-1, 2),
+        "probability_P": torch.tensor([pair.probability for pair in pairs], dtype=torch.float32),
+        "weight_P": torch.tensor([pair.weight for pair in pairs], dtype=torch.float32),
+    }
+
+
+def _reference_stream(examples: Sequence[Example]) -> Tensor | None:
+    """The reference's log-probs of all visits, or None where an example has none."""
+    if not all(example.ref_logprob for example in examples):
+        return None
+    for i, example in enumerate(examples):
+        lengths = [len(path.token) for sample in example.samples for path in sample]
+        if lengths != [len(array) for array in example.ref_logprob]:
+            raise PrefloopError(f"{_row(example, i)}: ref_logprob must have one value for each token of each path")
+    streams = [array for example in examples for array in example.ref_logprob]
+    return torch.from_numpy(np.concatenate(streams, dtype=np.float32))
+
+
+def _check_loss_mask(
+    examples: Sequence[Example], forest: Forest, visit_sample_V: NDArray[np.int64], loss_mask_V: NDArray[np.bool_]
+) -> None:
+    row_S = [i for i, example in enumerate(examples) for _ in example.samples]
+    num_loss_tokens_S = np.bincount(visit_sample_V[loss_mask_V], minlength=len(row_S))
+    if not num_loss_tokens_S.all():
+        row = row_S[int(np.argmin(num_loss_tokens_S))]
+        raise PrefloopError(
+            f"{_row(examples[row], row)}: no token of a sample has the source 'sampled', so it has no loss; "
+            "drop the row or render it with its assistant turns"
+        )
+    unpredicted_V = loss_mask_V & (forest.depth_T[forest.visit_token_V] == 0)
+    if unpredicted_V.any():
+        row = row_S[int(visit_sample_V[np.argmax(unpredicted_V)])]
+        raise PrefloopError(
+            f"{_row(examples[row], row)}: the first token of a path has a loss but nothing predicts it; "
+            "begin the path with a start token or a prompt"
+        )
+
+
+def _row(example: Example, index: int) -> str:
+    return f"row {example.name}" if example.name else f"row {index} of the batch"

@@ -1,0 +1,1 @@
+"""Language models: loading, attention over the forest, fused log-probs, sampling and scoring."""

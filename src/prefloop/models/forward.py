@@ -1,0 +1,228 @@
+"""Log-probs of a batch under a model: one forward for every algorithm.
+
+Only the log-probs of tokens that enter a loss are computed, each read at its parent. The head works in chunks of
+tokens; logits are kept for the backward pass where they fit a budget, else computed again, so that logits over
+the vocabulary are never all in memory beyond it.
+
+Shape suffixes: T tokens of the forest, U loss tokens (distinct), D hidden size, W vocabulary.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from prefloop.batch.layout import Layout, forest_layout, rows_layout
+from prefloop.batch.packed import PackedBatch
+from prefloop.models.attention import SHARING_MODEL_TYPES, causal_model, is_sharing, sharing, why_not_shared
+from prefloop.records import PrefloopError
+
+Want = Literal["logprob", "entropy"]
+
+LOGIT_BUDGET = 1 << 29
+"""Bytes of logits that may be kept for the backward pass."""
+
+CHUNK_TOKENS = 512
+"""Tokens whose logits are computed at a time: 4 MB of them at a vocabulary of 2,048, near the caches' size."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outputs:
+    """What a forward gives for each token of the forest, 0 where no loss needs it.
+
+    `logprob_T` the log-prob (nats) of the token given its ancestors; `entropy_T` (nats, without gradient, None
+    unless wanted) of the distribution it was drawn from. Float32, float64 for models in float64.
+    """
+
+    logprob_T: Tensor
+    entropy_T: Tensor | None = None
+
+
+def forward(
+    model: nn.Module,
+    batch: PackedBatch,
+    want: Collection[Want] = frozenset({"logprob"}),
+    *,
+    layout: Layout | None = None,
+    logit_budget: int = LOGIT_BUDGET,
+) -> Outputs:
+    """Log-probs of the batch's loss tokens under a causal language model of transformers.
+
+    `layout` says how tokens lie before the model; by default a forest where the model can share prefixes, else
+    rows. The result does not depend on it beyond rounding.
+
+    Raises:
+        PrefloopError: a forest for a model that cannot share, gradient checkpointing outside `sharing`, or a head
+            that is more than a linear layer.
+    """
+    if layout is None:
+        layout = rows_layout(batch) if why_not_shared(model) else forest_layout(batch)
+    target_U = torch.unique(batch.visit_token_V[batch.loss_mask_V])
+    hidden_BLD = hidden_states(model, layout)
+    hidden_UD = hidden_BLD.flatten(0, 1)[layout.place_T[batch.parent_T[target_U]]]
+    head = _linear_head(model)
+    logprob_U, entropy_U = _head(hidden_UD, head, batch.token_T[target_U], "entropy" in want, logit_budget)
+
+    def spread(value_U: Tensor) -> Tensor:
+        return value_U.new_zeros(batch.num_tokens).index_put((target_U,), value_U)
+
+    return Outputs(spread(logprob_U), spread(entropy_U) if "entropy" in want else None)
+
+
+def hidden_states(model: nn.Module, layout: Layout) -> Tensor:
+    """The model's last hidden states [B, L, D], after its final norm.
+
+    Raises:
+        PrefloopError: as `forward`.
+    """
+    causal: Any = causal_model(model)
+    if layout.segments is None:
+        return causal.base_model(input_ids=layout.input_ids_BL, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+    reason = why_not_shared(model)
+    if reason:
+        raise PrefloopError(f"this model cannot run over shared prefixes: {reason}; use rows_layout")
+    if not is_sharing(model) and _recomputes(causal):
+        raise PrefloopError("with gradient checkpointing, forward and backward must run inside `sharing(model)`")
+    with nullcontext() if is_sharing(model) else sharing(model):
+        return causal.base_model(  # type: ignore[no-any-return]
+            input_ids=layout.input_ids_BL,
+            position_ids=layout.position_ids_BL,
+            use_cache=False,
+            segments=layout.segments,
+            end_T=layout.end_T,
+        ).last_hidden_state
+
+
+def _recomputes(causal: nn.Module) -> bool:
+    """Whether the backward pass will run layers again."""
+    checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in causal.modules())
+    return checkpointing and causal.training and torch.is_grad_enabled()
+
+
+_plain_heads: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def _linear_head(model: nn.Module) -> nn.Module:
+    """The output embedding; for architectures without a parity test, checked once to be the whole head."""
+    causal: Any = causal_model(model)
+    head: nn.Module = causal.get_output_embeddings()
+    if causal.config.model_type in SHARING_MODEL_TYPES or causal in _plain_heads:
+        return head
+    with torch.no_grad():
+        ids = torch.arange(4, device=causal.device)[None] % causal.config.vocab_size
+        logits = causal(input_ids=ids, use_cache=False).logits
+        ours = head(causal.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    if not torch.allclose(logits, ours.to(logits.dtype), rtol=1e-2, atol=1e-3):
+        raise PrefloopError(
+            f"architecture {causal.config.model_type!r} changes its logits after the output layer "
+            "(soft caps, scales), which is not supported; use another model"
+        )
+    _plain_heads.add(causal)
+    return head
+
+
+def _head(
+    hidden_UD: Tensor, head: Any, token_U: Tensor, want_entropy: bool, logit_budget: int
+) -> tuple[Tensor, Tensor]:
+    """Log-prob and entropy [U] of tokens; the entropy empty unless wanted."""
+    if type(head) is not nn.Linear:  # an adapter on the head, or quantised weights: chunks through the module itself
+        return _module_head(hidden_UD, head, token_U, want_entropy)
+    weight_WD: Tensor = head.weight
+    bias_W: Tensor | None = head.bias
+    if torch.is_autocast_enabled(hidden_UD.device.type):
+        dtype = torch.get_autocast_dtype(hidden_UD.device.type)
+        hidden_UD, weight_WD = hidden_UD.to(dtype), weight_WD.to(dtype)
+        bias_W = None if bias_W is None else bias_W.to(dtype)
+    keep = token_U.shape[0] * weight_WD.shape[0] * weight_WD.element_size() <= logit_budget
+    return _LinearHead.apply(hidden_UD, weight_WD, bias_W, token_U, want_entropy, keep)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _LinearHead(torch.autograd.Function):
+    """Log-softmax of a linear head at one token each, in chunks; logits kept or computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_UD: Tensor,
+        weight_WD: Tensor,
+        bias_W: Tensor | None,
+        token_U: Tensor,
+        want_entropy: bool,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor]:
+        logprobs, entropies, kept = [], [], []
+        for hidden, token in zip(_chunks(hidden_UD), _chunks(token_U), strict=True):
+            logits = nn.functional.linear(hidden, weight_WD, bias_W)
+            if keep and any(ctx.needs_input_grad):
+                kept.append(logits)
+            logprob, entropy = _score(logits, token, want_entropy)
+            logprobs.append(logprob)
+            entropies.append(entropy)
+        ctx.save_for_backward(hidden_UD, weight_WD, bias_W, token_U)
+        ctx.kept = kept
+        logprob_U, entropy_U = torch.cat(logprobs), torch.cat(entropies)
+        ctx.mark_non_differentiable(entropy_U)
+        return logprob_U, entropy_U
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_UD, weight_WD, bias_W, token_U = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden_UD) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight_WD) if needs_weight else None
+        grad_bias = torch.zeros_like(bias_W) if bias_W is not None and needs_bias else None
+        for i, token in enumerate(_chunks(token_U)):
+            rows = slice(i * CHUNK_TOKENS, i * CHUNK_TOKENS + token.shape[0])
+            hidden = hidden_UD[rows]
+            logits = ctx.kept[i] if ctx.kept else nn.functional.linear(hidden, weight_WD, bias_W)
+            grad_logits = _logit_gradient(logits, token, grads[0][rows]).to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight_WD, out=grad_hidden[rows])
+            if grad_weight is not None:
+                grad_weight.addmm_(grad_logits.T, hidden)
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(0)
+        return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
+def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(tensor, CHUNK_TOKENS)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _logit_gradient(logits: Tensor, token: Tensor, grad: Tensor) -> Tensor:
+    """d logprob / d logits times the incoming gradient: grad · (1[token] - softmax(logits)).
+
+    Works out of place, so that a graph may be walked twice.
+    """
+    result = torch.softmax(logits.to(grad.dtype), dim=-1).mul_(-grad[:, None])
+    return result.scatter_add_(1, token[:, None], grad[:, None])
+
+
+def _score(logits: Tensor, token: Tensor, want_entropy: bool) -> tuple[Tensor, Tensor]:
+    """Log-prob of each token and, if wanted, the entropy of its distribution; nats, float32 or float64."""
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    norm = torch.logsumexp(logits, dim=-1)
+    logprob = logits.gather(1, token[:, None])[:, 0] - norm
+    if not want_entropy:
+        return logprob, norm.new_empty(0)
+    logprobs = logits - norm[:, None]
+    return logprob, -(logprobs.exp() * logprobs).sum(-1).detach()
+
+
+def _module_head(hidden_UD: Tensor, head: Any, token_U: Tensor, want_entropy: bool) -> tuple[Tensor, Tensor]:
+    """The same through any module, computed again in the backward pass."""
+    from torch.utils.checkpoint import checkpoint
+
+    def chunk(hidden: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        return _score(head(hidden), token, want_entropy)
+
+    chunks = zip(_chunks(hidden_UD), _chunks(token_U), strict=True)
+    scored = [checkpoint(chunk, hidden, token, use_reentrant=False) for hidden, token in chunks]
+    return torch.cat([logprob for logprob, _ in scored]), torch.cat([entropy for _, entropy in scored])

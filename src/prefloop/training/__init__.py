@@ -1,0 +1,1 @@
+"""Training: algorithms, the optimizer step, checkpoints and the trainer."""
