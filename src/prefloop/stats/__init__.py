@@ -1,0 +1,1 @@
+"""Statistics over plain numbers and labels; numpy and scipy only."""
