@@ -89,7 +89,7 @@ def test_a_run_file_becomes_settings(tmp_path: Path):
         ),
         ({}, "run.toml: the key name is missing"),
         ({"name": "a", "judge": {"kind": "llm"}}, "run.toml: the key judge.model is missing"),
-        ({"name": "a", "train": {"num_steps": 0}}, "run.toml: train.num_steps should be greater than or equal to 1, not"),
+        ({"name": "a", "train": {"num_steps": 0}}, "run.toml: train.num_steps should be greater than or equal to 1"),
         ({"name": "a", "seed": "3"}, 'run.toml: seed should be a valid integer, not "3"'),
         ({"name": "a", "seed": True}, "run.toml: seed should be a valid integer, not true"),
         ({"name": "a", "resume": 1}, "run.toml: resume should be a valid boolean, not 1"),

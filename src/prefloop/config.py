@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -143,8 +144,13 @@ def _dotted_key(data: object, location: Sequence[str | int], *, missing: bool) -
             data = data[part] if part < len(data) else None
         elif not (missing and last):
             continue
-        parts.append(str(part))
+        parts.append(_key_part(part))
     return ".".join(parts)
+
+
+def _key_part(part: str | int) -> str:
+    text = str(part)
+    return text if re.fullmatch(r"[\w-]+", text) else json.dumps(text)  # quoted as TOML would, always one line
 
 
 def _suggestion(model: type[Settings], location: Sequence[str | int]) -> str:
