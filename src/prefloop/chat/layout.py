@@ -1,0 +1,197 @@
+"""How a template lays out a conversation of a given shape: learnt by rendering stand-ins for every text.
+
+A layout is made once for a shape (Jinja runs then) and filled for every conversation of that shape (no Jinja).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prefloop.chat.encoding import TextEncoder
+from prefloop.chat.outline import SOURCE_OF_ROLE, Dialect, Kind, Sentinels, Slot, message_data, tools_data
+from prefloop.chat.pieces import TRANSFORMS, Entry, Hole, Piece, align
+from prefloop.chat.template import ChatTemplate
+from prefloop.records import JSONObject, Message, PrefloopError, Source
+
+_FOLDED = '\n {0}é"\\<{0} \n'  # shows what a template does with white space, quotes and letters beyond ASCII
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The entries of a rendering, and whether it is known how the template changes what fills each hole."""
+
+    entries: tuple[Entry, ...]
+    certain: bool
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What is rendered."""
+
+    messages: Sequence[Message]
+    tools: Sequence[JSONObject]
+    add_generation_prompt: bool
+    dialect: Dialect
+
+    def render(self, template: ChatTemplate, leaf: Callable[[Any, str, bool, Kind], Any], sentinels: Sentinels) -> str:
+        """The template's text, each untrusted value passed through `leaf`; tells `sentinels` where it is."""
+        data = []
+        sentinels.message, sentinels.source = -1, Source.PROMPT
+        tools = tools_data(self.tools, leaf) if self.tools else None
+        for index, message in enumerate(self.messages):
+            sentinels.message, sentinels.source = index, SOURCE_OF_ROLE[message.role]
+            data.append(message_data(message, leaf, self.dialect))
+        return template.render(data, tools, self.add_generation_prompt)
+
+    def plain(self, template: ChatTemplate) -> str:
+        """The template's text of the messages as they are."""
+        return self.render(template, lambda value, *_: value, Sentinels())
+
+    def names(self) -> list[tuple[str, bool]]:
+        """All names, each with whether it is the tools', for stand-ins that sort as they do."""
+        found: list[tuple[str, bool]] = []
+
+        def collect(value: Any, _what: str, _required: bool, kind: Kind) -> Any:
+            if kind is Kind.NAME:
+                found.append((value, of_tools))
+            return value
+
+        of_tools = True
+        tools_data(self.tools, collect)
+        of_tools = False
+        for message in self.messages:
+            message_data(message, collect, self.dialect)
+        return found
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A rendering of stand-ins: literals with slots between them."""
+
+    literals: list[str]
+    slots: list[Slot]
+    numbers: list[int]  # of the slots' sentinels
+    fillers: list[int]  # which of the conversation's values (or ids) fills the slot
+    sentinels: Sentinels
+
+
+def skeleton(template: ChatTemplate, conversation: Conversation) -> Skeleton:
+    """Where the template puts what.
+
+    Raises:
+        PrefloopError: the template fails, or leaves out something that it must show.
+    """
+    sentinels = Sentinels(conversation.names())
+    text = conversation.render(template, sentinels.leaf, sentinels)
+    parts = re.split(sentinels.pattern, text)
+    numbers = [int(part) for part in parts[1::2]]
+    _check_shown(sentinels, set(numbers), conversation)
+    slots: list[Slot] = []
+    place = -1
+    for number in numbers:
+        owners = sentinels.slots[number]
+        slots.append(next((owner for owner in owners if owner.message >= place), owners[-1]))
+        place = max(place, slots[-1].message)
+    counts: Counter[Kind] = Counter()
+    fillers: list[int] = []
+    for owners in sentinels.slots:
+        fillers.append(counts[owners[0].kind])
+        counts[owners[0].kind] += 1
+    return Skeleton(parts[0::2], slots, numbers, [fillers[number] for number in numbers], sentinels)
+
+
+def _check_shown(sentinels: Sentinels, shown: set[int], conversation: Conversation) -> None:
+    for number, owners in enumerate(sentinels.slots):
+        slot = next((owner for owner in owners if owner.required), None)
+        if slot is None or number in shown:
+            continue
+        if slot.message < 0:
+            raise PrefloopError(
+                "the chat template does not show the tools that it is given; "
+                "use a template with tool support, or an environment without tools"
+            )
+        role = conversation.messages[slot.message].role.value
+        raise PrefloopError(
+            f"the chat template drops the {slot.what} of message {slot.message} (role {role}); "
+            f"use a template that shows messages of role {role}"
+        )
+
+
+def learn_layout(template: ChatTemplate, encoder: TextEncoder, conversation: Conversation) -> Layout:
+    """The layout of all conversations with this one's shape.
+
+    Raises:
+        PrefloopError: as `skeleton`.
+    """
+    bones = skeleton(template, conversation)
+    transforms = _transforms(template, conversation, bones)
+    entries: list[Entry] = literal_pieces(encoder, bones.literals[0])
+    for index, slot in enumerate(bones.slots):
+        transform = transforms[index] if transforms else 0
+        if slot.kind is Kind.NAME:
+            entries.append(Piece(TRANSFORMS[transform](slot.text), -1, slot.source, slot.message))
+        else:
+            shared = slot.kind is Kind.ID
+            entries.append(Hole(bones.fillers[index], shared, transform, slot.source, slot.message))
+        entries += literal_pieces(encoder, bones.literals[index + 1])
+    return Layout(tuple(entries), certain=transforms is not None)
+
+
+def literal_pieces(encoder: TextEncoder, literal: str) -> list[Entry]:
+    """The pieces of text that the template itself wrote."""
+    return [Piece(text, control, Source.TEMPLATE, -1) for text, control in encoder.split(literal)]
+
+
+def _transforms(template: ChatTemplate, conversation: Conversation, bones: Skeleton) -> list[int] | None:
+    """Which of `TRANSFORMS` the template applies to each slot, None where it is none of them."""
+    sentinels = bones.sentinels
+    sentinels.restart()
+
+    def fold(value: Any, what: str, required: bool, kind: Kind) -> Any:
+        return _folded(sentinels.leaf(value, what, required, kind))
+
+    try:
+        text = conversation.render(template, fold, sentinels)
+    except PrefloopError:
+        return None
+    candidates = [_images(_folded(sentinels.stand_ins[number])) for number in bones.numbers]
+    spans = align(text, bones.literals, candidates)
+    if spans is None:
+        return None
+    return [images.index(span) for images, span in zip(candidates, spans, strict=True)]
+
+
+def _folded(stand_in: Any) -> Any:
+    return _FOLDED.format(stand_in) if isinstance(stand_in, str) else stand_in
+
+
+def _images(value: Any) -> list[str]:
+    if not isinstance(value, str):
+        return [json.dumps(value)]
+    return [transform(value) for transform in TRANSFORMS]
+
+
+def read_layout(
+    template: ChatTemplate, encoder: TextEncoder, conversation: Conversation, text: str
+) -> tuple[Entry, ...] | None:
+    """The pieces of this very rendering `text`, None where it cannot be told which text came from where.
+
+    First the rendering of stand-ins is laid over the text; each slot may show any part of what fills it. Where
+    that fails because the template branches on a text (it splits at '</think>', say), the words that it looks for
+    are left in the stand-ins and the rendering is made again.
+    """
+    bones = skeleton(template, conversation)
+    wholes = [slot.text for slot in bones.slots]
+    spans = align(text, bones.literals, [[t(whole) for t in TRANSFORMS] for whole in wholes], wholes)
+    if spans is None:
+        return None
+    entries = literal_pieces(encoder, bones.literals[0])
+    for slot, span, literal in zip(bones.slots, spans, bones.literals[1:], strict=True):
+        entries += [Piece(span, -1, slot.source, slot.message)] if span else []
+        entries += literal_pieces(encoder, literal)
+    return tuple(entries)

@@ -1,0 +1,253 @@
+"""Token paths: what a policy really saw and sampled, turn by turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefloop.chat.pieces import Piece, split_after, text_of
+from prefloop.chat.render import ChatRenderer, Rendering
+from prefloop.records import JSONObject, Message, PrefloopError, Role, Source, TokenPath, ToolCall
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+
+@dataclass
+class _OpenPath:
+    token: list[int] = field(default_factory=list)
+    source: list[int] = field(default_factory=list)
+    message: list[int] = field(default_factory=list)
+    logprob: list[float] = field(default_factory=list)
+    num_kept: int = 0  # up to the last sampled token: what follows it trains nothing
+
+    def add(self, token: Sequence[int], source: Sequence[int], message: Sequence[int]) -> None:
+        self.token += token
+        self.source += source
+        self.message += message
+        self.logprob += [float("nan")] * len(token)
+
+
+class PathBuilder:
+    """Builds the token paths of one trajectory while it is rolled out.
+
+    `context` is what the sampler must see; give what it sampled to `append_sampled`, then the environment's
+    answer to `extend`. Sampled ids are kept as they are; where the template's next prompt extends the last turn,
+    only what it adds after that turn is appended, else a new path opens from the prompt rendered anew.
+
+    Args:
+        renderer: for tokenizer and template.
+        messages: the task's prompt.
+        tools: the tools that the template shows.
+
+    Raises:
+        PrefloopError: the template refuses or drops a message or the tools.
+    """
+
+    def __init__(self, renderer: ChatRenderer, messages: Sequence[Message], tools: Sequence[JSONObject] = ()) -> None:
+        self._renderer = renderer
+        self._rendering = renderer.begin(messages, tools)
+        self._closed: list[_OpenPath] = []
+        self._open(self._prompt())
+
+    @property
+    def context(self) -> NDArray[np.int32]:
+        """The ids that the sampler's next call must see; int32 [N]."""
+        return np.array(self._path.token, np.int32)
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """All messages so far."""
+        return tuple(self._rendering.messages)
+
+    def append_sampled(self, tokens: ArrayLike, logprobs: ArrayLike | None, message: Message) -> None:
+        """Add a turn that the policy sampled in `context`.
+
+        Args:
+            tokens: the sampled ids, with the stop token where one was sampled; at least one.
+            logprobs: float, one for each token (nats), None where they are not known.
+            message: what the tokens say; becomes the next message.
+
+        Raises:
+            PrefloopError: no tokens, or not as many log-probs.
+        """
+        ids = np.asarray(tokens, np.int64).tolist()
+        values = [float("nan")] * len(ids) if logprobs is None else np.asarray(logprobs, np.float64).tolist()
+        if not ids or len(ids) != len(values):
+            raise PrefloopError(f"a sampled turn needs tokens and as many log-probs, not {len(ids)} and {len(values)}")
+        path = self._path
+        path.token += ids
+        path.source += [Source.SAMPLED] * len(ids)
+        path.message += [len(self._rendering.messages)] * len(ids)
+        path.logprob += values
+        path.num_kept = len(path.token)
+        self._sampled = ids
+        self._renderer.add(self._rendering, [message])
+
+    def extend(self, messages: Sequence[Message]) -> None:
+        """Add the environment's answer and make `context` the prompt of the next turn.
+
+        Raises:
+            PrefloopError: the template refuses or drops a message.
+        """
+        turn = len(self._rendering.messages) - 1
+        before = self._renderer.pieces(self._rendering, turn, True)
+        self._renderer.add(self._rendering, messages)
+        prompt = self._prompt()
+        suffix = self._after_turn(prompt, before, turn)
+        if suffix is None:
+            self._closed.append(self._path)
+            self._open(prompt)
+        else:
+            self._path.add(*self._renderer.encode(suffix))
+
+    def paths(self) -> tuple[TokenPath, ...]:
+        """The paths, each up to its last sampled token; those without one are left out."""
+        return tuple(self._freeze(path) for path in (*self._closed, self._path) if path.num_kept)
+
+    def _prompt(self) -> tuple[Piece, ...]:
+        return self._renderer.pieces(self._rendering, len(self._rendering.messages), True)
+
+    def _open(self, prompt: Sequence[Piece]) -> None:
+        rendered = self._renderer.prompt_tokens(prompt)
+        self._path = _OpenPath()
+        self._path.add(rendered.token.tolist(), rendered.source.tolist(), rendered.message.tolist())
+
+    def _after_turn(self, prompt: Sequence[Piece], before: Sequence[Piece], turn: int) -> Sequence[Piece] | None:
+        """What `prompt` adds after the turn, None where it does not extend the path."""
+        rest = split_after(prompt, before)
+        if rest is None:
+            return None
+        pieces = [piece for piece in rest if isinstance(piece, Piece)]
+        found = self._after_text(pieces)
+        if found is None:
+            canonical = turn_pieces(self._renderer, self._rendering, turn)
+            after = None if canonical is None else split_after(pieces, canonical)
+            if canonical is None or after is None:
+                return None
+            found = [piece for piece in after if isinstance(piece, Piece)]
+            if canonical[-1].control >= 0 and self._sampled[-1] != canonical[-1].control:
+                found.insert(0, canonical[-1])  # cut off by a length limit: the template ends the turn
+        return found
+
+    def _after_text(self, pieces: list[Piece]) -> list[Piece] | None:
+        """What follows the sampled text in `pieces`, if they begin with exactly that and it ends with a stop."""
+        text = self._renderer.encoder.decode(self._sampled)
+        position = 0
+        for index, piece in enumerate(pieces):
+            position += len(piece.text)
+            if position >= len(text):
+                ends = position == len(text) and piece.control == self._sampled[-1]
+                return pieces[index + 1 :] if ends and text_of(pieces[: index + 1]) == text else None
+        return None
+
+    def _freeze(self, path: _OpenPath) -> TokenPath:
+        end = path.num_kept
+        return TokenPath(
+            np.array(path.token[:end], np.int32),
+            np.array(path.source[:end], np.uint8),
+            np.array(path.message[:end], np.int32),
+            np.array(path.logprob[:end], np.float32),
+            self._renderer.tokenizer_hash,
+            self._renderer.template_hash,
+        )
+
+
+def turn_pieces(renderer: ChatRenderer, rendering: Rendering, turn: int) -> tuple[Piece, ...] | None:
+    """The pieces that an assistant's turn adds to its prompt, through the stop token (the last piece).
+
+    None where the template's rendering of the turn does not begin with the prompt that asks for it, or does not
+    end with a control token.
+    """
+    prompt = renderer.pieces(rendering, turn, True)
+    rest = split_after(renderer.pieces(rendering, turn + 1, False), prompt)
+    if rest is None:
+        return None
+    pieces = tuple(piece for piece in rest if isinstance(piece, Piece))
+    own = max((index for index, piece in enumerate(pieces) if piece.message == turn), default=-1)
+    tail = [piece.control for piece in pieces[own + 1 :]]
+    stop = _stop(tail, _tail_when_answered(renderer, rendering, turn))
+    return None if stop is None else pieces[: own + 2 + stop]
+
+
+def _stop(tail: list[int], answered: list[int]) -> int | None:
+    """The index of the stop token: the last control token of the turn's tail that stays when a reply follows."""
+    common = 0
+    while common < min(len(tail), len(answered)) and tail[common] == answered[common]:
+        common += 1
+    controls = [index for index, control in enumerate(tail) if control >= 0]
+    staying = [index for index in controls if index < common]
+    return staying[-1] if staying else next(iter(controls), None)
+
+
+def _tail_when_answered(renderer: ChatRenderer, rendering: Rendering, turn: int) -> list[int]:
+    message = rendering.messages[turn]
+    reply = Message(Role.USER, "reply")
+    if message.tool_calls:
+        call: ToolCall = message.tool_calls[0]
+        reply = Message(Role.TOOL, "reply", tool_call_id=call.id, name=call.name)
+    probe = renderer.begin([*rendering.messages[: turn + 1], reply], rendering.tools)
+    try:
+        pieces = renderer.pieces(probe, turn + 2, False)
+    except PrefloopError:
+        return []
+    own = max((index for index, piece in enumerate(pieces) if piece.message == turn), default=-1)
+    answer = next((index for index, piece in enumerate(pieces) if piece.message == turn + 1), len(pieces))
+    return [piece.control for piece in pieces[own + 1 : answer]]
+
+
+def render_demonstration(
+    renderer: ChatRenderer,
+    messages: Sequence[Message],
+    tools: Sequence[JSONObject] = (),
+    num_prompt_messages: int = 0,
+    name: str = "",
+) -> tuple[TokenPath, ...]:
+    """The token paths of messages that nobody sampled, as if a policy had.
+
+    Each assistant turn after the prompt is `SAMPLED`, through its stop token, in the one path in which the model
+    would have sampled it. Log-probs are NaN.
+
+    Args:
+        renderer: for tokenizer and template.
+        messages: the whole conversation.
+        tools: the tools that the template shows.
+        num_prompt_messages: how many first messages are the task's: their assistant turns are context.
+        name: names the trajectory in errors.
+
+    Raises:
+        PrefloopError: nothing to learn from, or the template refuses, drops or cannot mask a turn.
+    """
+    who = f"trajectory {name or '(unnamed)'}"
+    turns = [i for i in range(num_prompt_messages, len(messages)) if messages[i].role is Role.ASSISTANT]
+    if not turns:
+        raise PrefloopError(
+            f"{who} has no assistant message after its {num_prompt_messages} prompt messages: its loss mask would be "
+            "all zero; give a conversation in which the assistant speaks"
+        )
+    try:
+        return _replay(renderer, messages, tools, turns)
+    except PrefloopError as error:
+        raise PrefloopError(f"{who}: {error}") from error
+
+
+def _replay(
+    renderer: ChatRenderer, messages: Sequence[Message], tools: Sequence[JSONObject], turns: list[int]
+) -> tuple[TokenPath, ...]:
+    whole = renderer.begin(messages, tools)
+    builder = PathBuilder(renderer, messages[: turns[0]], tools)
+    for turn, following in zip(turns, [*turns[1:], None], strict=True):
+        pieces = turn_pieces(renderer, whole, turn)
+        if pieces is None:
+            raise PrefloopError(
+                f"the template does not render assistant message {turn} as its own generation prompt followed by a "
+                "turn that ends with a stop token, so that turn cannot be masked; use a training template"
+            )
+        builder.append_sampled(renderer.encode(pieces)[0], None, messages[turn])
+        if following is not None:
+            builder.extend(messages[turn + 1 : following])
+    return builder.paths()

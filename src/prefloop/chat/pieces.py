@@ -1,0 +1,174 @@
+"""Rendered text as pieces with provenance, and how pieces of two renderings relate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, NamedTuple
+
+from prefloop.records import Source
+
+
+class Piece(NamedTuple):
+    """A run of rendered text.
+
+    `control` is the id of the control token that the text is, -1 for plain text; `message` the message that it
+    comes from, -1 for the template and the tools; `breaks` says that no token may reach over its start, because
+    an assistant's turn begins there.
+    """
+
+    text: str
+    control: int
+    source: Source
+    message: int
+    breaks: bool = False
+
+
+class Hole(NamedTuple):
+    """A place in a layout that a value of the conversation fills, changed as `transform` says."""
+
+    value: int
+    shared: bool
+    transform: int
+    source: Source
+    message: int
+    breaks: bool = False
+
+
+Entry = Piece | Hole
+
+
+def _json(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def _json_ascii(text: str) -> str:
+    return json.dumps(text)[1:-1]
+
+
+# What templates do with a text that they show. The first is the identity; order decides between equal results.
+TRANSFORMS: Final[tuple[Callable[[str], str], ...]] = (
+    lambda text: text,
+    _json,
+    _json_ascii,
+    str.strip,
+    str.lstrip,
+    str.rstrip,
+    lambda text: text.strip("\n"),
+    lambda text: text.lstrip("\n"),
+    lambda text: text.rstrip("\n"),
+    lambda text: _json(text.strip()),
+    lambda text: _json(_json(text)),
+)
+
+
+def fill(entries: Sequence[Entry], values: Sequence[str], ids: Sequence[str]) -> tuple[Piece, ...]:
+    """The pieces of a layout filled with the values of a conversation; empty ones are left out."""
+    filled: list[Piece] = []
+    for entry in entries:
+        if isinstance(entry, Piece):
+            filled.append(entry)
+            continue
+        text = ids[entry.value] if entry.shared else values[entry.value]
+        if entry.transform:
+            text = TRANSFORMS[entry.transform](text)
+        if text:
+            filled.append(Piece(text, -1, entry.source, entry.message, entry.breaks))
+    return tuple(filled)
+
+
+def text_of(pieces: Sequence[Piece]) -> str:
+    """The text of pieces, as the template wrote it."""
+    return "".join([piece.text for piece in pieces])
+
+
+def _same(a: Entry, b: Entry) -> bool:
+    return a == b or (type(a) is type(b) and a[:-1] == b[:-1])
+
+
+def _is_literal(entry: Entry) -> bool:
+    return isinstance(entry, Piece) and entry.control < 0 and entry.source is Source.TEMPLATE
+
+
+def split_after(whole: Sequence[Entry], prefix: Sequence[Entry]) -> tuple[Entry, ...] | None:
+    """What follows `prefix` in `whole`, or None where `whole` does not begin with it. Breaks do not matter."""
+    if tuple(whole[: len(prefix)]) == tuple(prefix):
+        return tuple(whole[len(prefix) :])
+    left, right = list(reversed(whole)), list(reversed(prefix))
+    while right:
+        if not left:
+            return None
+        a, b = left.pop(), right.pop()
+        if _same(a, b):
+            continue
+        if not (_is_literal(a) and _is_literal(b) and isinstance(a, Piece) and isinstance(b, Piece)):
+            return None
+        if a.text.startswith(b.text):
+            left.append(a._replace(text=a.text[len(b.text) :], breaks=False))
+        elif b.text.startswith(a.text):
+            right.append(b._replace(text=b.text[len(a.text) :], breaks=False))
+        else:
+            return None
+    return tuple(reversed(left))
+
+
+def with_break(whole: tuple[Entry, ...], prefix: Sequence[Entry]) -> tuple[Entry, ...] | None:
+    """`whole` with a break after `prefix` (and the prefix's own breaks), None where it does not begin with it."""
+    rest = split_after(whole, prefix)
+    if rest is None:
+        return None
+    return (*prefix, *((rest[0]._replace(breaks=True), *rest[1:]) if rest else ()))
+
+
+def align(
+    text: str, literals: Sequence[str], candidates: Sequence[Sequence[str]], wholes: Sequence[str] | None = None
+) -> list[str] | None:
+    """What stands in `text` between the literals, in order; None where the text cannot be read that way.
+
+    Each gap holds one of its candidates (the first that fits) or, where `wholes` are given, any part of its whole.
+    """
+    if not text.startswith(literals[0]):
+        return None
+    failed: set[tuple[int, int]] = set()
+    starts = [len(literals[0])]
+    tried = [_gap_ends(text, literals, candidates, wholes, 0, starts[0])]
+    chosen: list[str] = []
+    while len(chosen) < len(candidates) or starts[-1] != len(text):
+        end = next(tried[-1], None)
+        gap = len(tried) - 1
+        if end is None:
+            failed.add((gap, starts[-1]))
+            tried.pop()
+            starts.pop()
+            if not tried:
+                return None
+            chosen.pop()
+            continue
+        after = end + len(literals[gap + 1])
+        if (gap + 1, after) not in failed:
+            chosen.append(text[starts[-1] : end])
+            starts.append(after)
+            tried.append(_gap_ends(text, literals, candidates, wholes, gap + 1, after))
+    return chosen
+
+
+def _gap_ends(
+    text: str,
+    literals: Sequence[str],
+    candidates: Sequence[Sequence[str]],
+    wholes: Sequence[str] | None,
+    gap: int,
+    start: int,
+) -> Iterator[int]:
+    if gap == len(candidates):
+        return
+    following = literals[gap + 1]
+    for candidate in candidates[gap]:
+        if text.startswith(candidate, start) and text.startswith(following, start + len(candidate)):
+            yield start + len(candidate)
+    if wholes is None or not following:
+        return
+    end = text.find(following, start)
+    while end >= 0 and text[start:end] in wholes[gap]:
+        yield end
+        end = text.find(following, end + 1)
