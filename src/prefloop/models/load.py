@@ -1,0 +1,95 @@
+"""Loading policies from a path or a hub id, LoRA adapters included, and saving them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+from prefloop.config import Settings
+from prefloop.records import PrefloopError
+
+ADAPTER_CONFIG = "adapter_config.json"
+PEFT_MISSING = "LoRA needs peft: pip install 'prefloop[train]'"
+
+
+class LoraSettings(Settings):
+    """A LoRA adapter on all linear layers (Hu et al. 2021, arXiv:2106.09685)."""
+
+    rank: int = Field(default=32, ge=1)
+    alpha: int = Field(default=64, ge=1)
+
+
+@dataclass(slots=True)
+class Policy:
+    """A model with its tokenizer. `model` is a peft model where there is an adapter."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerFast
+
+    def save(self, directory: Path) -> None:
+        """Write the model (of an adapter only the adapter) and the tokenizer in Hugging Face's layout."""
+        self.model.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+
+
+def load_policy(
+    name: str,
+    *,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    lora: LoraSettings | None = None,
+    device: str = "cpu",
+) -> Policy:
+    """Load a policy from a directory or a hub id; with `lora`, add a fresh adapter where it has none.
+
+    A directory that holds an adapter is loaded on top of the model that the adapter names.
+
+    Raises:
+        PrefloopError: nothing is there, or it is not a causal language model; peft is missing.
+    """
+    adapter = (Path(name) / ADAPTER_CONFIG).is_file()
+    base = _adapter_base(name) if adapter else name
+    try:
+        AutoConfig.from_pretrained(base)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise PrefloopError(
+            f"model {name!r} cannot be loaded: {first_line} Expected a directory in Hugging Face's layout or a hub id"
+        ) from None
+    wrapped: Any = model
+    if adapter:
+        wrapped = _peft().PeftModel.from_pretrained(model, name, is_trainable=True)
+    elif lora is not None:
+        wrapped = _with_adapter(model, lora)
+    return Policy(wrapped.to(device).eval(), tokenizer)
+
+
+def load_reference(name: str, *, dtype: Literal["float32", "bfloat16"] = "float32", device: str = "cpu") -> Any:
+    """The model of a named checkpoint, frozen: its own adapter loaded, not a trained one switched off."""
+    return load_policy(name, dtype=dtype, device=device).model.eval().requires_grad_(False)
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise PrefloopError(PEFT_MISSING) from None
+    return peft
+
+
+def _adapter_base(directory: str) -> str:
+    return str(_peft().PeftConfig.from_pretrained(directory).base_model_name_or_path)
+
+
+def _with_adapter(model: PreTrainedModel, lora: LoraSettings) -> Any:
+    peft = _peft()
+    config = peft.LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return peft.get_peft_model(model, config)
