@@ -1,0 +1,261 @@
+"""Environment × policy → trajectories.
+
+All episodes of a unit go in lock step, a turn at a time, so that a local policy samples them in one batch. What
+goes wrong in an episode is kept as data: it ends with `error` and says why. A draw is a function of the unit's
+seed, the row and the position, so that a unit that is rolled out again gives the same trajectories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from prefloop.chat import ChatRenderer, PathBuilder
+from prefloop.clients.sampling import Conversation, MessageSampler, SamplingSettings, TokenSampler
+from prefloop.environments.base import Environment, Episode, Outcome
+from prefloop.records import (
+    AuthorKind,
+    Ended,
+    JSONObject,
+    Message,
+    Role,
+    Status,
+    Task,
+    TokenPath,
+    ToolCall,
+    Trajectory,
+    content_hash,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A task to be tried, for the `sample`-th time; `seed` is the environment's and the same for a group."""
+
+    task: Task
+    sample: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where trajectories come from; `stage` says for what they were made."""
+
+    author_kind: AuthorKind
+    author: str
+    run_id: str
+    iteration: int
+    stage: str
+
+    def trajectory_id(self, attempt: Attempt) -> str:
+        """The id of an attempt's trajectory: where it comes from, not what it says."""
+        where = (self.run_id, self.stage, self.iteration, self.author)
+        return content_hash("trajectory", *where, attempt.task.id, attempt.sample, attempt.seed)
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """A trajectory and what the environment verified of it (None: nothing can be verified)."""
+
+    trajectory: Trajectory
+    outcome: Outcome | None
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What a policy said: a message, or why there is none. `cut` says that it ran out of tokens."""
+
+    message: Message | None
+    cut: bool = False
+    error: str = ""
+
+
+class Speaker(Protocol):
+    """A policy in conversation with many episodes, each named by its index."""
+
+    def speak(self, episodes: Sequence[int], turn: int) -> list[Turn]:
+        """The next assistant message of each of these episodes."""
+        ...
+
+    def hear(self, episode: int, messages: Sequence[Message]) -> None:
+        """Take in what the environment answered."""
+        ...
+
+    def paths(self, episode: int) -> tuple[TokenPath, ...]:
+        """The token paths of an episode so far; none for a policy without tokens."""
+        ...
+
+
+class LocalSpeaker:
+    """A policy whose weights are here: token ids are kept exactly as sampled."""
+
+    def __init__(
+        self,
+        sampler: TokenSampler,
+        renderer: ChatRenderer,
+        episodes: Sequence[Episode],
+        settings: SamplingSettings,
+        seed: int,
+    ) -> None:
+        self._session = sampler.session()
+        self._renderer = renderer
+        self._settings = settings
+        self._seed = seed
+        self._builders = [PathBuilder(renderer, episode.messages, episode.tools) for episode in episodes]
+
+    def speak(self, episodes: Sequence[int], turn: int) -> list[Turn]:
+        """Sample each episode's next turn in one batch."""
+        contexts = [self._builders[i].context for i in episodes]
+        # A seed for each turn: a context that is written anew meets positions that were drawn before.
+        sampled = self._session.generate(contexts, list(episodes), self._settings, derived_seed(self._seed, turn))
+        turns = []
+        for i, sample in zip(episodes, sampled, strict=True):
+            if not len(sample.token):
+                turns.append(Turn(None, cut=True))
+                continue
+            message = _numbered(self._renderer.parse_assistant(sample.token), turn)
+            self._builders[i].append_sampled(sample.token, sample.logprob, message)
+            turns.append(Turn(message, cut=sample.stopped == "length"))
+        return turns
+
+    def hear(self, episode: int, messages: Sequence[Message]) -> None:
+        """Append what the environment said to the episode's context."""
+        self._builders[episode].extend(messages)
+
+    def paths(self, episode: int) -> tuple[TokenPath, ...]:
+        """The token paths of an episode so far."""
+        return self._builders[episode].paths()
+
+
+class RemoteSpeaker:
+    """A policy behind a server: messages only."""
+
+    def __init__(
+        self, sampler: MessageSampler, episodes: Sequence[Episode], settings: SamplingSettings, seed: int
+    ) -> None:
+        self._sampler = sampler
+        self._settings = settings
+        self._seed = seed
+        self._tools = [episode.tools for episode in episodes]
+        self._messages = [list(episode.messages) for episode in episodes]
+
+    def speak(self, episodes: Sequence[int], turn: int) -> list[Turn]:
+        """Ask the server for each episode's next turn."""
+        asked = [Conversation(tuple(self._messages[i]), self._tools[i]) for i in episodes]
+        turns = []
+        for i, reply in zip(episodes, self._sampler.reply(asked, self._settings, self._seed), strict=True):
+            if reply.status is not Status.OK or reply.message is None:
+                turns.append(Turn(None, error=f"{reply.status.value}: {reply.detail}"))
+                continue
+            self._messages[i].append(reply.message)
+            turns.append(Turn(reply.message, cut=reply.stopped == "length"))
+        return turns
+
+    def hear(self, episode: int, messages: Sequence[Message]) -> None:
+        """Append what the environment said."""
+        self._messages[episode] += messages
+
+    def paths(self, episode: int) -> tuple[TokenPath, ...]:
+        """None: a server gives no tokens."""
+        return ()
+
+
+@dataclass
+class _Record:
+    """What an episode has come to so far."""
+
+    messages: list[Message]
+    ended: Ended | None = None
+    error: str = ""
+
+
+def roll_out(
+    environment: Environment,
+    attempts: Sequence[Attempt],
+    episodes: Sequence[Episode],
+    speaker: Speaker,
+    provenance: Provenance,
+) -> list[Rollout]:
+    """Play every attempt to its end; one rollout for each attempt, in order.
+
+    `episodes` are those that `environment` opened for the attempts and that `speaker` was made with.
+    """
+    records = [_Record(list(episode.messages)) for episode in episodes]
+    for turn in range(environment.max_turns):
+        active = [i for i, record in enumerate(records) if record.ended is None]
+        if not active:
+            break
+        for i, said in zip(active, speaker.speak(active, turn), strict=True):
+            answered = _take_turn(records[i], episodes[i], said)
+            if records[i].ended is None:
+                speaker.hear(i, answered)
+    return [
+        _finish(attempt, record, episode, speaker.paths(i), environment, provenance)
+        for i, (attempt, record, episode) in enumerate(zip(attempts, records, episodes, strict=True))
+    ]
+
+
+def open_episodes(environment: Environment, attempts: Sequence[Attempt]) -> list[Episode]:
+    """An episode for each attempt."""
+    return [environment.reset(attempt.task, attempt.seed) for attempt in attempts]
+
+
+def derived_seed(*parts: object) -> int:
+    """A 63-bit seed that is a function of the parts."""
+    return int(content_hash("seed", *parts)[:16], 16) >> 1
+
+
+def _take_turn(record: _Record, episode: Episode, said: Turn) -> tuple[Message, ...]:
+    if said.message is not None:
+        record.messages.append(said.message)
+    if said.error:
+        record.ended, record.error = Ended.ERROR, said.error
+        return ()
+    if said.cut or said.message is None:
+        record.ended = Ended.LENGTH
+        return ()
+    try:
+        step = episode.step(said.message)
+    except Exception as error:  # whatever an environment raises belongs to its episode, not to the run
+        record.ended, record.error = Ended.ERROR, f"environment raised {type(error).__name__}: {error}"
+        return ()
+    record.messages += step.messages
+    record.ended = Ended.DONE if step.done else None
+    return step.messages
+
+
+def _finish(
+    attempt: Attempt,
+    record: _Record,
+    episode: Episode,
+    paths: tuple[TokenPath, ...],
+    environment: Environment,
+    provenance: Provenance,
+) -> Rollout:
+    extra: JSONObject = {"stage": provenance.stage}
+    if record.error:
+        extra["error"] = record.error
+    trajectory = Trajectory(
+        id=provenance.trajectory_id(attempt),
+        task_id=attempt.task.id,
+        messages=tuple(record.messages),
+        num_prompt_messages=len(episode.messages),
+        ended=record.ended or Ended.MAX_TURNS,
+        author_kind=provenance.author_kind,
+        author=provenance.author,
+        run_id=provenance.run_id,
+        iteration=provenance.iteration,
+        sample=attempt.sample,
+        seed=attempt.seed,
+        group_seeded=environment.group_seeded,
+        token_paths=paths,
+        extra=extra,
+    )
+    return Rollout(trajectory, None if record.error else episode.outcome())
+
+
+def _numbered(message: Message, turn: int) -> Message:
+    """The message with an id for each tool call, which its answer refers to."""
+    calls = tuple(ToolCall(c.name, c.arguments, c.id or f"call_{turn}_{n}") for n, c in enumerate(message.tool_calls))
+    return Message(Role.ASSISTANT, message.content, message.reasoning_content, calls)
