@@ -47,7 +47,7 @@ def _split_forest(examples: Sequence[Example], max_tokens: int) -> list[list[int
     groups: list[list[int]] = []
     held = np.zeros(int(node_V.max()) + 1, dtype=bool)
     num_held = 0
-    for i in np.argsort([nodes.min() for nodes in node_VE], kind="stable").tolist():
+    for i in np.argsort([nodes.max() for nodes in node_VE], kind="stable").tolist():
         distinct = np.unique(node_VE[i])
         num_new = int((~held[distinct]).sum())
         if not groups or num_held + num_new > max_tokens:

@@ -12,14 +12,14 @@ Shape suffixes: H query heads, G key-value heads, T tokens, D head size.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from prefloop.batch.layout import Segment
 from prefloop.records import PrefloopError
@@ -114,7 +114,7 @@ def _flex_attention(q: Tensor, k: Tensor, v: Tensor, end_T: Tensor, scale: float
     )
 
 
-_masks: weakref.WeakKeyDictionary[Tensor, Any] = weakref.WeakKeyDictionary()
+_masks: MutableMapping[Tensor, Any] = WeakTensorKeyDictionary()
 
 
 def _flex_mask(end_T: Tensor) -> Any:

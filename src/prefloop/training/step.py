@@ -100,7 +100,7 @@ class TrainingStep:
         batches = list(self._batches(examples))
         unit = self.algorithm.unit
         denominator = sum(float(batch.weight(unit).double().sum()) for batch in batches)
-        if not denominator > 0:
+        if not 0 < denominator < math.inf:
             raise PrefloopError(f"{self.algorithm.name}: the weights of the examples sum to {denominator}")
         totals: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
         for batch in batches:

@@ -1,0 +1,185 @@
+import pytest
+import torch
+
+from packed_examples import (
+    VOCAB,
+    branching_demonstrations,
+    gradient,
+    padded_logprobs,
+    paths_of,
+    random_pairs,
+    relative_error,
+    tiny_model,
+)
+from prefloop.batch.layout import forest_layout, rows_layout
+from prefloop.batch.packed import pack
+from prefloop.models import forward as forward_module
+from prefloop.models.attention import SHARING_MODEL_TYPES, sharing
+from prefloop.models.forward import forward
+from prefloop.records import PrefloopError
+
+LAYOUTS = {"forest": forest_layout, "rows": rows_layout}
+EXAMPLES = {"pairs": random_pairs(7), "branching": branching_demonstrations()}
+
+
+def ours(model, batch, layout, **options):
+    """The log-prob of every loss visit."""
+    out = forward(model, batch, layout=layout, **options)
+    return out.logprob_T[batch.visit_token_V[batch.loss_visits]]
+
+
+def theirs(model, batch, paths):
+    """The same from plain padded logits of every path."""
+    zero = torch.zeros(1, dtype=torch.float64)
+    visits = torch.cat([torch.cat([zero, logprob.double()]) for logprob in padded_logprobs(model, paths)])
+    return visits[batch.loss_visits]
+
+
+def assert_parity(model, examples, layout, value_tolerance, gradient_tolerance):
+    batch = pack(examples)
+    coefficient = torch.randn(len(batch.loss_visits), dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    gradients = []
+    values = ours(model, batch, layout(batch)), theirs(model, batch, paths_of(examples))
+    for value in values:
+        model.zero_grad()
+        (value * coefficient).sum().backward()
+        gradients.append(gradient(model))
+    torch.testing.assert_close(values[0].double(), values[1], rtol=value_tolerance, atol=value_tolerance)
+    assert relative_error(*gradients) < gradient_tolerance
+
+
+@pytest.mark.parametrize("kind", sorted(SHARING_MODEL_TYPES))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_logprobs_and_gradients_equal_plain_padded_sequences(kind, layout):
+    for examples in EXAMPLES.values():
+        assert_parity(tiny_model(kind), examples, LAYOUTS[layout], 5e-6, 5e-6)
+
+
+@pytest.mark.parametrize("kind", sorted(SHARING_MODEL_TYPES))
+def test_float64_parity_up_to_the_norms_that_compute_in_float32(kind):
+    for examples in EXAMPLES.values():
+        assert_parity(tiny_model(kind, torch.float64), examples, forest_layout, 1e-6, 1e-6)
+
+
+def test_float64_is_exact_once_the_norms_are(monkeypatch):
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+    def exact(self, x):
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    monkeypatch.setattr(Qwen3RMSNorm, "forward", exact)
+    for examples in EXAMPLES.values():
+        assert_parity(tiny_model("qwen3", torch.float64), examples, forest_layout, 1e-13, 1e-13)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("mistral", {"sliding_window": 4}),
+        ("gpt_neox", {"num_key_value_heads": 4}),
+        ("mamba", {"state_size": 4}),
+    ],
+)
+def test_models_that_cannot_share_run_as_rows(kind, settings):
+    model = tiny_model(kind, **settings)
+    batch = pack(EXAMPLES["pairs"])
+    torch.testing.assert_close(
+        ours(model, batch, None).double(), theirs(model, batch, paths_of(EXAMPLES["pairs"])), rtol=2e-5, atol=2e-5
+    )
+    with pytest.raises(PrefloopError, match="cannot run over shared prefixes"):
+        forward(model, batch, layout=forest_layout(batch))
+
+
+def test_a_head_that_does_more_than_a_product_is_refused():
+    model = tiny_model("gemma2", final_logit_softcapping=1.0)
+    with pytest.raises(PrefloopError, match="'gemma2' changes its logits after the output layer"):
+        forward(model, pack(EXAMPLES["pairs"]))
+
+
+def test_tokens_outside_the_loss_are_zero_and_first_tokens_of_siblings_are_right():
+    model, batch = tiny_model(), pack(EXAMPLES["branching"])
+    logprob_T = forward(model, batch).logprob_T
+    needed = torch.zeros(batch.num_tokens, dtype=torch.bool)
+    needed[batch.visit_token_V[batch.loss_mask_V]] = True
+    assert (logprob_T[~needed] == 0).all()
+    assert (logprob_T[needed] < 0).all()
+    siblings = needed & (batch.parent_T != torch.arange(batch.num_tokens) - 1)
+    assert siblings.sum() >= 3  # read at t - 1 instead of the parent, these would be another branch's
+
+
+def test_entropy_equals_its_definition():
+    model, examples = tiny_model(), EXAMPLES["branching"]
+    batch = pack(examples)
+    entropy_T = forward(model, batch, {"logprob", "entropy"}).entropy_T
+    start = 0
+    for one in paths_of(examples):
+        logprobs = torch.log_softmax(model(torch.from_numpy(one.token).long()[None]).logits[0], -1)
+        expected = -(logprobs.exp() * logprobs).sum(-1)[:-1]
+        scored = torch.from_numpy(one.loss_mask[1:])
+        visits = batch.visit_token_V[start + 1 : start + len(one.token)]
+        torch.testing.assert_close(entropy_T[visits][scored], expected[scored], rtol=1e-5, atol=1e-5)
+        start += len(one.token)
+    assert forward(model, batch).entropy_T is None
+
+
+@pytest.mark.parametrize("budget", [0, 1 << 30])
+def test_chunks_and_recomputation_change_nothing(monkeypatch, budget):
+    monkeypatch.setattr(forward_module, "CHUNK_TOKENS", 5)
+    model = tiny_model(tie_word_embeddings=False)
+    batch = pack(EXAMPLES["pairs"])
+    assert_parity(model, EXAMPLES["pairs"], forest_layout, 5e-6, 5e-6)
+    kept = ours(model, batch, forest_layout(batch), logit_budget=budget)
+    torch.testing.assert_close(kept.double(), theirs(model, batch, paths_of(EXAMPLES["pairs"])), rtol=0, atol=5e-6)
+    model.zero_grad()
+    kept.sum().backward()
+    first = gradient(model)
+    model.zero_grad()
+    theirs(model, batch, paths_of(EXAMPLES["pairs"])).sum().backward()
+    assert relative_error(first, gradient(model)) < 5e-6
+
+
+def test_logits_beyond_the_budget_are_not_kept(monkeypatch):
+    monkeypatch.setattr(forward_module, "CHUNK_TOKENS", 5)
+    batch = pack(EXAMPLES["pairs"])
+    num_logits = len(torch.unique(batch.visit_token_V[batch.loss_visits])) * VOCAB
+    for budget, kept in ((num_logits * 4, True), (num_logits * 4 - 1, False)):
+        node = forward(tiny_model(), batch, logit_budget=budget).logprob_T.grad_fn
+        while not hasattr(node, "kept"):
+            node = next(parent for parent, _ in node.next_functions if parent is not None)
+        assert bool(node.kept) is kept
+
+
+def test_a_head_with_an_adapter_runs_through_its_module():
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(tiny_model(tie_word_embeddings=False), lora)
+    batch = pack(EXAMPLES["pairs"])
+    value = ours(model, batch, forest_layout(batch))
+    torch.testing.assert_close(value.double(), theirs(model, batch, paths_of(EXAMPLES["pairs"])), rtol=0, atol=2e-5)
+    value.sum().backward()
+    adapted = [p for name, p in model.named_parameters() if "lm_head.lora_B" in name]
+    assert adapted and all(p.grad.abs().sum() > 0 for p in adapted)
+
+
+def test_gradient_checkpointing_needs_its_backward_inside_sharing():
+    model, batch = tiny_model().train(), pack(EXAMPLES["pairs"])
+    layout = forest_layout(batch)
+    ours(model, batch, layout).sum().backward()
+    expected = gradient(model)
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(PrefloopError, match="must run inside `sharing"):
+        ours(model, batch, layout)
+    with sharing(model):
+        ours(model, batch, layout).sum().backward()
+    assert relative_error(gradient(model), expected) < 1e-6
+
+
+def test_autocast_stays_near_float32():
+    model, batch = tiny_model(initializer_range=0.1), pack(EXAMPLES["pairs"])
+    layout = forest_layout(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = ours(model, batch, layout)
+    value.sum().backward()
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, ours(model, batch, layout), rtol=0.05, atol=0.05)
