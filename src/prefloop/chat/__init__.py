@@ -1,6 +1,7 @@
 """Messages ↔ tokens, with the source of every token; untrusted text can never forge a control token."""
 
-from prefloop.chat.paths import PathBuilder, render_demonstration
+from prefloop.chat.parse import AssistantParser
+from prefloop.chat.paths import PathBuilder, render_demonstration, stop_ids
 from prefloop.chat.render import ChatRenderer, RenderedPrompt
 
-__all__ = ["ChatRenderer", "PathBuilder", "RenderedPrompt", "render_demonstration"]
+__all__ = ["AssistantParser", "ChatRenderer", "PathBuilder", "RenderedPrompt", "render_demonstration", "stop_ids"]

@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefloop.chat.encoding import TextEncoder
-from prefloop.chat.outline import SOURCE_OF_ROLE, Dialect, Kind, Sentinels, Slot, message_data, tools_data
+from prefloop.chat.outline import (
+    SOURCE_OF_ROLE,
+    Dialect,
+    Kind,
+    Sentinels,
+    Slot,
+    SplitSentinels,
+    message_data,
+    tools_data,
+)
 from prefloop.chat.pieces import TRANSFORMS, Entry, Hole, Piece, align
 from prefloop.chat.template import ChatTemplate
 from prefloop.records import JSONObject, Message, PrefloopError, Source
@@ -80,13 +89,12 @@ class Skeleton:
     sentinels: Sentinels
 
 
-def skeleton(template: ChatTemplate, conversation: Conversation) -> Skeleton:
+def skeleton(template: ChatTemplate, conversation: Conversation, sentinels: Sentinels) -> Skeleton:
     """Where the template puts what.
 
     Raises:
         PrefloopError: the template fails, or leaves out something that it must show.
     """
-    sentinels = Sentinels(conversation.names())
     text = conversation.render(template, sentinels.leaf, sentinels)
     parts = re.split(sentinels.pattern, text)
     numbers = [int(part) for part in parts[1::2]]
@@ -128,7 +136,7 @@ def learn_layout(template: ChatTemplate, encoder: TextEncoder, conversation: Con
     Raises:
         PrefloopError: as `skeleton`.
     """
-    bones = skeleton(template, conversation)
+    bones = skeleton(template, conversation, Sentinels(conversation.names()))
     transforms = _transforms(template, conversation, bones)
     entries: list[Entry] = literal_pieces(encoder, bones.literals[0])
     for index, slot in enumerate(bones.slots):
@@ -185,13 +193,36 @@ def read_layout(
     that fails because the template branches on a text (it splits at '</think>', say), the words that it looks for
     are left in the stand-ins and the rendering is made again.
     """
-    bones = skeleton(template, conversation)
+    names, searched = conversation.names(), template.habits.searched
+    for sentinels in (Sentinels(names), SplitSentinels(names, searched) if searched else None):
+        entries = sentinels and _lay_over(text, skeleton(template, conversation, sentinels), encoder)
+        if entries:
+            return entries
+    return None
+
+
+def _lay_over(text: str, bones: Skeleton, encoder: TextEncoder) -> tuple[Entry, ...] | None:
     wholes = [slot.text for slot in bones.slots]
     spans = align(text, bones.literals, [[t(whole) for t in TRANSFORMS] for whole in wholes], wholes)
     if spans is None:
         return None
-    entries = literal_pieces(encoder, bones.literals[0])
-    for slot, span, literal in zip(bones.slots, spans, bones.literals[1:], strict=True):
-        entries += [Piece(span, -1, slot.source, slot.message)] if span else []
-        entries += literal_pieces(encoder, literal)
+    entries: list[Entry] = []
+    for index, literal in enumerate(bones.literals):
+        last = bones.slots[index - 1] if index else None
+        following = bones.slots[index] if index < len(spans) else None
+        entries += _literal_beside(encoder, literal, last, following)
+        if following is not None and spans[index]:
+            entries.append(Piece(spans[index], -1, following.source, following.message))
     return tuple(entries)
+
+
+def _literal_beside(encoder: TextEncoder, literal: str, last: Slot | None, following: Slot | None) -> list[Entry]:
+    # A word next to a stand-in that stood there in the untrusted text is untrusted, never a control token.
+    entries: list[Entry] = []
+    if last is not None and last.after and literal.startswith(last.after):
+        entries.append(Piece(last.after, -1, last.source, last.message))
+        literal = literal[len(last.after) :]
+    if following is None or not following.before or not literal.endswith(following.before):
+        return entries + literal_pieces(encoder, literal)
+    own = Piece(following.before, -1, following.source, following.message)
+    return [*entries, *literal_pieces(encoder, literal[: -len(following.before)]), own]

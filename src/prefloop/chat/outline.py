@@ -7,6 +7,7 @@ their slots, so that a template that treats strings alike renders both in the sa
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -48,6 +49,8 @@ class Slot(NamedTuple):
     what: str
     required: bool
     kind: Kind = Kind.VALUE
+    before: str = ""  # words that stand around the stand-in, where those that a template looks for are left in
+    after: str = ""
 
 
 Leaf = Callable[[Any, str, bool, Kind], Any]
@@ -228,3 +231,23 @@ class Sentinels:
             return f"{self._word}{number:06d}Q"
         digits = f"{self._digits}{number:06d}7"  # 15 digits, the last not 0: a float prints all of them
         return int(digits) if isinstance(value, int) else float(f"0.{digits}")
+
+
+class SplitSentinels(Sentinels):
+    """Stand-ins that leave in the words that a template looks for, so that it takes the branch of the real text."""
+
+    def __init__(self, names: Iterable[tuple[str, bool]], searched: Sequence[str]) -> None:
+        self._searched = re.compile(f"((?:{'|'.join(map(re.escape, searched))})+)")
+        super().__init__(names)
+
+    def leaf(self, value: Any, what: str, required: bool, kind: Kind) -> Any:
+        """Stand-ins for the parts of a value between the words that the template looks for."""
+        parts = self._searched.split(value) if isinstance(value, str) and kind is Kind.VALUE else []
+        if len(parts) < 3:
+            return super().leaf(value, what, required, kind)
+        for index in range(0, len(parts), 2):
+            if parts[index]:
+                before, after = "".join(parts[index - 1 : index]), "".join(parts[index + 1 : index + 2])
+                parts[index] = super().leaf(parts[index], what, False, kind)
+                self.slots[-1] = [self.slots[-1][0]._replace(before=before, after=after)]
+        return "".join(parts)

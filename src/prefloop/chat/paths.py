@@ -251,3 +251,23 @@ def _replay(
         if following is not None:
             builder.extend(messages[turn + 1 : following])
     return builder.paths()
+
+
+def stop_ids(renderer: ChatRenderer) -> frozenset[int]:
+    """The ids at which a sampler must stop: those that end a turn of text and a turn that calls a tool.
+
+    Raises:
+        PrefloopError: the template ends a turn without a control token and the tokenizer has no end token.
+    """
+    ids = set(renderer.end_ids)
+    call = Message(Role.ASSISTANT, tool_calls=(ToolCall("probe", {"x": "y"}, "call00001"),))
+    for turn in (Message(Role.ASSISTANT, "reply"), call):
+        try:
+            pieces = turn_pieces(renderer, renderer.begin([Message(Role.USER, "question"), turn]), 1)
+        except PrefloopError:
+            continue  # a template without tool calls
+        if pieces is not None:
+            ids.add(pieces[-1].control)
+    if not ids:
+        raise PrefloopError("neither the chat template nor the tokenizer ends a turn with a token: set eos_token")
+    return frozenset(ids)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from prefloop.chat.encoding import TextEncoder
 from prefloop.chat.layout import Conversation, Layout, learn_layout, read_layout
 from prefloop.chat.outline import Dialect, Outline, tools_key
-from prefloop.chat.pieces import Entry, Piece, fill, split_after, text_of, with_break
+from prefloop.chat.pieces import Entry, Piece, fill, text_of, with_break
 from prefloop.chat.template import ChatTemplate
 from prefloop.records import JSONObject, Message, PrefloopError, Role, Source, ToolCall, content_hash
 
@@ -74,9 +74,17 @@ class ChatRenderer:
         self._searched = re.compile(searched) if searched else None
         self._layouts: OrderedDict[Hashable, Layout] = OrderedDict()
         self._start = next((t for t in _start_tokens(tokenizer) if t is not None), None)
+        end = getattr(tokenizer, "eos_token_id", None)
+        self.end_ids = frozenset(() if end is None else (int(end),))
+        self.tokenizer = tokenizer
         self.tokenizer_hash = self.encoder.hash
         self.template_hash = content_hash("chat template", source, special, dict(variables or {}))
         self._dialect = self._probe_dialect()
+
+    @property
+    def template_source(self) -> str:
+        """The text of the chat template."""
+        return self._template.source
 
     # --- rendering to pieces --------------------------------------------------------------------------------
 
@@ -117,8 +125,7 @@ class ChatRenderer:
 
     def _pieces(self, rendering: Rendering, count: int, prompt: bool) -> tuple[Piece, ...]:
         layout = self._layout(rendering, count, prompt)
-        outline = rendering.outline
-        filled = fill(layout.entries, outline.values, list(outline.ids))
+        filled = _filled(layout.entries, rendering)
         if layout.certain and self._habits.predictable and rendering.first_risky >= count:
             return filled
         conversation = self._conversation(rendering, count, prompt)
@@ -140,14 +147,17 @@ class ChatRenderer:
         if layout is not None:
             self._layouts.move_to_end(key)
             return layout
-        learnt = learn_layout(self._template, self.encoder, self._conversation(rendering, count, prompt))
-        entries = learnt.entries
+        conversation = self._conversation(rendering, count, prompt)
+        learnt = learn_layout(self._template, self.encoder, conversation)
+        entries, certain = learnt.entries, learnt.certain
+        if certain and rendering.first_risky >= count:  # names belong to the shape: check them here, once
+            certain = text_of(_filled(entries, rendering)) == conversation.plain(self._template)
         for turn in _assistant_turns(rendering.messages, count):
             broken = with_break(entries, self._layout(rendering, turn, True).entries)
             if broken is not None:
                 entries = broken
                 break
-        layout = Layout(entries, learnt.certain)
+        layout = Layout(entries, certain)
         self._layouts[key] = layout
         if len(self._layouts) > _MAX_LAYOUTS:
             self._layouts.popitem(last=False)
@@ -245,6 +255,10 @@ class ChatRenderer:
         return self.prompt_tokens(self.pieces(self.begin(messages, tools), len(messages), True))
 
 
+def _filled(entries: Sequence[Entry], rendering: Rendering) -> tuple[Piece, ...]:
+    return fill(entries, rendering.outline.values, list(rendering.outline.ids))
+
+
 def _assistant_turns(messages: Sequence[Message], count: int) -> list[int]:
     return [index for index in range(count - 1, -1, -1) if messages[index].role is Role.ASSISTANT and index > 0]
 
@@ -263,6 +277,3 @@ def _own_template(tokenizer: Any) -> str:
 
 def _start_tokens(tokenizer: Any) -> tuple[int | None, int | None]:
     return getattr(tokenizer, "bos_token_id", None), getattr(tokenizer, "eos_token_id", None)
-
-
-__all__ = ["ChatRenderer", "RenderedPrompt", "Rendering", "split_after"]
