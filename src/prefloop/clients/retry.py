@@ -13,8 +13,9 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from prefloop.config import Settings
 from prefloop.records import Status
 
 T = TypeVar("T")
@@ -24,7 +25,7 @@ UNAUTHORISED = frozenset({401, 403})
 RATE_LIMITED = frozenset({429, 529})
 
 
-class RetrySettings(BaseModel):
+class RetrySettings(Settings):
     """How often and how patiently a call is repeated.
 
     `timeout_s` bounds one attempt as a whole, from connecting to the last byte, so that a server that drips bytes
@@ -33,13 +34,11 @@ class RetrySettings(BaseModel):
     instead, up to `max_wait_s`.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     num_attempts: int = Field(default=6, ge=1)
-    base_wait_s: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
-    max_wait_s: float = Field(default=60.0, gt=0.0, allow_inf_nan=False)
-    timeout_s: float = Field(default=120.0, gt=0.0, allow_inf_nan=False)
-    deadline_s: float = Field(default=600.0, gt=0.0, allow_inf_nan=False)
+    base_wait_s: float = Field(default=1.0, gt=0.0)
+    max_wait_s: float = Field(default=60.0, gt=0.0)
+    timeout_s: float = Field(default=120.0, gt=0.0)
+    deadline_s: float = Field(default=600.0, gt=0.0)
 
 
 class CallError(Exception):

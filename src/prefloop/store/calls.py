@@ -47,13 +47,21 @@ def recorded_reply(store: Store, request_hash: str, replicate: int) -> Reply | N
     )
 
 
-def record_sent(store: Store, request_hash: str, replicate: int) -> int:
-    """Write down that a call is about to be made; returns the number of this attempt."""
+def record_sent(
+    store: Store, request_hash: str, replicate: int, *, reserved: float = 0.0, limit: float | None = None
+) -> int | None:
+    """Write down that a call is about to be made; returns the number of this attempt.
+
+    `reserved` US dollars count as spent until the reply says what the call cost. Where they would take the total
+    of the store above `limit`, nothing is written and None is returned: the call must not be made.
+    """
     with store.transaction() as connection:
+        if limit is not None and total_cost(store) + reserved > limit:
+            return None
         same = (_calls.c.request_hash == request_hash) & (_calls.c.replicate == replicate)
         attempt: int = connection.execute(select(func.count()).select_from(_calls).where(same)).scalar_one()
         row = {"request_hash": request_hash, "replicate": replicate, "attempt": attempt}
-        connection.execute(_calls.insert().values(**row, state="sent", created_at=store.clock()))
+        connection.execute(_calls.insert().values(**row, state="sent", cost=reserved, created_at=store.clock()))
     return attempt
 
 
@@ -77,6 +85,6 @@ def record_reply(store: Store, request_hash: str, replicate: int, attempt: int, 
 
 
 def total_cost(store: Store) -> float:
-    """US dollars spent on all recorded calls."""
+    """US dollars spent on all recorded calls, with what is reserved for those that are not answered."""
     with store.reading() as connection:
         return float(connection.execute(select(func.coalesce(func.sum(_calls.c.cost), 0.0))).scalar_one())

@@ -146,9 +146,21 @@ class Store:
         self.insert(schema.rater, (rows.rater_row(rater) for rater in raters))
 
     def add_judgements(self, judgements: Iterable[Judgement]) -> int:
-        """Record judgements; returns how many were new. Their raters and trajectories must be there."""
-        now = self.clock()
-        return self.insert(schema.judgement, (rows.judgement_row(j, now) for j in judgements))
+        """Record judgements; returns how many were new. Their raters and trajectories must be there.
+
+        A judgement that stands is left as it is; a recorded failure gives way to a later attempt.
+        """
+        now, table = self.clock(), schema.judgement
+        dialect = postgresql if self.engine.dialect.name == "postgresql" else sqlite
+        insert = dialect.insert(table)
+        statement = insert.on_conflict_do_update(
+            index_elements=[table.c.id],
+            set_={column.name: insert.excluded[column.name] for column in table.c},
+            where=table.c.status != "ok",
+        )
+        with self.transaction() as connection:
+            chunks = _chunks((rows.judgement_row(j, now) for j in judgements), CHUNK)
+            return sum(max(connection.execute(statement, chunk).rowcount, 0) for chunk in chunks)
 
     def add_comparisons(self, comparisons: Iterable[Comparison]) -> int:
         """Record comparisons; returns how many were new (a submission sent twice is recorded once)."""
