@@ -97,7 +97,8 @@ def krippendorff_interval(units: Iterable[Unit], num_resamples: int = 1000, seed
     """Krippendorff's alpha with a 95 % percentile bootstrap over units, `n` the number of units with two labels.
 
     Whole units are drawn, because labels of one unit hang together. The bootstrap of Hayes & Krippendorff (2007)
-    draws single pairs of labels as if they were independent, which gives intervals that are too narrow. None where alpha is undefined.
+    draws single pairs of labels as if they were independent, which gives intervals that are too narrow.
+    None where alpha is undefined.
     """
     agreeing, counts = _alpha_parts(_counts(units))
     value = _alpha(agreeing.sum(), counts.sum(axis=0))
