@@ -65,6 +65,7 @@ Flight = dict[str, str | int]
 class BookingSettings(Settings):
     """Settings of the booking environment. Penalties are in units of one success."""
 
+    name: Literal["booking"] = "booking"
     max_turns: int = 7
     invented_id_penalty: float = 0.3
     error_penalty: float = 0.05

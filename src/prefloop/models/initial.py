@@ -10,10 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
-from pydantic import Field
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
@@ -24,7 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from prefloop.config import Settings
+from prefloop.models.settings import InitialModelSettings
 from prefloop.records import JSONObject, Message, PrefloopError
 
 Conversation = tuple[Sequence[Message], Sequence[JSONObject]]
@@ -54,19 +52,6 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"""
-
-
-class InitialModelSettings(Settings):
-    """The shape of a model made from nothing, and the seed of its weights."""
-
-    architecture: Literal["llama", "qwen3"] = "llama"
-    hidden_size: int = Field(default=96, ge=8)
-    intermediate_size: int = Field(default=256, ge=8)
-    num_layers: int = Field(default=2, ge=1)
-    num_heads: int = Field(default=4, ge=1)
-    max_length: int = Field(default=1024, ge=16)
-    vocab_size: int = Field(default=1024, ge=300)
-    seed: int = 0
 
 
 def train_tokenizer(conversations: Iterable[Conversation], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -117,10 +102,6 @@ def _texts(tokenizer: PreTrainedTokenizerFast, conversations: Iterable[Conversat
 
 def initial_model(tokenizer: PreTrainedTokenizerFast, settings: InitialModelSettings) -> PreTrainedModel:
     """A model of this shape with random weights, drawn from the seed."""
-    if settings.hidden_size % settings.num_heads:
-        raise PrefloopError(
-            f"hidden_size {settings.hidden_size} must be a multiple of num_heads {settings.num_heads}: change one"
-        )
     config_class, model_class = {
         "llama": (LlamaConfig, LlamaForCausalLM),
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
@@ -139,6 +120,8 @@ def initial_model(tokenizer: PreTrainedTokenizerFast, settings: InitialModelSett
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    # Wide enough for sharp attention from the start: at the usual 0.02 a model this narrow learns to copy late.
+    config.initializer_range = settings.hidden_size**-0.5
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         return model_class(config)

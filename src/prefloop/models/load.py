@@ -7,21 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from prefloop.config import Settings
+from prefloop.models.settings import LoraSettings
 from prefloop.records import PrefloopError
 
 ADAPTER_CONFIG = "adapter_config.json"
 PEFT_MISSING = "LoRA needs peft: pip install 'prefloop[train]'"
-
-
-class LoraSettings(Settings):
-    """A LoRA adapter on all linear layers (Hu et al. 2021, arXiv:2106.09685)."""
-
-    rank: int = Field(default=32, ge=1)
-    alpha: int = Field(default=64, ge=1)
 
 
 @dataclass(slots=True)

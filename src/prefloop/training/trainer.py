@@ -13,46 +13,23 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from prefloop.batch.examples import Example
-from prefloop.config import Settings
 from prefloop.records import PrefloopError, content_hash
 from prefloop.training.algorithms import Algorithm
 from prefloop.training.checkpoint import newest_whole, save_atomically
+from prefloop.training.settings import TrainingSettings
 from prefloop.training.step import StepSettings, TrainingStep
 
 Metrics = dict[str, float]
 KEPT_STATES = 2
-
-
-class TrainingSettings(Settings):
-    """How an algorithm's weights are updated.
-
-    `batch_size` examples (demonstrations or pairs) make one optimizer step; `num_steps` overrules `num_epochs`.
-    `schedule` goes from `learning_rate` to 0 over all steps (`constant`: stays), after `warmup_steps` of linear
-    warm-up. `checkpoint_every` steps the state is saved, so that a killed training repeats fewer.
-    """
-
-    learning_rate: float = Field(gt=0)
-    batch_size: int = Field(default=32, ge=1)
-    num_epochs: int = Field(default=1, ge=1)
-    num_steps: int | None = Field(default=None, ge=1)
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    warmup_steps: int = Field(default=0, ge=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
-    adam_beta2: float = Field(default=0.98, ge=0, lt=1)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    max_tokens: int = Field(default=16384, ge=1, description="computed tokens in a micro-batch")
-    checkpoint_every: int = Field(default=200, ge=1)
 
 
 @dataclass(slots=True)

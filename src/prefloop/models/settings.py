@@ -1,0 +1,51 @@
+"""The knobs of policies; free of torch, so that a run file can be checked without it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from prefloop.config import Settings
+
+
+class InitialModelSettings(Settings):
+    """The shape of a model made from nothing (see `prefloop.models.initial`), and the seed of its weights."""
+
+    architecture: Literal["llama", "qwen3"] = "llama"
+    hidden_size: int = Field(default=96, ge=8)
+    intermediate_size: int = Field(default=256, ge=8)
+    num_layers: int = Field(default=2, ge=1)
+    num_heads: int = Field(default=6, ge=1)
+    max_length: int = Field(default=1024, ge=16)
+    vocab_size: int = Field(default=1024, ge=300)
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _divisible(self) -> InitialModelSettings:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}")
+        return self
+
+
+class LoraSettings(Settings):
+    """A LoRA adapter on all linear layers (Hu et al. 2021, arXiv:2106.09685)."""
+
+    rank: int = Field(default=32, ge=1)
+    alpha: int = Field(default=64, ge=1)
+
+
+class PolicySettings(Settings):
+    """What is trained: a model by path or hub id, or a tiny one made from nothing for the demonstrations."""
+
+    model: str | None = None
+    initial: InitialModelSettings | None = None
+    lora: LoraSettings | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = "cpu"
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> PolicySettings:
+        if (self.model is None) == (self.initial is None):
+            raise ValueError("exactly one of 'model' (a path or hub id) and the table 'initial'")
+        return self

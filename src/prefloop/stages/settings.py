@@ -1,0 +1,74 @@
+"""The schema of a run file: the components' own settings, composed."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from prefloop.clients.sampling import SamplingSettings
+from prefloop.config import Settings
+from prefloop.curation.settings import CurationSettings
+from prefloop.environments import EnvironmentSettings
+from prefloop.judges.base import JudgingSettings
+from prefloop.judges.rules import RuleJudgeSettings
+from prefloop.models.settings import PolicySettings
+from prefloop.training.settings import GuardSettings, TrainingSettings, UpdateSettings
+
+
+class JudgeSettings(JudgingSettings):
+    """Which judge scores trajectories; the table of its kind holds its own settings."""
+
+    kind: Literal["rules", "llm"] = "rules"
+    rules: RuleJudgeSettings = RuleJudgeSettings()
+
+
+class SFTSettings(TrainingSettings):
+    """Imitation of demonstrations before the loop: `num_demonstrations` of the environment's demonstrator."""
+
+    num_demonstrations: int = Field(default=4000, ge=1)
+
+
+class RolloutSettings(Settings):
+    """How many trajectories an iteration rolls out, and how.
+
+    A unit of `tasks_per_unit` tasks is committed whole, or rolled out again whole after a crash.
+    """
+
+    num_tasks: int = Field(default=48, ge=1)
+    samples_per_task: int = Field(default=8, ge=1)
+    tasks_per_unit: int = Field(default=48, ge=1)
+    sampling: SamplingSettings = SamplingSettings()
+
+
+class EvaluationSettings(Settings):
+    """How the start and the end policy are compared on held-out tasks: sampled at temperature 1, and greedily."""
+
+    num_tasks: int = Field(default=512, ge=1)
+    greedy: bool = True
+
+
+class RunSettings(Settings):
+    """A run file. `directory` holds checkpoints, the lock and the report; `store` is a path or a database URL."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(default=0, ge=0)
+    iterations: int = Field(default=12, ge=0)
+    num_threads: int = Field(default=2, ge=1)
+    directory: str = "runs"
+    store: str | None = None
+    policy: PolicySettings
+    environment: EnvironmentSettings
+    sft: SFTSettings | None = None
+    rollout: RolloutSettings = RolloutSettings()
+    judge: JudgeSettings = JudgeSettings()
+    curation: CurationSettings = CurationSettings()
+    train: UpdateSettings
+    guard: GuardSettings = GuardSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    @model_validator(mode="after")
+    def _initial_needs_demonstrations(self) -> RunSettings:
+        if self.policy.initial is not None and self.sft is None:
+            raise ValueError("a table 'sft': a policy made from nothing must first learn from demonstrations")
+        return self

@@ -1,0 +1,63 @@
+"""The knobs of training; free of torch, so that a run file can be checked without it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from prefloop.config import Settings
+
+
+class TrainingSettings(Settings):
+    """How weights are updated.
+
+    `batch_size` examples (demonstrations or pairs) make one optimizer step; `num_steps` overrules `num_epochs`.
+    `schedule` goes from `learning_rate` to 0 over all steps (`constant`: stays), after `warmup_steps` of linear
+    warm-up. A micro-batch holds `max_tokens` computed tokens. `checkpoint_every` steps the state is saved, so that
+    a killed training repeats fewer.
+    """
+
+    learning_rate: float = Field(gt=0)
+    batch_size: int = Field(default=32, ge=1)
+    num_epochs: int = Field(default=1, ge=1)
+    num_steps: int | None = Field(default=None, ge=1)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.98, ge=0, lt=1)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_tokens: int = Field(default=16384, ge=1)
+    checkpoint_every: int = Field(default=200, ge=1)
+
+
+class UpdateSettings(TrainingSettings):
+    """The update of the policy in each iteration.
+
+    `decay` lowers the learning rate over the iterations. The reference is the policy that the loop started from
+    ("start") or the one before the update ("previous").
+    """
+
+    algorithm: Literal["dpo", "sft"] = "dpo"
+    beta: float = Field(default=0.1, gt=0)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
+    nll_coef: float = Field(default=0.0, ge=0)
+    reference: Literal["start", "previous"] = "start"
+    decay: Literal["none", "linear"] = "linear"
+
+
+class GuardSettings(Settings):
+    """When an update is rolled back and tried again more gently.
+
+    After each update `num_tasks` training tasks that are never rolled out for training are sampled: success may not
+    fall by more than `max_drop` against the policy before, nor the KL to the start policy exceed `max_kl` nats a
+    trajectory. Each of `max_retries` retries multiplies the learning rate by `retry_factor`; after the last the
+    policy stays as it was.
+    """
+
+    num_tasks: int = Field(default=256, ge=1)
+    max_drop: float = Field(default=0.10, gt=0)
+    max_kl: float = Field(default=5.0, gt=0)
+    max_retries: int = Field(default=2, ge=0)
+    retry_factor: float = Field(default=0.5, gt=0, lt=1)
