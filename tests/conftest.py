@@ -2,4 +2,5 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers of xdist would fight over the cores; read when torch is imported
+# Workers of xdist would fight over the cores. Read when torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
