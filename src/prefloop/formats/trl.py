@@ -1,0 +1,161 @@
+"""TRL's dataset formats, standard and conversational, to records.
+
+The type of a row follows from its keys, as in TRL 1.16 (`data_utils.py`): language modeling, prompt-only,
+prompt-completion, preference with explicit or implicit prompt, unpaired preference, stepwise supervision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prefloop.formats.limits import RowProblemError
+from prefloop.formats.rows import (
+    Bundle,
+    Context,
+    other_columns,
+    parse_flag,
+    parse_messages,
+    parse_number,
+    parse_tools,
+    parse_turns,
+    row_hash,
+    shared_beginning,
+    take,
+)
+from prefloop.records import JSONObject, Judgement, Message, Role, Status, StepLabel, Task
+
+STEP_SEPARATOR = "\n"
+_KNOWN = frozenset(
+    ("prompt", "completion", "chosen", "rejected", "label", "messages", "conversations", "text", "tools", "margin",
+     "completions", "labels")
+)  # fmt: skip
+
+
+def convert_trl(row: Mapping[str, Any], line: int, context: Context) -> Bundle:
+    """The records of a row in one of TRL's formats.
+
+    Raises:
+        RowProblemError: the row has the keys of no type, or a value of the wrong kind.
+    """
+    if "chosen" in row or "rejected" in row:
+        return _preference(row, line, context)
+    if "completions" in row:
+        return _stepwise(row, line, context)
+    if "completion" in row:
+        return _completion(row, line, context)
+    if "messages" in row or "conversations" in row:
+        return convert_messages(row, line, context)
+    if "text" in row:
+        return _text(row, line, context)
+    if "prompt" in row:
+        return Bundle(tasks=[_task(row, context, parse_turns(row["prompt"], "prompt", Role.USER, context.limits))])
+    keys = ", ".join(sorted(map(repr, row))[:8]) or "none"
+    raise RowProblemError("", f"no known format: expected 'prompt', 'messages', 'text' or 'chosen', found {keys}")
+
+
+def convert_messages(row: Mapping[str, Any], line: int, context: Context) -> Bundle:
+    """The records of a chat: its prompt is what comes before the first assistant message.
+
+    Raises:
+        RowProblemError: a message is malformed, or none is the assistant's.
+    """
+    key = "messages" if row.get("messages") is not None else "conversations"
+    messages = parse_messages(row.get(key), key, context.limits)
+    own = (index for index, message in enumerate(messages) if message.role is Role.ASSISTANT)
+    start = next(own, len(messages))
+    if start == len(messages):
+        raise RowProblemError(key, "no message is the assistant's")
+    task = _task(row, context, messages[:start])
+    return Bundle([task], [context.trajectory(task, messages[start:], line, columns=other_columns(row, _KNOWN))])
+
+
+def _task(row: Mapping[str, Any], context: Context, messages: tuple[Message, ...]) -> Task:
+    # Rows without any prompt share nothing: without this all of them would be attempts at one empty task.
+    specification: JSONObject = {} if messages else {"row": row_hash(row)}
+    return context.task(messages, parse_tools(row.get("tools"), context.limits), specification)
+
+
+def _text(row: Mapping[str, Any], line: int, context: Context) -> Bundle:
+    completion = (Message(Role.ASSISTANT, _string(row["text"], "text")),)
+    task = _task(row, context, ())
+    return Bundle([task], [context.trajectory(task, completion, line, columns=other_columns(row, _KNOWN))])
+
+
+def _completion(row: Mapping[str, Any], line: int, context: Context) -> Bundle:
+    prompt = parse_turns(take(row, "prompt"), "prompt", Role.USER, context.limits)
+    completion = parse_turns(take(row, "completion"), "completion", Role.ASSISTANT, context.limits)
+    task = _task(row, context, prompt)
+    trajectory = context.trajectory(task, completion, line, columns=other_columns(row, _KNOWN))
+    bundle = Bundle([task], [trajectory])
+    if row.get("label") is not None:
+        label = parse_flag(row["label"], "label")
+        # The replicate keeps opposite labels of one completion side by side: the second must not be lost.
+        replicate = 0 if label else 1
+        value = float(label)
+        bundle.judgements = [Judgement(trajectory.id, context.rater.id, Status.OK, value, value, replicate)]
+    return bundle
+
+
+def _preference(row: Mapping[str, Any], line: int, context: Context) -> Bundle:
+    prompt, chosen, rejected = _sides(row, context)
+    task = _task(row, context, prompt)
+    columns = other_columns(row, _KNOWN)
+    attempts = [context.trajectory(task, side, line, columns=columns) for side in (chosen, rejected)]
+    margin = None if row.get("margin") is None else parse_number(row["margin"], "margin")
+    return Bundle([task], attempts, comparisons=[context.comparison(attempts[0], attempts[1], margin)])
+
+
+def _sides(row: Mapping[str, Any], context: Context) -> tuple[tuple[Message, ...], ...]:
+    """Prompt, chosen and rejected; the prompt is the shared beginning where the row does not name it."""
+    chosen, rejected = take(row, "chosen"), take(row, "rejected")
+    if row.get("prompt") is not None:
+        prompt = parse_turns(row["prompt"], "prompt", Role.USER, context.limits)
+    elif isinstance(chosen, str) and isinstance(rejected, str):
+        start = _shared_text(chosen, rejected)
+        prompt = (Message(Role.USER, chosen[:start]),) if start else ()
+        chosen, rejected = chosen[start:], rejected[start:]
+    else:
+        whole = [parse_messages(row[key], key, context.limits) for key in ("chosen", "rejected")]
+        start = shared_beginning(*whole)
+        return whole[0][:start], whole[0][start:], whole[1][start:]
+    sides = {"chosen": chosen, "rejected": rejected}
+    return prompt, *(parse_turns(side, key, Role.ASSISTANT, context.limits) for key, side in sides.items())
+
+
+def _shared_text(a: str, b: str) -> int:
+    """The length of the shared beginning of two texts without its last space (TRL's `extract_prompt`)."""
+    length = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return length - 1 if length and a[length - 1] == " " else length
+
+
+def _stepwise(row: Mapping[str, Any], line: int, context: Context) -> Bundle:
+    prompt = parse_turns(take(row, "prompt"), "prompt", Role.USER, context.limits)
+    steps, labels = take(row, "completions"), take(row, "labels")
+    if not isinstance(steps, list) or not steps:
+        raise RowProblemError("completions", "expected a list of texts that is not empty")
+    if not isinstance(labels, list) or len(labels) != len(steps):
+        raise RowProblemError("labels", f"expected a list of {len(steps)} labels, one for each step")
+    texts = [_string(step, f"completions[{i}]") for i, step in enumerate(steps)]
+    flags = [parse_flag(label, f"labels[{i}]") for i, label in enumerate(labels)]
+    task = _task(row, context, prompt)
+    completion = (Message(Role.ASSISTANT, STEP_SEPARATOR.join(texts)),)
+    trajectory = context.trajectory(task, completion, line, columns=other_columns(row, _KNOWN), variant=flags)
+    return Bundle([task], [trajectory], step_labels=_step_labels(trajectory.id, len(prompt), texts, flags, context))
+
+
+def _step_labels(
+    trajectory_id: str, message: int, texts: list[str], flags: list[bool], context: Context
+) -> list[StepLabel]:
+    found, start = [], 0
+    for text, flag in zip(texts, flags, strict=True):
+        span = (start, start + len(text))
+        found.append(StepLabel(trajectory_id, context.rater.id, message, float(flag), span=span))
+        start = span[1] + len(STEP_SEPARATOR)
+    return found
+
+
+def _string(value: object, key: str) -> str:
+    if not isinstance(value, str):
+        raise RowProblemError(key, f"expected a text, found {type(value).__name__}")
+    return value
