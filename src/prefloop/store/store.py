@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection, RowMapping, Select, Table, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import DatabaseError, IntegrityError
 
 from prefloop.records import (
     AuthorKind,
@@ -71,34 +71,50 @@ class Store:
     def transaction(self) -> Iterator[Connection]:
         """Group what is added inside into one commit, all of it or nothing; nested uses join the outer one.
 
+        An error inside undoes the whole of it, even where somebody between catches it.
+
         Raises:
             PrefloopError: the disk is full, the store is locked for too long, or a row breaks a rule of the schema.
         """
         current: Connection | None = getattr(self._local, "connection", None)
         if current is not None:
-            yield current
+            try:
+                yield current
+            except BaseException:
+                self._local.failed = True
+                raise
             return
-        try:
-            with self.engine.begin() as connection:
-                self._local.connection = connection
-                try:
-                    yield connection
-                finally:
-                    self._local.connection = None
-        except OperationalError as error:
-            raise PrefloopError(f"store {self.location}: {error.orig}; nothing of this step was saved") from error
-        except IntegrityError as error:
-            raise PrefloopError(f"store {self.location} refuses a row: {error.orig}") from error
+        with self._clear_errors(), self.engine.begin() as connection:
+            self._local.connection, self._local.failed = connection, False
+            try:
+                yield connection
+            finally:
+                self._local.connection = None
+            if self._local.failed:
+                raise PrefloopError(f"store {self.location}: a part of this step failed; nothing of it was saved")
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """A connection for reading; inside a transaction it sees what the transaction wrote."""
+        """A connection for reading; inside a transaction it sees what the transaction wrote.
+
+        Raises:
+            PrefloopError: the store is locked for too long or damaged.
+        """
         current: Connection | None = getattr(self._local, "connection", None)
         if current is not None:
             yield current
         else:
-            with database.reading(self.engine) as connection:
+            with self._clear_errors(), database.reading(self.engine) as connection:
                 yield connection
+
+    @contextmanager
+    def _clear_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except IntegrityError as error:
+            raise PrefloopError(f"store {self.location} refuses a row: {error.orig}") from error
+        except DatabaseError as error:
+            raise PrefloopError(f"store {self.location}: {error.orig}; nothing of this step was saved") from error
 
     # --- writing ----------------------------------------------------------------------------------------
 
@@ -125,9 +141,9 @@ class Store:
         }
         self.insert(schema.run, [row])
 
-    def add_tasks(self, tasks: Iterable[Task]) -> None:
-        """Record tasks."""
-        self.insert(schema.task, (rows.task_row(task) for task in tasks))
+    def add_tasks(self, tasks: Iterable[Task]) -> int:
+        """Record tasks; returns how many were new."""
+        return self.insert(schema.task, (rows.task_row(task) for task in tasks))
 
     def add_trajectories(self, trajectories: Iterable[Trajectory]) -> int:
         """Record trajectories with their token paths; returns how many were new. Their tasks must be there."""

@@ -1,0 +1,162 @@
+"""What every benchmark shares: its options, interleaved timing, a table, and cells that survive an interruption.
+
+A benchmark is a list of cells. A cell measures something and returns its figures (flat, for `--json`) and the rows
+that people read. Every cell is saved when it is done under `out/benchmarks`; the same command goes on after the last
+saved one, and a run that finished leaves nothing behind, so that the next one measures again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+STATE = Path(__file__).resolve().parents[1] / "out" / "benchmarks"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for: `only` is a glob pattern of cell names, `quick` the same code on less."""
+
+    json: Path | None
+    only: str
+    quick: bool
+    seed: int
+    fresh: bool
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a cell found: figures by name, and rows of the table by column."""
+
+    figures: dict[str, float]
+    rows: list[dict[str, str]] = field(default_factory=list)
+
+
+@dataclass
+class Timing:
+    """Repeated process CPU and wall seconds of one thing."""
+
+    cpu: list[float] = field(default_factory=list)
+    wall: list[float] = field(default_factory=list)
+
+    @property
+    def median_cpu(self) -> float:
+        return statistics.median(self.cpu)
+
+    @property
+    def median_wall(self) -> float:
+        return statistics.median(self.wall)
+
+    @staticmethod
+    def text(seconds: Sequence[float]) -> str:
+        """Median with minimum and maximum."""
+        return f"{statistics.median(seconds):.2f} [{min(seconds):.2f}-{max(seconds):.2f}]"
+
+
+Cell = Callable[[Options], Measured]
+
+
+def parse_options(description: str | None, argv: Sequence[str] | None = None) -> Options:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures to this file: a flat object of name and number")
+    parser.add_argument("--only", default="*", help="glob pattern of the cells to measure")
+    parser.add_argument("--quick", action="store_true", help="the same code on less, under a minute")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fresh", action="store_true", help="forget the cells of an interrupted run")
+    return Options(**vars(parser.parse_args(argv)))
+
+
+def interleaved(runs: Mapping[str, Callable[[], object]], num: int) -> dict[str, Timing]:
+    """Time each in turn, `num` times, after one unmeasured round: what disturbs the machine disturbs all alike."""
+    timings = {name: Timing() for name in runs}
+    for round_ in range(num + 1):
+        for name, run in runs.items():
+            cpu, wall = time.process_time(), time.perf_counter()
+            run()
+            cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+            if round_:
+                timings[name].cpu.append(cpu)
+                timings[name].wall.append(wall)
+    return timings
+
+
+def versions(*packages: str) -> str:
+    """The machine and the versions that a figure depends on, in one line."""
+    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    return ", ".join([machine, *(f"{package} {_version(package)}" for package in packages)])
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def run_cells(name: str, cells: Mapping[str, Cell], options: Options, caption: str) -> dict[str, float]:
+    """Measure the cells that `--only` names, print their table, write `--json`; the figures.
+
+    An interrupted run of the same name, seed and size is continued.
+    """
+    console = Console()
+    chosen = {key: cell for key, cell in cells.items() if fnmatch.fnmatch(key, options.only)}
+    if not chosen:
+        raise SystemExit(f"no cell matches {options.only!r}: there are {', '.join(cells)}")
+    state = STATE / f"{name}-{options.seed}{'-quick' if options.quick else ''}.json"
+    done = {} if options.fresh else _saved(state, caption)
+    for key, cell in chosen.items():
+        if key in done:
+            console.print(f"{key}: measured before the interruption")
+            continue
+        with console.status(f"{key} …"):
+            done[key] = cell(options)
+        _save(state, caption, done)
+    found = {key: done[key] for key in chosen}
+    _print(console, name, found, caption)
+    figures = {figure: value for measured in found.values() for figure, value in measured.figures.items()}
+    if options.json:
+        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    state.unlink(missing_ok=True)
+    return figures
+
+
+def _saved(state: Path, caption: str) -> dict[str, Measured]:
+    if not state.exists():
+        return {}
+    saved = json.loads(state.read_text())
+    # Cells of another machine or another version are not of this run.
+    return {key: Measured(**cell) for key, cell in saved["cells"].items()} if saved["caption"] == caption else {}
+
+
+def _save(state: Path, caption: str, done: Mapping[str, Measured]) -> None:
+    state.parent.mkdir(parents=True, exist_ok=True)
+    new = state.with_suffix(".new")
+    new.write_text(json.dumps({"caption": caption, "cells": {key: asdict(cell) for key, cell in done.items()}}))
+    new.replace(state)
+
+
+def _print(console: Console, name: str, found: Mapping[str, Measured], caption: str) -> None:
+    rows = [{"": key, **row} for key, measured in found.items() for row in measured.rows or _plain(measured)]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    table = Table(title=name, caption=caption)
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
+    for row in rows:
+        table.add_row(*(row.get(column, "") for column in columns))
+    console.print(table)
+
+
+def _plain(measured: Measured) -> list[dict[str, str]]:
+    return [{figure: f"{value:.4g}" for figure, value in measured.figures.items()}]
