@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prefloop.models import kv_cache
-from prefloop.models.kv_cache import DecodePlan, GroupLayout, KVRows, PrefillPlan, Shape, Slots, common_prefix
+from prefloop.models.kv_cache import Arena, DecodePlan, GroupLayout, KVRows, PrefillPlan, Shape, Slots, common_prefix
 
 Tokens = NDArray[np.int32]
 
@@ -49,7 +49,7 @@ class CachedEngine:
     # Beginnings shorter than this are not worth a separate segment.
     _LEAST_SHARED = 16
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, arena: Arena) -> None:
         config = model.config
         self._model = model
         self._decoder = self._model.base_model
@@ -59,7 +59,7 @@ class CachedEngine:
         shape = Shape(config.num_hidden_layers, config.num_key_value_heads, int(head_dim), weight.dtype, weight.device)
         self._device = weight.device
         self._prefixes = KVRows(shape)
-        self._rows = KVRows(shape, base=self._prefixes)
+        self._rows = KVRows(shape, base=self._prefixes, arena=arena)
         self._layout: GroupLayout | None = None
         self._count = 0
 

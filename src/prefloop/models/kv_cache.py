@@ -43,6 +43,31 @@ class Shape:
     device: torch.device
 
 
+class Arena:
+    """CPU memory that the sessions of a sampler use one after another, so that its pages are mapped only once."""
+
+    # More than this is given back to the system between sessions.
+    _KEPT = 1 << 30
+
+    def __init__(self) -> None:
+        self._buffer = torch.zeros(0, dtype=torch.uint8)
+
+    @property
+    def size(self) -> int:
+        """Bytes that lie ready."""
+        return len(self._buffer)
+
+    def lend(self, count: int, reuse: bool) -> Tensor:
+        """Zeroed memory, uint8 [count]; `reuse` where what was lent before is in use no more."""
+        if reuse and count <= len(self._buffer):
+            return self._buffer[:count].zero_()
+        # The system's zero pages cost nothing until they are written; torch.zeros would write them all.
+        buffer = torch.from_numpy(np.zeros(count, np.uint8))
+        if count <= self._KEPT:
+            self._buffer = buffer
+        return buffer
+
+
 class KVRows:
     """R slots of keys and values with the tokens they belong to.
 
@@ -54,21 +79,32 @@ class KVRows:
 
     _GRANULE = 64
 
-    def __init__(self, shape: Shape, base: KVRows | None = None) -> None:
+    def __init__(self, shape: Shape, base: KVRows | None = None, arena: Arena | None = None) -> None:
         self.shape = shape
         self.base = base
-        self.memory = self._allocate(0, 0)
+        self._arena = arena or Arena()
+        self.memory = torch.zeros(
+            shape.num_layers, 2, 0, shape.num_kv_heads, 0, shape.head_dim, dtype=shape.dtype, device=shape.device
+        )
         self.length = np.zeros(0, np.int64)
         self.prefix = np.zeros(0, np.int64)
         self.prefix_length = np.zeros(0, np.int64)
         self.tokens = np.zeros(0, object)
         self.key = np.zeros(0, object)
 
+    def _bytes(self, rows: int, capacity: int) -> int:
+        shape = self.shape
+        per_position = shape.num_layers * 2 * shape.num_kv_heads * shape.head_dim * shape.dtype.itemsize
+        return rows * capacity * per_position
+
     def _allocate(self, rows: int, capacity: int) -> Tensor:
-        # Zeros, not empty memory: a masked position has weight 0, and 0 times a stray NaN is NaN.
+        """Zeros, not empty memory: a masked position has weight 0, and 0 times a stray NaN is NaN."""
         shape = self.shape
         size = (shape.num_layers, 2, rows, shape.num_kv_heads, capacity, shape.head_dim)
-        return torch.zeros(size, dtype=shape.dtype, device=shape.device)
+        if shape.device.type != "cpu":
+            return torch.zeros(size, dtype=shape.dtype, device=shape.device)
+        reuse = not self.memory.numel()
+        return self._arena.lend(self._bytes(rows, capacity), reuse).view(shape.dtype).view(size)
 
     def __len__(self) -> int:
         return len(self.length)
@@ -90,10 +126,14 @@ class KVRows:
         rows, old = self.memory.shape[2], self.memory.shape[4]
         if rows >= len(self) and old >= capacity:
             return
-        # Half as much again, so that the copying stays in proportion to what is kept.
-        wanted = -(-max(capacity, old + old // 2) // self._GRANULE) * self._GRANULE if capacity > old else old
-        grown = self._allocate(max(rows, len(self)), wanted)
-        grown[:, :, :rows, :, :old] = self.memory
+        # Twice as much, so that the copying stays in proportion to what is kept; at first, all that lies ready.
+        wanted = max(capacity, 2 * old) if capacity > old else old
+        wanted = -(-wanted // self._GRANULE) * self._GRANULE
+        if not self.memory.numel():
+            wanted = max(wanted, self._arena.size // self._bytes(len(self), 1))
+        grown = self._allocate(len(self), wanted)
+        used = int(self.length.max(initial=0))
+        grown[:, :, :rows, :, :used] = self.memory[..., :used, :]
         self.memory = grown
 
     def position(self, slots: Slots) -> Slots:
@@ -335,11 +375,11 @@ class PrefillPlan:
         rows = self.rows
         span = int((self.past + self.counts).max())
         index = torch.from_numpy(self.slots).to(rows.shape.device)
-        both = rows.memory[layer, :, :, :, :span].index_select(1, index)
+        both = rows.memory[layer, :, :, :, :span][:, index]
         longest = int(rows.prefix_length[self.slots].max())
         if longest and rows.base is not None:
             prefix = torch.from_numpy(np.maximum(rows.prefix[self.slots], 0)).to(rows.shape.device)
-            both = torch.cat([rows.base.memory[layer, :, :, :, :longest].index_select(1, prefix), both], dim=3)
+            both = torch.cat([rows.base.memory[layer, :, :, :, :longest][:, prefix], both], dim=3)
         return both[0], both[1]
 
 

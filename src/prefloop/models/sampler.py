@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from prefloop.clients.sampling import Sampled, SamplingSettings
 from prefloop.models.cached_engine import CachedEngine, Tokens, why_not_cached
 from prefloop.models.draw import draw, uniforms, words
+from prefloop.models.kv_cache import Arena
 from prefloop.models.row_engine import RowEngine
 from prefloop.records import PrefloopError
 
@@ -59,18 +61,25 @@ class LocalSampler:
         self.stops[stops] = True
         self.max_context = max_context or int(config.max_position_embeddings)
         self.slow_reason = why_not_cached(self.model)
+        self._arena = Arena()
+        self._tenant: weakref.ref[LocalSession] | None = None
 
     def session(self) -> LocalSession:
         """A new session without rows."""
-        return LocalSession(self)
+        free = self._tenant is None or self._tenant() is None
+        session = LocalSession(self, self._arena if free else Arena())
+        if free:
+            self._tenant = weakref.ref(session)
+        return session
 
 
 class LocalSession:
     """Rows whose cache is kept from call to call; see `prefloop.clients.sampling.TokenSession`."""
 
-    def __init__(self, sampler: LocalSampler) -> None:
+    def __init__(self, sampler: LocalSampler, arena: Arena) -> None:
         self._sampler = sampler
-        self._engine: _Engine = RowEngine(sampler.model) if sampler.slow_reason else CachedEngine(sampler.model)
+        model = sampler.model
+        self._engine: _Engine = RowEngine(model) if sampler.slow_reason else CachedEngine(model, arena)
 
     def generate(
         self,
