@@ -1,0 +1,1 @@
+"""What people say: which pairs to ask them about, and their votes as comparisons in the store."""

@@ -1,0 +1,1 @@
+"""The studio: local pages over the store."""
