@@ -233,10 +233,10 @@ def _groups(contexts: dict[int, Tokens], least: int) -> list[tuple[list[int], in
 def _clusters(ordered: Sequence[tuple[int, Tokens]], least: int) -> list[tuple[list[int], int]]:
     """Runs of lexically ordered rows that share at least half of each row."""
     clusters: list[tuple[list[int], int]] = []
-    previous: Tokens | None = None
+    previous = np.zeros(0, np.int32)
     for slot, context in ordered:
-        shared = min(common_prefix(previous, context), clusters[-1][1]) if previous is not None else 0
-        if shared >= max(least, len(context) / 2) and 2 * shared >= len(previous if previous is not None else ()):
+        shared = min(common_prefix(previous, context), clusters[-1][1]) if clusters else 0
+        if shared >= least and 2 * shared >= max(len(previous), len(context)):
             clusters[-1] = ([*clusters[-1][0], slot], shared)
         else:
             clusters.append(([slot], len(context)))

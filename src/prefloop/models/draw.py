@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prefloop.clients.sampling import SamplingSettings
+from prefloop.records import PrefloopError
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _WORD = (1 << 64) - 1
@@ -56,8 +57,13 @@ def draw(logits: Tensor, uniform: NDArray[np.float32], settings: SamplingSetting
 
     Returns:
         token int64 [B] and logprob float32 [B], in nats after temperature and truncation (0 when greedy).
+
+    Raises:
+        PrefloopError: logits that are not finite, as those of weights that have diverged.
     """
     logits = logits.float()
+    if not logits.amax(-1).isfinite().all():
+        raise PrefloopError("the model's logits are not finite: its weights have diverged, go back to a checkpoint")
     if settings.temperature == 0:
         token = logits.argmax(-1)
         return token, torch.zeros_like(token, dtype=torch.float32)

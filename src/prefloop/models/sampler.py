@@ -96,7 +96,8 @@ class LocalSession:
         by rounding, and a draw that falls between two tokens' intervals within it may go to the other.
 
         Raises:
-            PrefloopError: an empty context, a repeated key, or lengths that differ.
+            PrefloopError: an empty context, an id outside the vocabulary, a repeated key, lengths that differ, or
+                logits that are not finite.
         """
         turn = _Turn(self._sampler, contexts, row_keys, settings, seed, budgets)
         open_rows = np.flatnonzero(turn.budget > 0)
@@ -135,6 +136,9 @@ class _Turn:
         _check(contexts, row_keys, budgets)
         self.contexts: list[Tokens] = [np.asarray(context, np.int32) for context in contexts]
         self.keys = list(row_keys)
+        for key, context in zip(self.keys, self.contexts, strict=True):
+            if context.min() < 0 or context.max() >= len(sampler.stops):
+                raise PrefloopError(f"the context of row {key} has ids outside the vocabulary of {len(sampler.stops)}")
         self._stops, self._settings, self._seed = sampler.stops, settings, seed
         self._words = words(self.keys)
         self._lengths = np.array([len(context) for context in self.contexts], np.int64)
