@@ -1,7 +1,7 @@
 import torch
 
 from packed_examples import branching_demonstrations, paths_of, random_pairs
-from prefloop.batch.layout import forest_layout, rows_layout, segments_of
+from prefloop.batch.layout import forest_layout, num_row_places, rows_layout, segments_of
 from prefloop.batch.packed import pack
 
 
@@ -33,6 +33,7 @@ def test_rows_hold_every_maximal_path_once():
     assert layout.input_ids_BL.shape == (len(maximal), max(map(len, maximal)))
     for row, tokens in zip(layout.input_ids_BL.tolist(), maximal, strict=True):
         assert tuple(row[: len(tokens)]) == tokens
+    assert layout.input_ids_BL.numel() == num_row_places(batch)
 
 
 def test_both_layouts_place_every_token_behind_its_ancestors():

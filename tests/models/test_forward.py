@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -6,16 +7,18 @@ from packed_examples import (
     branching_demonstrations,
     gradient,
     padded_logprobs,
+    path,
     paths_of,
     random_pairs,
     relative_error,
     tiny_model,
 )
+from prefloop.batch.examples import Demonstration
 from prefloop.batch.layout import forest_layout, rows_layout
 from prefloop.batch.packed import pack
 from prefloop.models import forward as forward_module
 from prefloop.models.attention import SHARING_MODEL_TYPES, sharing
-from prefloop.models.forward import forward
+from prefloop.models.forward import forward, layout_for
 from prefloop.records import PrefloopError
 
 LAYOUTS = {"forest": forest_layout, "rows": rows_layout}
@@ -105,6 +108,35 @@ def test_tokens_outside_the_loss_are_zero_and_first_tokens_of_siblings_are_right
     assert (logprob_T[needed] < 0).all()
     siblings = needed & (batch.parent_T != torch.arange(batch.num_tokens) - 1)
     assert siblings.sum() >= 3  # read at t - 1 instead of the parent, these would be another branch's
+
+
+def test_the_layout_is_the_cheaper_one():
+    rng = np.random.default_rng(0)
+    prompt = rng.integers(0, VOCAB, 60).tolist()
+    alone = [Demonstration((path([i, *rng.integers(0, VOCAB, 5)], 1),)) for i in range(40)]
+    shared = [Demonstration((path([*prompt, i, *rng.integers(0, VOCAB, 5)], 60),)) for i in range(40)]
+    model = tiny_model()
+    assert layout_for(model, pack(shared)).segments is not None
+    assert layout_for(model, pack(alone)).segments is None
+    assert layout_for(tiny_model("gpt_neox", num_key_value_heads=4), pack(shared)).segments is None
+
+
+def test_narrow_types_sum_the_head_s_gradient_in_float32(monkeypatch):
+    monkeypatch.setattr(forward_module, "CHUNK_TOKENS", 1)
+    rng = torch.Generator().manual_seed(0)
+    hidden = torch.randn(600, 8, generator=rng)
+    weight = torch.randn(16, 8, generator=rng)
+    token = torch.randint(16, (600,), generator=rng)
+
+    def weight_gradient(dtype):
+        leaf = weight.to(torch.bfloat16).to(dtype).requires_grad_()
+        logprob, _ = forward_module._LinearHead.apply(
+            hidden.to(torch.bfloat16).to(dtype), leaf, None, token, False, False
+        )
+        logprob.sum().backward()
+        return leaf.grad.float()
+
+    assert relative_error(weight_gradient(torch.bfloat16), weight_gradient(torch.float32)) < 4e-3
 
 
 def test_entropy_equals_its_definition():

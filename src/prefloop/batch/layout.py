@@ -40,11 +40,6 @@ class Layout:
     segments: tuple[Segment, ...] | None = None
     end_T: Tensor | None = None
 
-    @property
-    def num_places(self) -> int:
-        """The number of tokens that the model computes, padding included."""
-        return self.input_ids_BL.numel()
-
 
 def forest_layout(batch: PackedBatch) -> Layout:
     """One row in which every token of the forest is computed once."""
@@ -66,6 +61,12 @@ def rows_layout(batch: PackedBatch) -> Layout:
     # In pre-order the latest token at a depth, seen from a leaf, is the leaf's ancestor at that depth.
     node_BL = torch.cummax(node_BL, dim=0).values
     return Layout(batch.token_T[node_BL], row_T * num_columns + batch.depth_T)
+
+
+def num_row_places(batch: PackedBatch) -> int:
+    """The number of places of `rows_layout`, padding included."""
+    index_T = torch.arange(batch.num_tokens, device=batch.end_T.device)
+    return int((batch.end_T == index_T + 1).sum()) * (int(batch.depth_T.max()) + 1)
 
 
 def segments_of(batch: PackedBatch) -> tuple[Segment, ...]:

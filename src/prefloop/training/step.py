@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from prefloop.batch.examples import Demonstration, Example, PreferencePair
-from prefloop.batch.layout import Layout, forest_layout, rows_layout
+from prefloop.batch.layout import Layout
 from prefloop.batch.packed import PackedBatch, pack
 from prefloop.batch.packing import micro_batches, split_examples
 from prefloop.models.attention import sharing, why_not_shared
-from prefloop.models.forward import LOGIT_BUDGET, forward
+from prefloop.models.forward import LOGIT_BUDGET, forward, layout_for
 from prefloop.records import PrefloopError
 from prefloop.training.algorithms import Algorithm
 
@@ -158,11 +158,6 @@ class TrainingStep:
                 f"{grad_norm}); the weights are those before; lower the learning rate"
             )
         return {"skipped": 1.0}
-
-
-def layout_for(model: nn.Module, batch: PackedBatch) -> Layout:
-    """A forest where the model can share prefixes, else rows."""
-    return rows_layout(batch) if why_not_shared(model) else forest_layout(batch)
 
 
 def _attention(model: nn.Module, layout: Layout) -> AbstractContextManager[None]:
