@@ -18,9 +18,10 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 LEDGER = sys.argv[1]
-RULES = json.loads(open(sys.argv[2], encoding="utf-8").read()) if len(sys.argv) > 2 else []
+RULES = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")) if len(sys.argv) > 2 else []
 LOCK = threading.Lock()
 SEEN = [0] * len(RULES)
 INPUT_TOKENS, OUTPUT_TOKENS = 1000, 100
