@@ -59,14 +59,14 @@ class TextEncoder:
     def _check_probes(self) -> None:
         for probe in _PROBES:
             back = self.decode(self._encode(probe).ids)
-            if back != self.normalized(probe):
+            if self.normalized(back) != self.normalized(probe):
                 raise PrefloopError(
                     f"the tokenizer does not keep text: {probe!r} comes back as {back!r}; use one that is "
                     "reversible, such as byte-level BPE"
                 )
 
     def normalized(self, text: str) -> str:
-        """The text as the tokenizer's normalizer makes it: what decoding gives back."""
+        """The text as the tokenizer's normalizer makes it: texts that are equal then get equal ids."""
         normalizer = self._plain.normalizer
         return normalizer.normalize_str(text) if normalizer is not None else text
 

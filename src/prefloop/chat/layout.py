@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from prefloop.chat.encoding import TextEncoder
@@ -36,6 +37,11 @@ class Layout:
 
     entries: tuple[Entry, ...]
     certain: bool
+
+    @cached_property
+    def holes(self) -> tuple[tuple[int, Hole], ...]:
+        """The holes with their indices."""
+        return tuple((index, entry) for index, entry in enumerate(self.entries) if isinstance(entry, Hole))
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,19 @@ class _OpenPath:
     token: list[int] = field(default_factory=list)
     source: list[int] = field(default_factory=list)
     message: list[int] = field(default_factory=list)
-    logprob: list[float] = field(default_factory=list)
+    logprob: dict[int, list[float]] = field(default_factory=dict)  # by the index of the turn's first token
     num_kept: int = 0  # up to the last sampled token: what follows it trains nothing
 
     def add(self, token: Sequence[int], source: Sequence[int], message: Sequence[int]) -> None:
         self.token += token
         self.source += source
         self.message += message
-        self.logprob += [float("nan")] * len(token)
+
+    def add_sampled(self, token: list[int], logprob: list[float] | None, message: int) -> None:
+        if logprob is not None:
+            self.logprob[len(self.token)] = logprob
+        self.add(token, [int(Source.SAMPLED)] * len(token), [message] * len(token))
+        self.num_kept = len(self.token)
 
 
 class PathBuilder:
@@ -52,6 +57,8 @@ class PathBuilder:
         self._renderer = renderer
         self._rendering = renderer.begin(messages, tools)
         self._closed: list[_OpenPath] = []
+        self._sampled: list[int] = []
+        self._canonical: tuple[Piece, ...] = ()  # of a turn that was demonstrated
         self._open(self._prompt())
 
     @property
@@ -76,17 +83,31 @@ class PathBuilder:
             PrefloopError: no tokens, or not as many log-probs.
         """
         ids = np.asarray(tokens, np.int64).tolist()
-        values = [float("nan")] * len(ids) if logprobs is None else np.asarray(logprobs, np.float64).tolist()
-        if not ids or len(ids) != len(values):
-            raise PrefloopError(f"a sampled turn needs tokens and as many log-probs, not {len(ids)} and {len(values)}")
-        path = self._path
-        path.token += ids
-        path.source += [Source.SAMPLED] * len(ids)
-        path.message += [len(self._rendering.messages)] * len(ids)
-        path.logprob += values
-        path.num_kept = len(path.token)
-        self._sampled = ids
+        values = None if logprobs is None else np.asarray(logprobs, np.float64).tolist()
+        if not ids or (values is not None and len(ids) != len(values)):
+            raise PrefloopError(f"a sampled turn needs tokens and a log-prob each, not {len(ids)} and {logprobs!r:.60}")
+        self._path.add_sampled(ids, values, len(self._rendering.messages))
         self._renderer.add(self._rendering, [message])
+        self._sampled, self._canonical = ids, ()
+
+    def append_demonstrated(self, message: Message) -> None:
+        """Add a turn that nobody sampled, as if the policy had sampled the template's rendering of it.
+
+        Raises:
+            PrefloopError: the template drops the turn's content, or does not render the turn as its own generation
+                prompt followed by something that ends with a stop token.
+        """
+        turn = len(self._rendering.messages)
+        self._renderer.add(self._rendering, [message])
+        pieces = turn_pieces(self._renderer, self._rendering, turn)
+        if pieces is None:
+            raise PrefloopError(
+                f"the template does not render assistant message {turn} as its own generation prompt followed by a "
+                "turn that ends with a stop token, so that turn cannot be masked; use a training template"
+            )
+        _check_content(message, pieces, turn)
+        self._sampled, self._canonical = self._renderer.encode(pieces)[0], pieces
+        self._path.add_sampled(self._sampled, None, turn)
 
     def extend(self, messages: Sequence[Message]) -> None:
         """Add the environment's answer and make `context` the prompt of the next turn.
@@ -113,9 +134,8 @@ class PathBuilder:
         return self._renderer.pieces(self._rendering, len(self._rendering.messages), True)
 
     def _open(self, prompt: Sequence[Piece]) -> None:
-        rendered = self._renderer.prompt_tokens(prompt)
         self._path = _OpenPath()
-        self._path.add(rendered.token.tolist(), rendered.source.tolist(), rendered.message.tolist())
+        self._path.add(*self._renderer.prompt_tokens(prompt))
 
     def _after_turn(self, prompt: Sequence[Piece], before: Sequence[Piece], turn: int) -> Sequence[Piece] | None:
         """What `prompt` adds after the turn, None where it does not extend the path."""
@@ -123,9 +143,9 @@ class PathBuilder:
         if rest is None:
             return None
         pieces = [piece for piece in rest if isinstance(piece, Piece)]
-        found = self._after_text(pieces)
+        found = self._after_text(pieces) if not self._canonical else None
         if found is None:
-            canonical = turn_pieces(self._renderer, self._rendering, turn)
+            canonical = self._canonical or turn_pieces(self._renderer, self._rendering, turn)
             after = None if canonical is None else split_after(pieces, canonical)
             if canonical is None or after is None:
                 return None
@@ -147,11 +167,14 @@ class PathBuilder:
 
     def _freeze(self, path: _OpenPath) -> TokenPath:
         end = path.num_kept
+        logprob = np.full(end, np.nan, np.float32)
+        for start, values in path.logprob.items():
+            logprob[start : start + len(values)] = values
         return TokenPath(
             np.array(path.token[:end], np.int32),
             np.array(path.source[:end], np.uint8),
             np.array(path.message[:end], np.int32),
-            np.array(path.logprob[:end], np.float32),
+            logprob,
             self._renderer.tokenizer_hash,
             self._renderer.template_hash,
         )
@@ -169,8 +192,11 @@ def turn_pieces(renderer: ChatRenderer, rendering: Rendering, turn: int) -> tupl
         return None
     pieces = tuple(piece for piece in rest if isinstance(piece, Piece))
     own = max((index for index, piece in enumerate(pieces) if piece.message == turn), default=-1)
-    tail = [piece.control for piece in pieces[own + 1 :]]
-    stop = _stop(tail, _tail_when_answered(renderer, rendering, turn))
+    key = rendering.outline.key(turn + 1, False)
+    stop = renderer.stops.get(key, -1)
+    if stop == -1:  # a property of the shape
+        tail = [piece.control for piece in pieces[own + 1 :]]
+        stop = renderer.stops[key] = _stop(tail, _tail_when_answered(renderer, rendering, turn))
     return None if stop is None else pieces[: own + 2 + stop]
 
 
@@ -238,19 +264,26 @@ def render_demonstration(
 def _replay(
     renderer: ChatRenderer, messages: Sequence[Message], tools: Sequence[JSONObject], turns: list[int]
 ) -> tuple[TokenPath, ...]:
-    whole = renderer.begin(messages, tools)
     builder = PathBuilder(renderer, messages[: turns[0]], tools)
     for turn, following in zip(turns, [*turns[1:], None], strict=True):
-        pieces = turn_pieces(renderer, whole, turn)
-        if pieces is None:
-            raise PrefloopError(
-                f"the template does not render assistant message {turn} as its own generation prompt followed by a "
-                "turn that ends with a stop token, so that turn cannot be masked; use a training template"
-            )
-        builder.append_sampled(renderer.encode(pieces)[0], None, messages[turn])
+        builder.append_demonstrated(messages[turn])
         if following is not None:
             builder.extend(messages[turn + 1 : following])
     return builder.paths()
+
+
+def _check_content(message: Message, pieces: Sequence[Piece], turn: int) -> None:
+    # Beside tool calls some templates show no content: a model must not learn a turn that is not the one given.
+    content = message.content.strip()
+    if not message.tool_calls or not content:
+        return
+    own = [piece.text.strip() for piece in pieces if piece.message == turn]
+    shown = own[: 2 if message.reasoning_content else 1]
+    if not any(text and (content in text or text in content) for text in shown):
+        raise PrefloopError(
+            f"the chat template drops the content of message {turn} (role assistant) beside its tool calls; "
+            "leave the content out, or use a template that shows both"
+        )
 
 
 def stop_ids(renderer: ChatRenderer) -> frozenset[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from prefloop.records import Source
 
@@ -62,18 +62,24 @@ TRANSFORMS: Final[tuple[Callable[[str], str], ...]] = (
 )
 
 
-def fill(entries: Sequence[Entry], values: Sequence[str], ids: Sequence[str]) -> tuple[Piece, ...]:
-    """The pieces of a layout filled with the values of a conversation; empty ones are left out."""
-    filled: list[Piece] = []
-    for entry in entries:
-        if isinstance(entry, Piece):
-            filled.append(entry)
-            continue
-        text = ids[entry.value] if entry.shared else values[entry.value]
-        if entry.transform:
-            text = TRANSFORMS[entry.transform](text)
-        if text:
-            filled.append(Piece(text, -1, entry.source, entry.message, entry.breaks))
+def fill(
+    entries: Sequence[Entry], holes: Sequence[tuple[int, Hole]], values: Sequence[str], ids: Sequence[str]
+) -> tuple[Piece, ...]:
+    """The pieces of a layout, its `holes` (index and hole) filled with the values of a conversation.
+
+    Pieces that turn out empty are left out.
+    """
+    filled: list[Any] = list(entries)
+    empty: list[int] = []
+    for index, hole in holes:
+        text = ids[hole.value] if hole.shared else values[hole.value]
+        if hole.transform:
+            text = TRANSFORMS[hole.transform](text)
+        filled[index] = Piece(text, -1, hole.source, hole.message, hole.breaks)
+        if not text:
+            empty.append(index)
+    for index in reversed(empty):
+        del filled[index]
     return tuple(filled)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from functools import lru_cache
+from typing import Any, Final, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,10 @@ from prefloop.chat.template import ChatTemplate
 from prefloop.records import JSONObject, Message, PrefloopError, Role, Source, ToolCall, content_hash
 
 _MAX_LAYOUTS: Final = 4096
+_MAX_RUNS: Final = 1 << 15
+
+_V = TypeVar("_V")
+_Tokens = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # ids, sources, message indices
 _DIALECTS = tuple(Dialect(null, text) for text in (False, True) for null in (False, True))
 
 
@@ -33,6 +37,19 @@ class RenderedPrompt:
     token: NDArray[np.int32]
     source: NDArray[np.uint8]
     message: NDArray[np.int32]
+
+
+class LimitedDict(dict[Hashable, _V], Generic[_V]):
+    """A dictionary that forgets its oldest entry when it is full."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self._limit = limit
+
+    def __setitem__(self, key: Hashable, value: _V) -> None:
+        if len(self) >= self._limit and key not in self:
+            del self[next(iter(self))]
+        super().__setitem__(key, value)
 
 
 @dataclass
@@ -72,7 +89,9 @@ class ChatRenderer:
         self._habits = self._template.habits
         searched = "|".join(re.escape(word) for word in self._habits.searched)
         self._searched = re.compile(searched) if searched else None
-        self._layouts: OrderedDict[Hashable, Layout] = OrderedDict()
+        self._encode_run = lru_cache(maxsize=_MAX_RUNS)(self._run_tokens)
+        self.stops: LimitedDict[int | None] = LimitedDict(_MAX_LAYOUTS)
+        self._layouts: LimitedDict[Layout] = LimitedDict(_MAX_LAYOUTS)
         self._start = next((t for t in _start_tokens(tokenizer) if t is not None), None)
         end = getattr(tokenizer, "eos_token_id", None)
         self.end_ids = frozenset(() if end is None else (int(end),))
@@ -125,7 +144,7 @@ class ChatRenderer:
 
     def _pieces(self, rendering: Rendering, count: int, prompt: bool) -> tuple[Piece, ...]:
         layout = self._layout(rendering, count, prompt)
-        filled = _filled(layout.entries, rendering)
+        filled = _filled(layout, rendering)
         if layout.certain and self._habits.predictable and rendering.first_risky >= count:
             return filled
         conversation = self._conversation(rendering, count, prompt)
@@ -145,13 +164,12 @@ class ChatRenderer:
         key = rendering.outline.key(count, prompt)
         layout = self._layouts.get(key)
         if layout is not None:
-            self._layouts.move_to_end(key)
             return layout
         conversation = self._conversation(rendering, count, prompt)
         learnt = learn_layout(self._template, self.encoder, conversation)
         entries, certain = learnt.entries, learnt.certain
         if certain and rendering.first_risky >= count:  # names belong to the shape: check them here, once
-            certain = text_of(_filled(entries, rendering)) == conversation.plain(self._template)
+            certain = text_of(_filled(learnt, rendering)) == conversation.plain(self._template)
         for turn in _assistant_turns(rendering.messages, count):
             broken = with_break(entries, self._layout(rendering, turn, True).entries)
             if broken is not None:
@@ -159,8 +177,6 @@ class ChatRenderer:
                 break
         layout = Layout(entries, certain)
         self._layouts[key] = layout
-        if len(self._layouts) > _MAX_LAYOUTS:
-            self._layouts.popitem(last=False)
         return layout
 
     def _broken(self, entries: tuple[Entry, ...], rendering: Rendering, count: int) -> tuple[Entry, ...]:
@@ -197,54 +213,51 @@ class ChatRenderer:
         token: list[int] = []
         source: list[int] = []
         message: list[int] = []
-        run: list[Piece] = []
-        for piece in pieces:
-            if run and (piece.control >= 0 or piece.breaks):
-                self._encode_run(run, token, source, message)
-                run = []
+        start = 0
+        for index, piece in enumerate(pieces):
+            if piece.control < 0 and not piece.breaks:
+                continue
+            if start < index:
+                _append(self._encode_run(tuple(pieces[start:index])), token, source, message)
+            start = index
             if piece.control >= 0:
-                token.append(piece.control)
-                source.append(piece.source)
-                message.append(piece.message)
-            else:
-                run.append(piece)
-        if run:
-            self._encode_run(run, token, source, message)
+                _append(((piece.control,), (int(piece.source),), (piece.message,)), token, source, message)
+                start += 1
+        if start < len(pieces):
+            _append(self._encode_run(tuple(pieces[start:])), token, source, message)
         return token, source, message
 
-    def _encode_run(self, run: list[Piece], token: list[int], source: list[int], message: list[int]) -> None:
-        encoded = self.encoder.encode(run[0].text if len(run) == 1 else text_of(run))
-        token += encoded.ids
+    def _run_tokens(self, run: tuple[Piece, ...]) -> _Tokens:
+        encoded = self.encoder.encode(text_of(run))
+        count = len(encoded.ids)
         if len(run) == 1:
-            source += [run[0].source] * len(encoded.ids)
-            message += [run[0].message] * len(encoded.ids)
-            return
+            return encoded.ids, (int(run[0].source),) * count, (run[0].message,) * count
+        owners: list[Piece] = []
         index, end = 0, len(run[0].text)
         for start, stop in zip(encoded.starts, encoded.ends, strict=True):
             while start >= end and index < len(run) - 1:
                 index += 1
                 end += len(run[index].text)
-            owner = run[index]
-            if stop > end and owner.source is Source.TEMPLATE and index < len(run) - 1:
-                owner = run[index + 1]  # a token that template and text share counts as the text's
-            source.append(owner.source)
-            message.append(owner.message)
+            # A token that the template and a text share counts as the text's.
+            shared = stop > end and run[index].source is Source.TEMPLATE and index < len(run) - 1
+            owners.append(run[index + 1] if shared else run[index])
+        return encoded.ids, tuple(int(o.source) for o in owners), tuple(o.message for o in owners)
 
-    def prompt_tokens(self, pieces: Sequence[Piece]) -> RenderedPrompt:
-        """The tokens of a prompt's pieces.
+    def prompt_tokens(self, pieces: Sequence[Piece]) -> tuple[list[int], list[int], list[int]]:
+        """As `encode`, but never nothing: the first sampled token must have something to follow.
 
         Raises:
-            PrefloopError: there are none, and the tokenizer has no token to start from.
+            PrefloopError: there are no pieces, and the tokenizer has no token to start from.
         """
-        token, source, message = self.encode(pieces)
-        if not token:
-            if self._start is None:
-                raise PrefloopError(
-                    "the chat template renders an empty prompt and the tokenizer has neither a start nor an end "
-                    "token: the first sampled token would have nothing to follow; add a message or a bos_token"
-                )
-            token, source, message = [self._start], [Source.TEMPLATE], [-1]
-        return RenderedPrompt(np.array(token, np.int32), np.array(source, np.uint8), np.array(message, np.int32))
+        tokens = self.encode(pieces)
+        if tokens[0]:
+            return tokens
+        if self._start is None:
+            raise PrefloopError(
+                "the chat template renders an empty prompt and the tokenizer has neither a start nor an end "
+                "token: the first sampled token would have nothing to follow; add a message or a bos_token"
+            )
+        return [self._start], [int(Source.TEMPLATE)], [-1]
 
     def render_prompt(self, messages: Sequence[Message], tools: Sequence[JSONObject] = ()) -> RenderedPrompt:
         """The context that the policy sees before it samples the next assistant turn.
@@ -252,11 +265,19 @@ class ChatRenderer:
         Raises:
             PrefloopError: the template refuses or drops a message or the tools.
         """
-        return self.prompt_tokens(self.pieces(self.begin(messages, tools), len(messages), True))
+        pieces = self.pieces(self.begin(messages, tools), len(messages), True)
+        token, source, message = self.prompt_tokens(pieces)
+        return RenderedPrompt(np.array(token, np.int32), np.array(source, np.uint8), np.array(message, np.int32))
 
 
-def _filled(entries: Sequence[Entry], rendering: Rendering) -> tuple[Piece, ...]:
-    return fill(entries, rendering.outline.values, list(rendering.outline.ids))
+def _append(tokens: _Tokens, token: list[int], source: list[int], message: list[int]) -> None:
+    token += tokens[0]
+    source += tokens[1]
+    message += tokens[2]
+
+
+def _filled(layout: Layout, rendering: Rendering) -> tuple[Piece, ...]:
+    return fill(layout.entries, layout.holes, rendering.outline.values, list(rendering.outline.ids))
 
 
 def _assistant_turns(messages: Sequence[Message], count: int) -> list[int]:
