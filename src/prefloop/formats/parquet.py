@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from prefloop.formats.limits import Limits, RawRow, RowProblemError, check_value, limit_error, too_large
-from prefloop.records import PrefloopError
+from prefloop.records import JSONObject, PrefloopError
 
 BATCH_ROWS = 256
+CHUNK_ROWS = 1000
+MESSAGE_FIELDS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
 
 
 def pyarrow_parquet() -> tuple[Any, Any]:
@@ -119,3 +122,51 @@ def _checked(value: object, line: int, num_bytes: int, limits: Limits) -> RawRow
     except RowProblemError as problem:
         return RawRow(line, num_bytes, problem=problem)
     return RawRow(line, num_bytes, value)
+
+
+def write_parquet(rows: Callable[[], Iterator[JSONObject]], path: Path) -> int:
+    """Write rows of messages, texts and flags as Parquet under one schema; returns how many.
+
+    `rows` is called twice: first to learn which columns and message fields occur, so that the file has no others
+    (chat templates ask whether a field is defined).
+    """
+    arrow, parquet = pyarrow_parquet()
+    columns, fields = _seen(rows())
+    if not columns:
+        return 0
+    schema = _schema(columns, fields)
+    num_rows = 0
+    with parquet.ParquetWriter(path, schema, compression="zstd") as writer:
+        for chunk in _chunks(rows(), CHUNK_ROWS):
+            writer.write_table(arrow.Table.from_pylist(chunk, schema=schema))
+            num_rows += len(chunk)
+    return num_rows
+
+
+def _seen(rows: Iterable[JSONObject]) -> tuple[dict[str, type], set[str]]:
+    columns: dict[str, type] = {}
+    fields = {"role", "content"}
+    for row in rows:
+        for key, value in row.items():
+            columns[key] = type(value)
+            if isinstance(value, list):
+                fields.update(field for message in value for field in message)
+                fields.update("tool_calls.id" for m in value for call in m.get("tool_calls", ()) if "id" in call)
+    return columns, fields
+
+
+def _schema(columns: dict[str, type], fields: set[str]) -> Any:
+    arrow, _ = pyarrow_parquet()
+    text = arrow.string()
+    function = arrow.struct([("name", text), ("arguments", text)])
+    identity = [("id", text)] if "tool_calls.id" in fields else []
+    calls = arrow.list_(arrow.struct([*identity, ("type", text), ("function", function)]))
+    kinds = {name: calls if name == "tool_calls" else text for name in MESSAGE_FIELDS if name in fields}
+    kind = {list: arrow.list_(arrow.struct(list(kinds.items()))), str: text, bool: arrow.bool_()}
+    return arrow.schema([(name, kind[column]) for name, column in columns.items()])
+
+
+def _chunks(rows: Iterable[JSONObject], size: int) -> Iterator[list[JSONObject]]:
+    rows = iter(rows)
+    while chunk := list(islice(rows, size)):
+        yield chunk

@@ -33,9 +33,9 @@ from prefloop.records import (
 
 PROMPTS = "prompts"  # the environment of tasks that are nothing but a prompt, imported or rolled out
 _SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_ROLES = {role.value: role for role in Role}
 _REFUSED = ("function_call", "refusal", "audio")
 _NOT_WORD = re.compile(r"[\W_]+")
-_DIGITS = re.compile(r"\d+")
 
 
 @dataclass(slots=True)
@@ -104,11 +104,11 @@ class Context:
 def place_prompt(messages: Sequence[Message], held_out: float) -> tuple[Split, str]:
     """The split and the cluster of a prompt: `held_out` is the share of clusters that are not trained on.
 
-    A cluster holds the prompts whose texts are equal after folding case, dropping punctuation and replacing numbers,
-    so that near-duplicates are never on both sides of the split.
+    A cluster holds the prompts whose texts are equal but for case, spaces and punctuation, so that such
+    near-duplicates are never on both sides of the split.
     """
     text = " ".join(message.content for message in messages)
-    folded = _DIGITS.sub("0", _NOT_WORD.sub(" ", unicodedata.normalize("NFKC", text).casefold())).strip()
+    folded = _NOT_WORD.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
     digest = hashlib.blake2b((folded or text).encode(), digest_size=16).digest()
     share = int.from_bytes(digest[:8], "big") / 2**64
     return (Split.HELD_OUT if share < held_out else Split.TRAIN), digest.hex()
@@ -143,7 +143,16 @@ def parse_messages(value: object, key: str, limits: Limits) -> tuple[Message, ..
         value = parse_json(value, limits)
     if not isinstance(value, list) or not value:
         raise RowProblemError(key, f"expected a list of messages, found {_describe(value)}")
-    return tuple(_parse_message(raw, f"{key}[{index}]", limits) for index, raw in enumerate(value))
+    return tuple([_plain_message(raw) or _parse_message(raw, f"{key}[{i}]", limits) for i, raw in enumerate(value)])
+
+
+def _plain_message(raw: object) -> Message | None:
+    """The message of a role and a text and nothing else; most are, and imports of millions feel the difference."""
+    if type(raw) is dict and len(raw) == 2:
+        role, content = raw.get("role"), raw.get("content")
+        if type(role) is str and role in _ROLES and type(content) is str:
+            return Message(_ROLES[role], content)
+    return None
 
 
 def _parse_message(raw: object, key: str, limits: Limits) -> Message:
