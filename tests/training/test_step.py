@@ -161,7 +161,9 @@ def test_a_lora_step_moves_only_the_adapter():
 def test_wrong_examples_and_a_missing_reference_are_refused():
     model = tiny_model()
     with pytest.raises(PrefloopError, match="dpo learns from pairs, row demo-0 is none"):
-        step_of(model, DPO(), model)(random_demonstrations(1))
+        step_of(model, DPO(), tiny_model())(random_demonstrations(1))
+    with pytest.raises(PrefloopError, match="the reference must be another module"):
+        step_of(model, DPO(), model)
     with pytest.raises(PrefloopError, match="dpo needs a reference"):
         step_of(model, DPO())(random_pairs(1))
     with pytest.raises(PrefloopError, match="weights of the examples sum to 0"):
@@ -175,3 +177,11 @@ def test_gradient_checkpointing_gives_the_same_gradient():
     model.train().gradient_checkpointing_enable()
     _, ours = gradient_of(model, DPO(), pairs, reference)
     assert relative_error(ours, expected) < 1e-6
+
+
+def test_a_policy_that_cannot_share_says_so(caplog):
+    step_of(tiny_model("mistral", sliding_window=8), SFT())
+    assert "computed once for each path: its attention has a sliding window" in caplog.text
+    caplog.clear()
+    step_of(tiny_model(), SFT())
+    assert caplog.text == ""

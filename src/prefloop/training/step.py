@@ -5,6 +5,7 @@ Shape suffixes: V visits, U units of the algorithm.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,8 @@ from prefloop.models.attention import sharing, why_not_shared
 from prefloop.models.forward import LOGIT_BUDGET, forward, layout_for
 from prefloop.records import PrefloopError
 from prefloop.training.algorithms import Algorithm
+
+log = logging.getLogger(__name__)
 
 E = TypeVar("E", Demonstration, PreferencePair)
 
@@ -49,6 +52,9 @@ class TrainingStep:
 
     The reference is a frozen model or None, which it may be where examples carry the reference's log-probs
     (`with_reference`) or the algorithm needs none. `num_skipped` counts the steps that were skipped.
+
+    Raises:
+        PrefloopError: the reference is the policy itself.
     """
 
     def __init__(
@@ -67,8 +73,12 @@ class TrainingStep:
         self.num_skipped = 0
         self._num_skipped_in_a_row = 0
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if reference is model:
+            raise PrefloopError("the reference must be another module than the policy: give a copy of it")
         if reference is not None:
             reference.eval().requires_grad_(False)
+        if reason := why_not_shared(model.train()):
+            log.warning("shared prefixes are computed once for each path: %s", reason)
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, float]:
         """One update on these examples; the metrics of the step, averaged over units by their weights.
