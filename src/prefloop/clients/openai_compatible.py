@@ -6,6 +6,8 @@ Such servers often ignore what they do not know and answer all the same (transfo
 
 from __future__ import annotations
 
+from typing import Any
+
 from prefloop.clients.completion import (
     Answer,
     Question,
@@ -21,6 +23,25 @@ from prefloop.records import JSONObject, Status
 
 DEFAULT_BASE_URL = "https://api.openai.com/v1"
 KEY_VARIABLE = "OPENAI_API_KEY"
+
+
+def connect(base_url: str = "", key_variable: str = "") -> Any:
+    """The SDK's asynchronous client for a server: no retries and no redirects of its own, failures typed.
+
+    A server other than OpenAI's own needs no key unless `key_variable` names one.
+
+    Raises:
+        PrefloopError: the SDK is not installed, or there is no key in the environment.
+    """
+    sdk = load_sdk("openai")
+    wanted = key_variable or ("" if base_url else KEY_VARIABLE)
+    http = sdk.DefaultAsyncHttpxClient(follow_redirects=False, event_hooks={"response": [refuse_bad_response]})
+    return sdk.AsyncOpenAI(
+        api_key=key_from_environment(wanted) if wanted else "none",
+        base_url=base_url or DEFAULT_BASE_URL,
+        max_retries=0,
+        http_client=http,
+    )
 
 
 class OpenAIClient:
@@ -41,19 +62,11 @@ class OpenAIClient:
         key_variable: str = "",
         temperature: float | None = None,
     ) -> None:
-        sdk = load_sdk("openai")
         self.model = model
         self.max_tokens = max_tokens
         self.temperature = temperature
         self.base_url = base_url or DEFAULT_BASE_URL
-        wanted = key_variable or ("" if base_url else KEY_VARIABLE)
-        http = sdk.DefaultAsyncHttpxClient(follow_redirects=False, event_hooks={"response": [refuse_bad_response]})
-        self._sdk = sdk.AsyncOpenAI(
-            api_key=key_from_environment(wanted) if wanted else "none",
-            base_url=self.base_url,
-            max_retries=0,
-            http_client=http,
-        )
+        self._sdk = connect(base_url, key_variable)
 
     def parameters(self) -> JSONObject:
         """Provider, server, model and limits."""

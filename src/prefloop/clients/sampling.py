@@ -12,23 +12,22 @@ from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from prefloop.config import Settings
 from prefloop.records import JSONObject, Message, PrefloopError, Status
 
 Stopped = Literal["stop", "length"]
 
 
-class SamplingSettings(BaseModel):
+class SamplingSettings(Settings):
     """How a policy samples.
 
     `temperature` 0 is greedy decoding. `top_p` keeps the smallest set of likeliest tokens whose probability
     reaches it. `max_new_tokens` bounds one assistant turn.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    temperature: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
+    temperature: float = Field(default=1.0, ge=0.0)
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     max_new_tokens: int = Field(default=256, ge=1)
 
