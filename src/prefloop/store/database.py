@@ -65,7 +65,10 @@ def _prepare_file(path: str | None, must_exist: bool) -> None:
         return
     if must_exist and not Path(path).exists():
         raise PrefloopError(f"there is no store at {path}: name it with --store or PREFLOOP_STORE")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PrefloopError(f"store {path!r} cannot be opened: {error}") from None
 
 
 def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:

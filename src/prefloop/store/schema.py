@@ -52,8 +52,8 @@ def _id() -> Column[str]:
     return Column("id", Text, primary_key=True)
 
 
-def _reference(name: str, target: str, *, nullable: bool = False) -> Column[str]:
-    return Column(name, Text, ForeignKey(f"{target}.id"), nullable=nullable, index=True)
+def _reference(name: str, target: str, *, nullable: bool = False, index: bool = True) -> Column[str]:
+    return Column(name, Text, ForeignKey(f"{target}.id"), nullable=nullable, index=index)
 
 
 def _created_at() -> Column[float]:
@@ -90,7 +90,7 @@ trajectory = Table(
     metadata,
     _id(),
     _reference("task_id", "task"),
-    _reference("run_id", "run", nullable=True),
+    _reference("run_id", "run", nullable=True, index=False),
     Column("iteration", Integer, nullable=False),
     Column("sample", Integer, nullable=False),
     Column("seed", BigInteger, nullable=False),
@@ -108,6 +108,7 @@ trajectory = Table(
     _one_of("author_kind", AuthorKind),
     CheckConstraint("(messages IS NULL) = (erased_at IS NOT NULL)", name="body_or_tombstone"),
     Index(None, "run_id", "iteration"),
+    Index(None, "id", "task_id"),  # covers the join of `Store.top_k`
 )
 
 token_path = Table(
@@ -136,8 +137,8 @@ rater = Table(
 judgement = Table(
     "judgement",
     metadata,
-    _id(),
-    _reference("trajectory_id", "trajectory"),
+    _id(),  # the hash of (rater, trajectory, replicate), so that these are unique
+    _reference("trajectory_id", "trajectory", index=False),
     Column("rater_id", Text, ForeignKey("rater.id"), nullable=False),
     Column("replicate", Integer, nullable=False),
     Column("status", Text, nullable=False),
@@ -148,7 +149,7 @@ judgement = Table(
     Column("request_hash", Text, nullable=False),
     Column("cost", Float, nullable=False),
     _created_at(),
-    UniqueConstraint("rater_id", "trajectory_id", "replicate"),
+    Index(None, "trajectory_id", "rater_id", "status", "score"),  # covers `Store.top_k`
     _one_of("status", Status),
     CheckConstraint("(status = 'ok') = (value IS NOT NULL)", name="value_iff_ok"),
     CheckConstraint("(status = 'ok') = (score IS NOT NULL)", name="score_iff_ok"),
@@ -254,7 +255,7 @@ event = Table(
     "event",
     metadata,
     _id(),
-    _reference("run_id", "run"),
+    _reference("run_id", "run", index=False),
     Column("iteration", Integer, nullable=False),
     Column("kind", Text, nullable=False),
     Column("detail", Json, nullable=False),

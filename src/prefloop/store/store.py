@@ -340,12 +340,14 @@ class Store:
             partition_by=t.c.task_id, order_by=(scored.c.score.desc(), scored.c.trajectory_id)
         )
         ranked = (
-            select(t.c.task_id, scored.c.trajectory_id, scored.c.score, rank.label("rank"))
+            select(t.c.task_id, rank.label("rank"), scored.c.trajectory_id, scored.c.score)
             .join(t, t.c.id == scored.c.trajectory_id)
             .subquery()
         )
-        query = select(ranked).where(ranked.c.rank <= k).order_by(ranked.c.task_id, ranked.c.rank)
-        return [(row["task_id"], row["trajectory_id"], row["score"]) for row in self._all(query)]
+        with self.reading() as connection:
+            found = connection.execute(select(ranked).where(ranked.c.rank <= k)).tuples().all()
+        # Sorted here: it comes out of the window in this order already, which SQL does not promise.
+        return [(task_id, trajectory_id, score) for task_id, _, trajectory_id, score in sorted(found)]
 
     def comparisons(self, *, rater_id: str | None = None) -> list[Comparison]:
         """Comparisons that stand, in the order they were made: those replaced or withdrawn are left out."""

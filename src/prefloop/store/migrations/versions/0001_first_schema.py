@@ -99,7 +99,6 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_event")),
         sa.UniqueConstraint("run_id", "iteration", "kind", name=op.f("uq_event_run_id_iteration_kind")),
     )
-    op.create_index(op.f("ix_event_run_id"), "event", ["run_id"], unique=False)
     op.create_table(
         "trajectory",
         sa.Column("id", sa.Text(), nullable=False),
@@ -133,8 +132,8 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["task_id"], ["task.id"], name=op.f("fk_trajectory_task_id")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_trajectory")),
     )
-    op.create_index(op.f("ix_trajectory_run_id"), "trajectory", ["run_id"], unique=False)
     op.create_index(op.f("ix_trajectory_run_id_iteration"), "trajectory", ["run_id", "iteration"], unique=False)
+    op.create_index(op.f("ix_trajectory_id_task_id"), "trajectory", ["id", "task_id"], unique=False)
     op.create_index(op.f("ix_trajectory_task_id"), "trajectory", ["task_id"], unique=False)
     op.create_table(
         "checkpoint",
@@ -239,11 +238,13 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["rater_id"], ["rater.id"], name=op.f("fk_judgement_rater_id")),
         sa.ForeignKeyConstraint(["trajectory_id"], ["trajectory.id"], name=op.f("fk_judgement_trajectory_id")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_judgement")),
-        sa.UniqueConstraint(
-            "rater_id", "trajectory_id", "replicate", name=op.f("uq_judgement_rater_id_trajectory_id_replicate")
-        ),
     )
-    op.create_index(op.f("ix_judgement_trajectory_id"), "judgement", ["trajectory_id"], unique=False)
+    op.create_index(
+        op.f("ix_judgement_trajectory_id_rater_id_status_score"),
+        "judgement",
+        ["trajectory_id", "rater_id", "status", "score"],
+        unique=False,
+    )
     op.create_table(
         "signal",
         sa.Column("id", sa.Text(), nullable=False),
