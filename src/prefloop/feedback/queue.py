@@ -2,9 +2,10 @@
 
 Tasks are visited in rounds, each round in a fresh random order and with one pair a task, so that few votes already
 cover many tasks. Within a task a pair is drawn from those left: with probability `explore` uniformly, otherwise in
-proportion to how uncertain the judge is about it. Every pair carries the probability of its draw given the draws
-before it; with those, estimates from the chosen pairs can be made unbiased for all pairs (Farquhar, Gal and
-Rainforth 2021, "On statistical bias in active learning", arXiv:2101.11665).
+proportion to how uncertain the judge is about it. Every pair carries the probability of its draw among the pairs of
+its task that were left; with those, estimates from the chosen pairs of a task can be made unbiased for all of them
+(Farquhar, Gal and Rainforth 2021, "On statistical bias in active learning", arXiv:2101.11665). Which tasks are
+visited does not depend on scores.
 """
 
 from __future__ import annotations
@@ -165,9 +166,8 @@ def select_pairs(
     chosen: list[AskedPair] = []
     while left and len(chosen) < num_pairs:
         order = [list(left)[i] for i in rng.permutation(len(left))]
-        for position, task in enumerate(order[: num_pairs - len(chosen)]):
-            a, b, probability = left[task].draw(rng)
-            chosen.append(AskedPair(task, a, b, probability / (len(order) - position)))
+        for task in order[: num_pairs - len(chosen)]:
+            chosen.append(AskedPair(task, *left[task].draw(rng)))
         left = {task: pairs for task, pairs in left.items() if pairs.pairs}
     return chosen
 

@@ -108,13 +108,17 @@ def _add_pages(app: FastAPI, desk: Desk) -> None:
             "num_pairs": len(desk.queue),
         }
 
+    def response(template: str) -> HTMLResponse:
+        # Half of a surrogate pair can be in a model's JSON, but not in UTF-8.
+        return HTMLResponse(render(template, fragment()).encode("utf-8", "replace"))
+
     @app.get("/")
     def page() -> HTMLResponse:
-        return HTMLResponse(render("page.html", fragment()))
+        return response("page.html")
 
     @app.get("/pair")
     def pair() -> HTMLResponse:
-        return HTMLResponse(render("stage.html", fragment()))
+        return response("stage.html")
 
 
 def _renderer() -> Callable[[str, dict[str, Any]], str]:

@@ -9,7 +9,7 @@ import difflib
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,9 +20,11 @@ from prefloop.records import Ended, Message, Role, ToolCall, Trajectory
 FOLD_CHARS = 1500  # text longer than this is folded
 FOLD_LINES = 16
 FOLD_ROWS = 12
+FOLD_SHARED = 6  # more shared messages than this are folded, all but the first and the last few
+SHOWN_FIRST, SHOWN_LAST = 2, 3
 MAX_COLUMNS = 8
 MAX_DIFF_WORDS = 1500  # the word diff takes time quadratic in this
-MIN_SIMILARITY = 0.45  # below, two texts are simply different and marks would be confetti
+MIN_SIMILARITY = 0.5  # below, two texts are simply different and marks would be confetti
 
 HOW_ENDED = {
     Ended.MAX_TURNS: "Stopped: too many turns",
@@ -64,11 +66,12 @@ class TableView:
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    changed: frozenset[int] = frozenset()  # indices of the rows that the other side does not have
 
 
 @dataclass(frozen=True, slots=True)
 class MessageView:
-    """One message; `same` where the other side has the same one at the same place."""
+    """One message; `same` where the other side has it too, `alone` where the other side has nothing like it."""
 
     role: str
     pieces: tuple[Piece, ...] = ()
@@ -77,6 +80,7 @@ class MessageView:
     table: TableView | None = None
     summary: str = ""  # what a folded body shows; empty when the body is shown in full
     same: bool = False
+    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,8 @@ class PairView:
     order: str  # "ab" or "ba", left first
     tools: tuple[str, ...]
     shared: tuple[MessageView, ...]
+    folded: tuple[MessageView, ...]  # the middle of a long shared beginning
+    shared_end: tuple[MessageView, ...]
     left: tuple[MessageView, ...]
     right: tuple[MessageView, ...]
     left_end: str
@@ -98,11 +104,15 @@ def pair_view(shown: Shown) -> PairView:
     left, right = shown.left.messages, shown.right.messages
     num_shared = shared_length(left, right)
     left_views, right_views = side_by_side(left[num_shared:], right[num_shared:])
+    shared = tuple(message_view(message) for message in left[:num_shared])
+    start, end = (SHOWN_FIRST, num_shared - SHOWN_LAST) if num_shared > FOLD_SHARED else (num_shared, num_shared)
     return PairView(
         pair_id=shown.pair.id,
         order="ab" if shown.a_shown_first else "ba",
         tools=tuple(_tool_name(tool) for tool in shown.task.tools),
-        shared=tuple(message_view(message) for message in left[:num_shared]),
+        shared=shared[:start],
+        folded=shared[start:end],
+        shared_end=shared[end:],
         left=left_views,
         right=right_views,
         left_end=_how_ended(shown.left),
@@ -163,15 +173,23 @@ def _kind(message: Message) -> tuple[str, ...]:
 def _marked(message: Message, other: Message | None) -> MessageView:
     view = message_view(message)
     if other is None:
-        return view
+        calls = tuple(replace(call, changed=True) for call in view.calls)
+        return replace(view, calls=calls, alone=True)
     if _said(message) == _said(other):
         return replace(view, same=True)
-    calls = tuple(
-        _marked_call(call, before) for call, before in itertools.zip_longest(view.calls, message_view(other).calls)
-        if call is not None
-    )  # fmt: skip
-    pieces = view.pieces if message.role is Role.TOOL else word_diff(message.content, other.content)
-    return replace(view, pieces=pieces, calls=calls)
+    if message.role is Role.TOOL:
+        return replace(view, table=_marked_table(view.table, message_view(other).table))
+    others = message_view(other).calls
+    pairs = itertools.zip_longest(view.calls, others[: len(view.calls)])
+    calls = tuple(_marked_call(call, before) for call, before in pairs)
+    return replace(view, pieces=word_diff(message.content, other.content), calls=calls)
+
+
+def _marked_table(table: TableView | None, other: TableView | None) -> TableView | None:
+    if table is None or other is None or table.columns != other.columns:
+        return table
+    known = set(other.rows)
+    return replace(table, changed=frozenset(i for i, row in enumerate(table.rows) if row not in known))
 
 
 def _marked_call(call: CallView, other: CallView | None) -> CallView:
@@ -183,16 +201,33 @@ def _marked_call(call: CallView, other: CallView | None) -> CallView:
 
 
 def word_diff(text: str, other: str) -> tuple[Piece, ...]:
-    """The text in pieces, those words marked that the other text does not have there; one piece if all differs."""
-    words, others = re.findall(r"\s+|\S+", text), re.findall(r"\s+|\S+", other)
-    if max(len(words), len(others)) > MAX_DIFF_WORDS:
+    """The text in pieces, those words marked that the other text does not have there; one piece if most differ."""
+    if not text:
+        return ()
+    words, others = list(re.finditer(r"\S+", text)), re.findall(r"\S+", other)
+    if text == other or max(len(words), len(others)) > MAX_DIFF_WORDS:
         return (Piece(text),)
-    matcher = difflib.SequenceMatcher(None, others, words, autojunk=False)
-    if text == other or matcher.ratio() < MIN_SIMILARITY:
-        return (Piece(text),) if text else ()
-    return tuple(
-        Piece("".join(words[j1:j2]), changed=tag != "equal") for tag, _, _, j1, j2 in matcher.get_opcodes() if j2 > j1
-    )
+    matcher = difflib.SequenceMatcher(None, others, [word[0] for word in words], autojunk=False)
+    if matcher.ratio() < MIN_SIMILARITY:
+        return (Piece(text),)
+    changed = [
+        (words[first].start(), words[last - 1].end())
+        for tag, _, _, first, last in matcher.get_opcodes()
+        if tag in ("replace", "insert")
+    ]
+    return tuple(_pieces(text, changed))
+
+
+def _pieces(text: str, changed: Sequence[tuple[int, int]]) -> Iterator[Piece]:
+    """Cut a text at the character ranges that are changed."""
+    done = 0
+    for start, end in changed:
+        if start > done:
+            yield Piece(text[done:start])
+        yield Piece(text[start:end], changed=True)
+        done = end
+    if done < len(text):
+        yield Piece(text[done:])
 
 
 def message_view(message: Message) -> MessageView:
@@ -221,26 +256,40 @@ def _value(value: object) -> str:
 
 def _result_view(message: Message) -> MessageView:
     try:
-        value = json.loads(message.content)
+        value = json.loads(message.content, object_pairs_hook=_without_duplicates)
+        text = _value(value) if isinstance(value, dict | list) else message.content
     except (ValueError, RecursionError):
         return _text_result(message.content)
     table = _table(value)
     if table is not None:
         summary = f"{len(table.rows)} rows" if len(table.rows) > FOLD_ROWS else ""
         return MessageView(Role.TOOL.value, table=table, summary=summary)
-    return _text_result(_value(value) if isinstance(value, dict | list) else message.content)
+    view = _text_result(text)
+    return replace(view, summary=_shortened(message.content)) if view.summary else view
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object; one that names a key twice would be shown without the first value, so its raw text is shown."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("a key is there twice")
+    return value
 
 
 def _text_result(text: str) -> MessageView:
-    return MessageView(Role.TOOL.value, (Piece(text),), summary=_fold_summary(text))
+    return MessageView(Role.TOOL.value, (Piece(text),) if text else (), summary=_fold_summary(text))
 
 
 def _fold_summary(text: str) -> str:
-    lines = text.splitlines()
-    if len(text) <= FOLD_CHARS and len(lines) <= FOLD_LINES:
+    """What stands for a long text while it is folded; empty for one that is shown in full."""
+    num_lines = len(text.splitlines())
+    if len(text) <= FOLD_CHARS and num_lines <= FOLD_LINES:
         return ""
-    first = next((line.strip() for line in lines if len(line.strip()) > 1), "")
-    return f"{first[:80]}… ({len(lines)} lines)" if len(lines) > 1 else f"{first[:80]}… ({len(text)} characters)"
+    return f"{_shortened(text)} ({num_lines} lines)" if num_lines > 1 else _shortened(text)
+
+
+def _shortened(text: str) -> str:
+    return " ".join(text[:400].split())[:80] + "…"
 
 
 def _table(value: object) -> TableView | None:
