@@ -1,0 +1,168 @@
+"""The findings of a run in words and rows, for the page and the terminal alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prefloop.records import JSONObject
+from prefloop.report import words
+from prefloop.report.record import RunRecord
+
+# A metric whose rise is neither good nor bad in itself gets no arrow; what counts mistakes is better when it falls.
+NEUTRAL = {"turns"}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of the final table; `better` says whether the change is for the good, None where it is neither."""
+
+    name: str
+    start: str
+    end: str
+    note: str = ""
+    better: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The headline and what follows from it. `tone` is good, bad or open."""
+
+    headline: str
+    tone: str
+    details: tuple[str, ...]
+
+
+def verdict(record: RunRecord) -> Verdict:
+    """What the run achieved, in plain words with intervals; says so when it cannot be said yet."""
+    start, end = _success(record.start_evaluation), _success(record.end_evaluation)
+    if not start or not end:
+        return Verdict(_unfinished_headline(start, record), "open", _details(record))
+    moved = _direction(start, end, record.finish.get("paired"))
+    values = f"{words.share_with_interval(start)} to {words.share_with_interval(end)}"
+    tasks = f"{record.end_evaluation.get('num_tasks', end['n']):,} held-out tasks"
+    if moved == "same":
+        return Verdict(f"Success on {tasks} did not change measurably: {values}.", "open", _details(record))
+    tone = "good" if moved == "rose" else "bad"
+    return Verdict(f"Success on {tasks} {moved} from {values}.", tone, _details(record))
+
+
+def _unfinished_headline(start: Mapping[str, Any], record: RunRecord) -> str:
+    if not start:
+        return "There is no evaluation yet, so nothing can be said about success."
+    latest = [detail["sampled"]["success"] for updates, detail in record.evaluations() if updates]
+    if not latest:
+        return f"The start policy succeeds on {words.share_with_interval(start)} of {start['n']} tasks; no update yet."
+    so_far = f"{words.share_with_interval(latest[-1])} on {latest[-1]['n']} guard tasks"
+    return f"Not finished: the start policy succeeds on {words.share_with_interval(start)}, the latest on {so_far}."
+
+
+def _direction(start: Mapping[str, Any], end: Mapping[str, Any], paired: Mapping[str, Any] | None) -> str:
+    """Whether success rose, fell or stayed the same: by the paired difference, else by intervals that do not meet."""
+    if paired:
+        low, high = paired["difference"]["low"], paired["difference"]["high"]
+    else:
+        low, high = end["low"] - start["high"], end["high"] - start["low"]
+    return "rose" if low > 0 else "fell" if high < 0 else "same"
+
+
+def _details(record: RunRecord) -> tuple[str, ...]:
+    found = [_paired_words(record.finish.get("paired")), _kl_words(record), _rollback_words(record)]
+    return tuple(text for text in found if text)
+
+
+def _paired_words(paired: Mapping[str, Any] | None) -> str:
+    if not paired:
+        return ""
+    counts = f"{paired['better']:,} won, {paired['worse']:,} lost, {paired['same']:,} unchanged"
+    difference = words.points_with_interval(paired["difference"])
+    return f"Task by task, on the same seeds: {counts}; {difference}, {words.p_value(paired['p_value'])}."
+
+
+def _kl_words(record: RunRecord) -> str:
+    kl = record.end_evaluation.get("sampled", {}).get("kl_per_trajectory")
+    return "" if kl is None else f"The end policy is {words.number(kl)} nats a trajectory away from the start policy."
+
+
+def _rollback_words(record: RunRecord) -> str:
+    rolled_back = [str(turn.number) for turn in record.iterations if turn.train.get("rolled_back")]
+    refused = sum(not attempt["accepted"] for turn in record.iterations for attempt in attempts(turn.train))
+    if not refused and not rolled_back:
+        return ""
+    updates = "1 update, which was" if refused == 1 else f"{refused} updates, which were"
+    kept = f"; iteration {', '.join(rolled_back)} ended without a new policy" if rolled_back else ""
+    return f"The guards refused {updates} rolled back{kept}."
+
+
+def attempts(train: JSONObject) -> list[JSONObject]:
+    """The attempts at an update, in order."""
+    return list(train.get("attempts") or [])
+
+
+def final_rows(record: RunRecord) -> list[Row]:
+    """The final table: success, KL, turns, mistakes; start against end."""
+    start, end = record.start_evaluation, record.end_evaluation
+    rows = [
+        _success_row("Success, sampled", start, end, "sampled"),
+        _success_row("Success, greedy", start, end, "greedy"),
+    ]
+    rows += [_kl_row("KL from start, nats a trajectory", end, "kl_per_trajectory")]
+    rows += [_kl_row("KL from start, nats a token", end, "kl_per_token")]
+    before, after = _metrics(start), _metrics(end)
+    first = [name for name in ("turns", "invented_ids") if name in before or name in after]
+    others = sorted((set(before) | set(after)) - set(first))
+    return rows + [_metric_row(name, before.get(name), after.get(name)) for name in (*first, *others)]
+
+
+def _success(evaluation: JSONObject, how: str = "sampled") -> JSONObject:
+    return dict((evaluation.get(how) or {}).get("success") or {})
+
+
+def _metrics(evaluation: JSONObject) -> JSONObject:
+    return dict((evaluation.get("sampled") or {}).get("metrics") or {})
+
+
+def _success_row(name: str, start: JSONObject, end: JSONObject, how: str) -> Row:
+    before, after = _success(start, how), _success(end, how)
+    better = after["value"] > before["value"] if before and after and before["value"] != after["value"] else None
+    note = f"n = {after['n']:,}" if after else ""
+    return Row(name, words.share_with_interval(before), words.share_with_interval(after), note, better)
+
+
+def _kl_row(name: str, end: JSONObject, key: str) -> Row:
+    sampled = end.get("sampled") or {}
+    error = sampled.get(f"{key}_se")
+    note = f"± {words.number(error, 2)} (standard error)" if error is not None else ""
+    return Row(name, "0" if end else words.NOTHING, words.number(sampled.get(key)), note)
+
+
+def _metric_row(name: str, before: float | None, after: float | None) -> Row:
+    note = "mean a trajectory"
+    changed = before is not None and after is not None and round(before, 4) != round(after, 4)
+    better = after < before if changed and name not in NEUTRAL and before is not None and after is not None else None
+    return Row(words.title(name), words.number(before), words.number(after), note, better)
+
+
+def agreement_with_people(finish: JSONObject) -> JSONObject:
+    """The judge's agreement with people's votes: a `sentence`, and `others` that the run recorded beside it.
+
+    Without decisive votes the sentence says so.
+    """
+    found = dict(finish.get("agreement_with_people") or {})
+    if not found.get("num"):
+        return {"sentence": "no human votes", "others": {}}
+    share = words.share_with_interval({"value": found["share"], "low": found["low"], "high": found["high"]})
+    sentence = f"The judge orders {share} of {found['num']:,} decisive votes as people did"
+    apart = [
+        f"{found[key]:,} {what}"
+        for key, what in (
+            ("num_judge_ties", "on pairs it scored the same"),
+            ("num_unscored", "on pairs it did not score"),
+        )
+        if found.get(key)
+    ]
+    left_out = f"; left out: {', '.join(apart)}" if apart else ""
+    known = {"num", "num_agree", "num_judge_ties", "num_unscored", "share", "low", "high"}
+    others = {words.title(key): value for key, value in found.items() if key not in known and value is not None}
+    return {"sentence": f"{sentence}{left_out}.", "others": others}

@@ -1,0 +1,92 @@
+"""matplotlib figures as inline SVG that takes its colours from the page, so that it fits light and dark."""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from prefloop.records import PrefloopError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH_INCHES, HEIGHT_INCHES = 4.6, 2.75
+
+# matplotlib draws with these stand-ins; the page's CSS variables take their place in the SVG.
+INK, MUTED, GRID = "#010101", "#020202", "#030303"
+FIRST, SECOND, THIRD, BAD = "#040404", "#050505", "#060606", "#070707"
+_VARIABLES = {
+    INK: "--ink", MUTED: "--muted", GRID: "--grid", FIRST: "--first", SECOND: "--second", THIRD: "--third", BAD: "--bad"
+}  # fmt: skip
+
+_STYLE: Any = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": GRID,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.labelcolor": MUTED,
+    "axes.labelsize": 9,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.constrained_layout.use": True,
+    "font.size": 9,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "legend.labelcolor": MUTED,
+    "lines.linewidth": 2.0,
+    "lines.markersize": 5.0,
+    "lines.solid_capstyle": "round",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "prefloop",
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.color": MUTED,
+    "ytick.major.size": 0,
+}
+
+
+def draw(name: str, description: str, paint: Callable[[Axes], None]) -> str:
+    """The SVG of one figure: `paint` draws on its axes, `description` is what a screen reader says.
+
+    Raises:
+        PrefloopError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PrefloopError("a report needs matplotlib: pip install 'prefloop[report]'") from error
+    buffer = io.StringIO()
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES))
+        paint(figure.add_subplot())
+        figure.patch.set_alpha(0)
+        for axes in figure.axes:
+            axes.patch.set_alpha(0)
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return _inline(buffer.getvalue(), name, description)
+
+
+def _inline(svg: str, name: str, description: str) -> str:
+    """Only what a page needs: no prolog, no metadata, no namespaces, ids of its own, colours from CSS."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font: \1px var(--sans)", svg)
+    for color, variable in _VARIABLES.items():
+        svg = svg.replace(color, f"var({variable})")
+    box = re.search(r'viewBox="[^"]*"', svg)
+    label = html.escape(description, quote=True)
+    head = f'<svg class="plot" role="img" aria-label="{label}" {box.group(0) if box else ""}>'
+    svg = re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1)
+    return re.sub(r"\n\s*", "\n", svg)
