@@ -7,32 +7,27 @@ Two regimes, each on random weights with stop lengths that are prescribed to bot
 * tiny: 384 rows, 48 prompts times 8, 4 to 7 turns of 10 to 25 new tokens with 10 to 60 forced tokens between, a
   Llama-shaped model of hidden size 96. The peer calls `generate` on the left-padded contexts of every turn.
 
-Prints seconds (median [min-max]), tokens per second and the ratio; `--json PATH` writes the flat figures.
+    python benchmarks/rollout.py [--json PATH] [--only PATTERN] [--quick] [--seed N]
 """
 
 from __future__ import annotations
 
-import argparse
-import fnmatch
-import json
-import platform
-import statistics
-import time
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import torch
-import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 
+from _common import Measured, Options, Timing, interleaved, parse_options, run_cells, versions
 from prefloop.clients.sampling import SamplingSettings
 from prefloop.models.sampler import LocalSampler
 
 Rows = list[np.ndarray]
-STOP = 0  # never drawn: its row of the head is pushed down, and lengths are prescribed instead
+STOP = 0
 
 
 @dataclass
@@ -63,9 +58,8 @@ class Prescribed(StoppingCriteria):
 
 
 def silence_stop(model: PreTrainedModel) -> PreTrainedModel:
-    """Give the head of random weights a bias-free way never to draw STOP: the row of zeros scores far below."""
+    """The model with a bias on its head under which STOP is never drawn: lengths are prescribed instead."""
     head = model.get_output_embeddings()
-    head.weight = torch.nn.Parameter(head.weight.detach().clone())
     head.bias = torch.nn.Parameter(torch.zeros(head.weight.shape[0]))
     head.bias.data[STOP] = -1e4
     return model.eval()
@@ -143,69 +137,46 @@ def run_generate(regime: Regime, seed: int) -> int:
     return turns_of(regime, continue_rows)
 
 
-@dataclass
-class Timing:
-    cpu: list[float]
-    wall: list[float]
-
-    @staticmethod
-    def text(seconds: list[float]) -> str:
-        return f"{statistics.median(seconds):7.2f} [{min(seconds):.2f}-{max(seconds):.2f}]"
-
-
-def measure(regime: Regime, repeats: int, seed: int) -> dict[str, Timing]:
-    """Both engines in turn, `repeats` times after one unmeasured run of each on the first turn's lengths."""
-    engines = {"generate": run_generate, "prefloop": run_ours}
-    timings = {name: Timing([], []) for name in engines}
-    for repeat in range(repeats + 1):
-        for name, run in engines.items():
-            cpu, wall = time.process_time(), time.perf_counter()
-            made = run(regime, seed + repeat)
-            cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-            if made != regime.new_tokens:
-                raise SystemExit(f"{name} made {made} new tokens, not the prescribed {regime.new_tokens}")
-            if repeat:
-                timings[name].cpu.append(cpu)
-                timings[name].wall.append(wall)
-    return timings
-
-
 REGIMES = {"rollout": rollout_regime, "rollout_tiny": tiny_regime}
 
 
-def report(name: str, regime: Regime, timings: dict[str, Timing]) -> dict[str, float]:
-    """Print the table of one regime; its figures."""
-    print(f"\n{name}: {len(regime.contexts)} rows, {regime.new_tokens} new tokens")
-    print(f"{'engine':>10}  {'CPU s':>22}  {'wall s':>22}  {'tok/s (CPU)':>11}  ratio")
-    rate = {engine: regime.new_tokens / statistics.median(timing.cpu) for engine, timing in timings.items()}
-    for engine, timing in timings.items():
-        cpu, wall = Timing.text(timing.cpu), Timing.text(timing.wall)
-        print(f"{engine:>10}  {cpu:>22}  {wall:>22}  {rate[engine]:11.0f}  {rate[engine] / rate['generate']:.2f}")
-    return {
-        f"{name}_generate": rate["prefloop"] / rate["generate"],
-        f"{name}_s": statistics.median(timings["prefloop"].wall),
-    }
+def checked(name: str, regime: Regime, run: Callable[[Regime, int], int], seeds: Iterator[int]) -> None:
+    """One run of an engine, which must make as many tokens as prescribed."""
+    made = run(regime, next(seeds))
+    if made != regime.new_tokens:
+        raise SystemExit(f"{name} made {made} new tokens, not the prescribed {regime.new_tokens}")
+
+
+def measure(name: str, options: Options) -> Measured:
+    """Both engines on one regime."""
+    torch.manual_seed(options.seed)
+    regime = REGIMES[name](np.random.default_rng(options.seed), options.quick)
+    seeds = itertools.count(options.seed)
+    engines = {"generate": run_generate, "prefloop": run_ours}
+    runs = {engine: partial(checked, engine, regime, run, seeds) for engine, run in engines.items()}
+    timings = interleaved(runs, 1 if options.quick else 3)
+    rates = {engine: regime.new_tokens / timing.median_cpu for engine, timing in timings.items()}
+    rows = [
+        {
+            "engine": engine,
+            "rows": str(len(regime.contexts)),
+            "new tokens": str(regime.new_tokens),
+            "CPU s": Timing.text(timing.cpu),
+            "wall s": Timing.text(timing.wall),
+            "tokens / CPU s": f"{rates[engine]:.0f}",
+            "ratio": f"{rates[engine] / rates['generate']:.2f}",
+        }
+        for engine, timing in timings.items()
+    ]
+    ratio = rates["prefloop"] / rates["generate"]
+    return Measured({f"{name}_generate": ratio, f"{name}_s": timings["prefloop"].median_wall}, rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    parser.add_argument("--only", default="*", help="glob pattern of regimes")
-    parser.add_argument("--quick", action="store_true", help="fewer rows and repetitions, under a minute")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, {options.threads} thread(s)"
-    print(f"{versions}, {platform.processor() or platform.machine()}, float32")
-    figures: dict[str, float] = {}
-    for name, build in REGIMES.items():
-        if fnmatch.fnmatch(name, options.only):
-            torch.manual_seed(options.seed)
-            regime = build(np.random.default_rng(options.seed), options.quick)
-            figures |= report(name, regime, measure(regime, 1 if options.quick else 3, options.seed))
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=2) + "\n")
+    options = parse_options(__doc__)
+    torch.set_num_threads(1)
+    caption = f"{versions('torch', 'transformers')}, one thread, float32, median [min-max]"
+    run_cells("rollout", {name: partial(measure, name) for name in REGIMES}, options, caption)
 
 
 if __name__ == "__main__":

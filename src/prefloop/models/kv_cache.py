@@ -10,6 +10,7 @@ Shapes: B rows taking part, T new tokens of all of them, Q new tokens of the lon
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,13 +45,21 @@ class Shape:
 
 
 class Arena:
-    """CPU memory that the sessions of a sampler use one after another, so that its pages are mapped only once."""
+    """CPU memory that the sessions of a model use one after another, so that its pages are mapped only once."""
 
     # More than this is given back to the system between sessions.
     _KEPT = 1 << 30
 
     def __init__(self) -> None:
         self._buffer = torch.zeros(0, dtype=torch.uint8)
+        self._tenant: weakref.ref[object] | None = None
+
+    def rent(self, tenant: object) -> bool:
+        """Take the memory for the life of `tenant`; False where an earlier tenant still lives."""
+        if self._tenant is not None and self._tenant() is not None:
+            return False
+        self._tenant = weakref.ref(tenant)
+        return True
 
     @property
     def size(self) -> int:

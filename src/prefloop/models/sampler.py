@@ -19,6 +19,9 @@ from prefloop.models.kv_cache import Arena
 from prefloop.models.row_engine import RowEngine
 from prefloop.records import PrefloopError
 
+# Memory of each model's sessions, which come one after another, iteration after iteration.
+_ARENAS: weakref.WeakKeyDictionary[nn.Module, Arena] = weakref.WeakKeyDictionary()
+
 
 class _Engine(Protocol):
     """What turns tokens into next-token logits; see `CachedEngine`."""
@@ -61,25 +64,24 @@ class LocalSampler:
         self.stops[stops] = True
         self.max_context = max_context or int(config.max_position_embeddings)
         self.slow_reason = why_not_cached(self.model)
-        self._arena = Arena()
-        self._tenant: weakref.ref[LocalSession] | None = None
 
     def session(self) -> LocalSession:
         """A new session without rows."""
-        free = self._tenant is None or self._tenant() is None
-        session = LocalSession(self, self._arena if free else Arena())
-        if free:
-            self._tenant = weakref.ref(session)
-        return session
+        return LocalSession(self)
 
 
 class LocalSession:
     """Rows whose cache is kept from call to call; see `prefloop.clients.sampling.TokenSession`."""
 
-    def __init__(self, sampler: LocalSampler, arena: Arena) -> None:
+    def __init__(self, sampler: LocalSampler) -> None:
         self._sampler = sampler
         model = sampler.model
-        self._engine: _Engine = RowEngine(model) if sampler.slow_reason else CachedEngine(model, arena)
+        self._engine: _Engine = RowEngine(model) if sampler.slow_reason else CachedEngine(model, self._arena(model))
+
+    def _arena(self, model: nn.Module) -> Arena:
+        """The model's own memory where no living session uses it, else some more."""
+        arena = _ARENAS.setdefault(model, Arena())
+        return arena if arena.rent(self) else Arena()
 
     def generate(
         self,
