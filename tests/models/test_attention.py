@@ -49,6 +49,7 @@ def test_cascade_equals_a_dense_mask_on_longer_branches(dtype, tolerance):
     assert_same_as_dense(pack([Demonstration((path(p, 1),)) for p in paths]), dtype, tolerance)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_flex_attention_gives_the_same(monkeypatch):
     monkeypatch.setattr(attention, "_compiled", lambda function: function)
     batch = pack(branching_demonstrations())
@@ -95,3 +96,11 @@ def test_dropout_matters_only_while_training():
     model = peft.get_peft_model(tiny_model(), lora)
     assert "dropout is on" in why_not_shared(model.train())
     assert why_not_shared(model.eval()) == ""
+
+
+def test_adapters_with_virtual_tokens_are_refused():
+    peft = pytest.importorskip("peft")
+    tuning = peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(tiny_model(), tuning)
+    with pytest.raises(PrefloopError, match=r"virtual tokens .* are not supported; use LoRA"):
+        why_not_shared(model)

@@ -105,6 +105,16 @@ def test_a_reference_computed_once_gives_the_same_step():
     assert relative_error(ours, expected) < 1e-5
 
 
+@pytest.mark.parametrize("max_tokens", [40, 16384])
+def test_the_same_step_twice_is_equal_bit_for_bit(max_tokens):
+    model, pairs = tiny_model(), random_pairs(9)
+    reference = perturbed(model)
+    first, one = gradient_of(model, DPO(), pairs, reference, max_tokens=max_tokens)
+    second, two = gradient_of(model, DPO(), pairs, reference, max_tokens=max_tokens)
+    assert first == second
+    assert torch.equal(one, two)
+
+
 def test_steps_learn_the_preference():
     model, pairs = tiny_model(initializer_range=0.1), random_pairs(8, completion=(5, 9))
     step = step_of(model, DPO(), copy.deepcopy(model))

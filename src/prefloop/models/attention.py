@@ -166,7 +166,13 @@ def _register() -> None:
 
 
 def causal_model(model: nn.Module) -> nn.Module:
-    """The causal language model itself, adapters left in place: what a peft wrapper wraps, else the model."""
+    """The causal language model itself, adapters left in place: what a peft wrapper wraps, else the model.
+
+    Raises:
+        PrefloopError: adapters that add virtual tokens, which calling the model itself would leave out.
+    """
+    if any(adapter.is_prompt_learning for adapter in getattr(model, "peft_config", {}).values()):
+        raise PrefloopError("adapters that add virtual tokens (prompt and prefix tuning) are not supported; use LoRA")
     get_base_model = getattr(model, "get_base_model", None)
     base: nn.Module = get_base_model() if callable(get_base_model) else model
     return base
@@ -181,8 +187,6 @@ def why_not_shared(model: nn.Module) -> str:
         return "some layers do not use full attention"
     if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None) is not None:
         return "its attention has a sliding window"
-    if any(peft.is_prompt_learning for peft in getattr(model, "peft_config", {}).values()):
-        return "its adapter adds virtual tokens"
     if model.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
         return "dropout is on, and a shared token would get one mask instead of one for each path"
     if model.training and getattr(config, "attention_dropout", 0.0) > 0:

@@ -31,7 +31,6 @@ LOGIT_BUDGET = 1 << 29
 CHUNK_TOKENS = 512
 """Tokens whose logits are computed at a time: 4 MB of them at a vocabulary of 2,048, near the caches' size."""
 
-
 SEGMENT_FLOPS = 2e6
 """What the attention of one segment costs in calls: measured 47 µs at about 40 GFLOP/s, one thread."""
 
