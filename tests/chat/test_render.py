@@ -183,3 +183,29 @@ def test_importing_chat_imports_no_heavy_library():
     code = "import prefloop.chat, sys; print({'torch', 'transformers', 'tokenizers', 'jinja2'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    "branch",
+    [
+        "message.content | lower == 'stop'",
+        "message.content.split()[0] == 'stop'",
+        "message.content | length > 9",
+        "message.content[0] == 's'",
+        "'stop' in message.content",
+        "message.content.startswith('stop')",
+        "message.content == 'stop'",
+        "message.content == messages[0].content",
+    ],
+)
+def test_a_warm_layout_never_hides_that_a_template_branches_on_text(make_renderer, branch):
+    template = "{% for message in messages %}{% if " + branch + " %}!{% endif %}{{ message.content }}{% endfor %}"
+    renderer = make_renderer(template)
+    for text in ("a", "go", "stop", "STOP", "stop it", "a very long text", "s", "go"):
+        messages = [Message(Role.USER, "go"), Message(Role.USER, text)]
+        own = reference_text(renderer, messages)
+        try:
+            token = renderer.render_prompt(messages).token.tolist()
+        except PrefloopError:
+            continue  # refused: it could not be followed
+        assert renderer.encoder.decode(token) == own

@@ -11,7 +11,6 @@ import copy
 import json
 import re
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 from prefloop.records import PrefloopError, content_hash
@@ -53,12 +52,11 @@ class TextEncoder:
         self._pattern = _control_pattern(specification["added_tokens"], self.control_ids)
         self._id_of = {content: token for token, content in self._controls.items()}
         self._plain = _plain_tokenizer(specification, self.control_ids)
-        self.encode = lru_cache(maxsize=1 << 16)(self._encode)
         self._check_probes()
 
     def _check_probes(self) -> None:
         for probe in _PROBES:
-            back = self.decode(self._encode(probe).ids)
+            back = self.decode(self.encode(probe).ids)
             if self.normalized(back) != self.normalized(probe):
                 raise PrefloopError(
                     f"the tokenizer does not keep text: {probe!r} comes back as {back!r}; use one that is "
@@ -70,7 +68,7 @@ class TextEncoder:
         normalizer = self._plain.normalizer
         return normalizer.normalize_str(text) if normalizer is not None else text
 
-    def _encode(self, text: str) -> Encoded:
+    def encode(self, text: str) -> Encoded:
         """The ids of a text, none of them a control token.
 
         Raises:
@@ -102,7 +100,7 @@ class TextEncoder:
         if not 0 < middle < len(text):
             name = self._controls[encoding.ids[first]]
             raise PrefloopError(f"the text {text[:80]!r} is itself the control token {name!r} and cannot be encoded")
-        left, right = self._encode(text[:middle]), self._encode(text[middle:])
+        left, right = self.encode(text[:middle]), self.encode(text[middle:])
         return Encoded(
             left.ids + right.ids,
             left.starts + tuple(s + middle for s in right.starts),

@@ -5,7 +5,6 @@ A layout is made once for a shape (Jinja runs then) and filled for every convers
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from prefloop.chat.outline import (
     message_data,
     tools_data,
 )
-from prefloop.chat.pieces import TRANSFORMS, Entry, Hole, Piece, align
+from prefloop.chat.pieces import TRANSFORMS, Entry, Hole, Piece, align, all_images
 from prefloop.chat.template import ChatTemplate
 from prefloop.records import JSONObject, Message, PrefloopError, Source
 
@@ -33,10 +32,14 @@ _FOLDED = '\n {0}é"\\<{0} \n'  # shows what a template does with white space, q
 
 @dataclass(frozen=True)
 class Layout:
-    """The entries of a rendering, and whether it is known how the template changes what fills each hole."""
+    """The entries of a rendering, and whether it is known how the template changes what fills each hole.
+
+    `names` are the names that belong to the shape.
+    """
 
     entries: tuple[Entry, ...]
     certain: bool
+    names: frozenset[str]
 
     @cached_property
     def holes(self) -> tuple[tuple[int, Hole], ...]:
@@ -153,7 +156,8 @@ def learn_layout(template: ChatTemplate, encoder: TextEncoder, conversation: Con
             shared = slot.kind is Kind.ID
             entries.append(Hole(bones.fillers[index], shared, transform, slot.source, slot.message))
         entries += literal_pieces(encoder, bones.literals[index + 1])
-    return Layout(tuple(entries), certain=transforms is not None)
+    names = frozenset(slot.text for slot in bones.slots if slot.kind is Kind.NAME)
+    return Layout(tuple(entries), transforms is not None, names)
 
 
 def literal_pieces(encoder: TextEncoder, literal: str) -> list[Entry]:
@@ -173,21 +177,18 @@ def _transforms(template: ChatTemplate, conversation: Conversation, bones: Skele
         text = conversation.render(template, fold, sentinels)
     except PrefloopError:
         return None
-    candidates = [_images(_folded(sentinels.stand_ins[number])) for number in bones.numbers]
-    spans = align(text, bones.literals, candidates)
+    fillers = [str(_folded(sentinels.stand_ins[number])) for number in bones.numbers]
+    spans = align(text, bones.literals, fillers, all_images)
     if spans is None:
         return None
-    return [images.index(span) for images, span in zip(candidates, spans, strict=True)]
+    return [
+        next(index for index, image in enumerate(all_images(filler)) if image == span)
+        for filler, span in zip(fillers, spans, strict=True)
+    ]
 
 
 def _folded(stand_in: Any) -> Any:
     return _FOLDED.format(stand_in) if isinstance(stand_in, str) else stand_in
-
-
-def _images(value: Any) -> list[str]:
-    if not isinstance(value, str):
-        return [json.dumps(value)]
-    return [transform(value) for transform in TRANSFORMS]
 
 
 def read_layout(
@@ -209,7 +210,7 @@ def read_layout(
 
 def _lay_over(text: str, bones: Skeleton, encoder: TextEncoder) -> tuple[Entry, ...] | None:
     wholes = [slot.text for slot in bones.slots]
-    spans = align(text, bones.literals, [[t(whole) for t in TRANSFORMS] for whole in wholes], wholes)
+    spans = align(text, bones.literals, wholes, all_images, any_part=True)
     if spans is None:
         return None
     entries: list[Entry] = []

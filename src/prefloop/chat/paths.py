@@ -192,15 +192,15 @@ def turn_pieces(renderer: ChatRenderer, rendering: Rendering, turn: int) -> tupl
         return None
     pieces = tuple(piece for piece in rest if isinstance(piece, Piece))
     own = max((index for index, piece in enumerate(pieces) if piece.message == turn), default=-1)
-    key = rendering.outline.key(turn + 1, False)
+    tail = tuple(piece.control for piece in pieces[own + 1 :])
+    key = (rendering.outline.shapes[turn], tail)
     stop = renderer.stops.get(key, -1)
-    if stop == -1:  # a property of the shape
-        tail = [piece.control for piece in pieces[own + 1 :]]
-        stop = renderer.stops[key] = _stop(tail, _tail_when_answered(renderer, rendering, turn))
+    if stop == -1:
+        stop = renderer.stops[key] = _stop(tail, _tail_when_answered(renderer, rendering.messages[turn]))
     return None if stop is None else pieces[: own + 2 + stop]
 
 
-def _stop(tail: list[int], answered: list[int]) -> int | None:
+def _stop(tail: Sequence[int], answered: Sequence[int]) -> int | None:
     """The index of the stop token: the last control token of the turn's tail that stays when a reply follows."""
     common = 0
     while common < min(len(tail), len(answered)) and tail[common] == answered[common]:
@@ -210,19 +210,18 @@ def _stop(tail: list[int], answered: list[int]) -> int | None:
     return staying[-1] if staying else next(iter(controls), None)
 
 
-def _tail_when_answered(renderer: ChatRenderer, rendering: Rendering, turn: int) -> list[int]:
-    message = rendering.messages[turn]
+def _tail_when_answered(renderer: ChatRenderer, message: Message) -> list[int]:
+    """The control tokens (-1 for text) between a turn and the reply to it."""
     reply = Message(Role.USER, "reply")
     if message.tool_calls:
         call: ToolCall = message.tool_calls[0]
         reply = Message(Role.TOOL, "reply", tool_call_id=call.id, name=call.name)
-    probe = renderer.begin([*rendering.messages[: turn + 1], reply], rendering.tools)
     try:
-        pieces = renderer.pieces(probe, turn + 2, False)
+        pieces = renderer.pieces(renderer.begin([Message(Role.USER, "question"), message, reply]), 3, False)
     except PrefloopError:
         return []
-    own = max((index for index, piece in enumerate(pieces) if piece.message == turn), default=-1)
-    answer = next((index for index, piece in enumerate(pieces) if piece.message == turn + 1), len(pieces))
+    own = max((index for index, piece in enumerate(pieces) if piece.message == 1), default=-1)
+    answer = next((index for index, piece in enumerate(pieces) if piece.message == 2), len(pieces))
     return [piece.control for piece in pieces[own + 1 : answer]]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from prefloop.records import Source
@@ -60,6 +60,14 @@ TRANSFORMS: Final[tuple[Callable[[str], str], ...]] = (
     lambda text: _json(text.strip()),
     lambda text: _json(_json(text)),
 )
+
+
+Images = Callable[[str], Iterable[str]]
+
+
+def all_images(text: str) -> Iterator[str]:
+    """What the transforms make of a text, each made when it is asked for."""
+    return (transform(text) for transform in TRANSFORMS)
 
 
 def fill(
@@ -127,19 +135,19 @@ def with_break(whole: tuple[Entry, ...], prefix: Sequence[Entry]) -> tuple[Entry
 
 
 def align(
-    text: str, literals: Sequence[str], candidates: Sequence[Sequence[str]], wholes: Sequence[str] | None = None
+    text: str, literals: Sequence[str], fillers: Sequence[str], images: Images, any_part: bool = False
 ) -> list[str] | None:
     """What stands in `text` between the literals, in order; None where the text cannot be read that way.
 
-    Each gap holds one of its candidates (the first that fits) or, where `wholes` are given, any part of its whole.
+    Each gap holds one of the `images` of what fills it (the first that fits) or, with `any_part`, any part of it.
     """
     if not text.startswith(literals[0]):
         return None
     failed: set[tuple[int, int]] = set()
     starts = [len(literals[0])]
-    tried = [_gap_ends(text, literals, candidates, wholes, 0, starts[0])]
+    tried = [_gap_ends(text, literals, fillers, images, any_part, (0, starts[0]))]
     chosen: list[str] = []
-    while len(chosen) < len(candidates) or starts[-1] != len(text):
+    while len(chosen) < len(fillers) or starts[-1] != len(text):
         end = next(tried[-1], None)
         gap = len(tried) - 1
         if end is None:
@@ -154,27 +162,28 @@ def align(
         if (gap + 1, after) not in failed:
             chosen.append(text[starts[-1] : end])
             starts.append(after)
-            tried.append(_gap_ends(text, literals, candidates, wholes, gap + 1, after))
+            tried.append(_gap_ends(text, literals, fillers, images, any_part, (gap + 1, after)))
     return chosen
 
 
 def _gap_ends(
     text: str,
     literals: Sequence[str],
-    candidates: Sequence[Sequence[str]],
-    wholes: Sequence[str] | None,
-    gap: int,
-    start: int,
+    fillers: Sequence[str],
+    images: Images,
+    any_part: bool,
+    place: tuple[int, int],
 ) -> Iterator[int]:
-    if gap == len(candidates):
+    gap, start = place
+    if gap == len(fillers):
         return
     following = literals[gap + 1]
-    for candidate in candidates[gap]:
-        if text.startswith(candidate, start) and text.startswith(following, start + len(candidate)):
-            yield start + len(candidate)
-    if wholes is None or not following:
+    for image in images(fillers[gap]):
+        if text.startswith(image, start) and text.startswith(following, start + len(image)):
+            yield start + len(image)
+    if not any_part or not following:
         return
     end = text.find(following, start)
-    while end >= 0 and text[start:end] in wholes[gap]:
+    while end >= 0 and text[start:end] in fillers[gap]:
         yield end
         end = text.find(following, end + 1)

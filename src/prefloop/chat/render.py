@@ -19,7 +19,9 @@ from prefloop.chat.template import ChatTemplate
 from prefloop.records import JSONObject, Message, PrefloopError, Role, Source, ToolCall, content_hash
 
 _MAX_LAYOUTS: Final = 4096
-_MAX_RUNS: Final = 1 << 15
+_MAX_SHORT_RUNS: Final = 1 << 14
+_MAX_LONG_RUNS: Final = 256  # system prompts with tools; long texts are rarely met twice
+_LONG: Final = 1000  # characters
 
 _V = TypeVar("_V")
 _Tokens = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # ids, sources, message indices
@@ -89,7 +91,8 @@ class ChatRenderer:
         self._habits = self._template.habits
         searched = "|".join(re.escape(word) for word in self._habits.searched)
         self._searched = re.compile(searched) if searched else None
-        self._encode_run = lru_cache(maxsize=_MAX_RUNS)(self._run_tokens)
+        self._short_run_tokens = lru_cache(maxsize=_MAX_SHORT_RUNS)(self._run_tokens)
+        self._long_run_tokens = lru_cache(maxsize=_MAX_LONG_RUNS)(self._run_tokens)
         self.stops: LimitedDict[int | None] = LimitedDict(_MAX_LAYOUTS)
         self._layouts: LimitedDict[Layout] = LimitedDict(_MAX_LAYOUTS)
         self._start = next((t for t in _start_tokens(tokenizer) if t is not None), None)
@@ -168,14 +171,14 @@ class ChatRenderer:
         conversation = self._conversation(rendering, count, prompt)
         learnt = learn_layout(self._template, self.encoder, conversation)
         entries, certain = learnt.entries, learnt.certain
-        if certain and rendering.first_risky >= count:  # names belong to the shape: check them here, once
+        if certain and rendering.first_risky >= count and not all(map(self._is_inert, learnt.names)):
             certain = text_of(_filled(learnt, rendering)) == conversation.plain(self._template)
         for turn in _assistant_turns(rendering.messages, count):
             broken = with_break(entries, self._layout(rendering, turn, True).entries)
             if broken is not None:
                 entries = broken
                 break
-        layout = Layout(entries, certain)
+        layout = Layout(entries, certain, learnt.names)
         self._layouts[key] = layout
         return layout
 
@@ -226,6 +229,10 @@ class ChatRenderer:
         if start < len(pieces):
             _append(self._encode_run(tuple(pieces[start:])), token, source, message)
         return token, source, message
+
+    def _encode_run(self, run: tuple[Piece, ...]) -> _Tokens:
+        long = sum([len(piece.text) for piece in run]) > _LONG
+        return self._long_run_tokens(run) if long else self._short_run_tokens(run)
 
     def _run_tokens(self, run: tuple[Piece, ...]) -> _Tokens:
         encoded = self.encoder.encode(text_of(run))

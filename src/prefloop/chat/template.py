@@ -26,13 +26,14 @@ _SEQUENCES = frozenset({"messages", "loop_messages", "tools", "tool_calls", "doc
 _COMPARABLE = frozenset({"role", "type", "name", "id", "tool_call_id", "index", "index0", "length", "last", "first"})
 _SAFE_FILTERS = words(
     "trim tojson items list string safe default d map select selectattr reject rejectattr first last dictsort "
-    "reverse upper lower title capitalize join"
+    "reverse join"
 )
+_CASES = words("upper lower title capitalize")  # known on roles and names; of content they would hide what is compared
 _STRIPS = frozenset({"strip", "lstrip", "rstrip"})
 _SEARCHES = words(
     "split rsplit startswith endswith replace find rfind index partition rpartition removeprefix removesuffix"
 )
-_SAFE_METHODS = words("items keys values get append update upper lower title capitalize join format")
+_SAFE_METHODS = words("items keys values get append update join format")
 _TYPE_TESTS = words("defined undefined none string mapping iterable sequence number boolean integer float true false")
 _EQUALITY_TESTS = frozenset({"equalto", "eq", "ne", "==", "!=", "in"})
 
@@ -239,6 +240,8 @@ def _read_filter(node: nodes.Filter) -> _Reading:
         return _Reading(known=node.node is not None and _last_name(node.node) in _SEQUENCES)
     if node.name == "replace":
         return _Reading(searched=_strings(node))
+    if node.name in _CASES:
+        return _Reading(known=node.node is not None and _last_name(node.node) in _COMPARABLE)
     return _Reading(known=node.name in _SAFE_FILTERS)
 
 
@@ -256,7 +259,9 @@ def _read_call(node: nodes.Call) -> _Reading:
     method = node.node.attr
     constants = frozenset().union(*(_strings(argument) for argument in node.args))
     if method in _SEARCHES:
-        return _Reading(searched=constants, known=all(map(_is_constant, node.args)))
+        return _Reading(searched=constants, known=bool(constants) and all(map(_is_constant, node.args)))
+    if method in _CASES:
+        return _Reading(known=_last_name(node.node.node) in _COMPARABLE)
     if method in _STRIPS:
         return _Reading(known=not "".join(constants).strip() and all(map(_is_constant, node.args)))
     return _Reading(known=method in _SAFE_METHODS)
