@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from judge_examples import make_item, make_items, open_store
-from prefloop.judges import JudgingSettings, judge_all
+from prefloop.judges import JudgingSettings, judge_all, judge_items
 from prefloop.records import Judgement, PrefloopError, Rater, RaterKind, Status
 from prefloop.store.schema import judgement as judgement_table
 from prefloop.store.store import logical_rows
@@ -114,3 +114,15 @@ def test_a_judge_that_leaves_an_item_out_is_an_error(tmp_path):
     judge.judge = lambda items, replicate: [judge.one(item, replicate) for item in items[1:]]
     with open_store(tmp_path, items) as store, pytest.raises(PrefloopError, match="one judgement for each"):
         judge_all(judge, items, store)
+
+
+def test_items_come_from_the_store_with_what_the_verifier_said(tmp_path):
+    items = make_items("a", "b")
+    verifier = Scripted(lambda text: 0.5)
+    with open_store(tmp_path, items) as store:
+        judge_all(verifier, items[:1], store)
+        judge_all(verifier, items[:1], store, replicate=1)
+        trajectories = [item.trajectory for item in items]
+        assert judge_items(store, trajectories) == items
+        (first, second) = judge_items(store, trajectories, verifier.rater)
+        assert (first.verified.value, first.verified.replicate, second.verified) == (0.5, 0, None)

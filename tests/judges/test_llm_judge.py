@@ -19,7 +19,7 @@ from prefloop.judges.llm import LLMJudge
 from prefloop.records import PrefloopError, Status, canonical_json
 from prefloop.store.calls import total_cost
 from prefloop.store.schema import judge_call
-from prefloop.store.store import logical_rows
+from prefloop.store.store import Store, logical_rows
 
 
 @pytest.fixture(autouse=True)
@@ -375,3 +375,30 @@ def test_order_and_rows_do_not_depend_on_which_reply_comes_first(tmp_path):
             connection.execute(judge_call.delete())
         assert LLMJudge(settings(fake.url, concurrency=1), store).judge(items) == one
         assert [judgement.trajectory_id for judgement in one] == [item.trajectory.id for item in items]
+
+
+def test_a_server_that_is_down_is_given_up_and_costs_nothing(tmp_path):
+    items = make_items(*(f"Booked {n}." for n in range(40)))
+    money = {"input_price": 3.0, "output_price": 15.0, "budget_usd": 1.0}
+    with open_store(tmp_path, items) as store:
+        retry = QUICK.model_copy(update={"num_attempts": 2})
+        judge = LLMJudge(settings("http://127.0.0.1:1", retry=retry, concurrency=4, **money), store)
+        with pytest.raises(PrefloopError, match="the connection failed: ConnectError"):
+            judge_all(judge, items, store)
+        assert total_cost(store) == 0.0
+        with store.reading() as connection:
+            num_attempts = len(list(connection.execute(judge_call.select())))
+        assert 8 * 2 <= num_attempts <= 12 * 2
+
+
+def test_a_store_in_memory_is_refused():
+    with Store(":memory:") as store, pytest.raises(PrefloopError, match="store in memory"):
+        LLMJudge(settings("http://127.0.0.1:1"), store)
+
+
+def test_a_failed_judgement_tells_what_its_replies_cost(tmp_path):
+    items = make_items("Booked.")
+    script = [{"match": "", "do": [{"kind": "good", "stop": "refusal"}]}]
+    with fake_server(tmp_path, script) as fake, open_store(tmp_path, items) as store:
+        (judgement,) = LLMJudge(settings(fake.url, input_price=3.0, output_price=15.0), store).judge(items)
+        assert judgement.cost == pytest.approx(0.0045)

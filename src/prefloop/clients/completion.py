@@ -23,6 +23,7 @@ from prefloop.records import JSONObject, PrefloopError, Status
 MAX_REPLY_BYTES = 2 * 2**20
 MAX_ERROR_BYTES = 4096
 EXCERPT = 200
+_NOTHING_SENT = frozenset({"ConnectError", "UnsupportedProtocol", "ProxyError"})  # the HTTP libraries' names
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +169,7 @@ async def typed_failures(timeout_s: float) -> AsyncIterator[None]:
     try:
         async with asyncio.timeout(timeout_s):
             yield
-    except CallError:
+    except (CallError, TypeError, AttributeError):  # the latter are errors of a program, not of a server
         raise
     except TimeoutError:
         raise _timeout(timeout_s) from None
@@ -188,9 +189,10 @@ def _typed(error: BaseException, timeout_s: float) -> CallError:
             return cause
         if "Timeout" in type(cause).__name__:
             return _timeout(timeout_s)
-        error, cause = cause, cause.__cause__
-    detail = f"the connection failed: {type(error).__name__}: {error}"
-    return CallError(Status.HTTP_ERROR, detail, again=True, maybe_billed=True)
+        error, cause = cause, cause.__cause__ if type(cause).__name__ not in _NOTHING_SENT else None
+    name = type(error).__name__
+    detail = f"the connection failed: {name}: {error}"
+    return CallError(Status.HTTP_ERROR, detail, again=True, maybe_billed=name not in _NOTHING_SENT)
 
 
 def count(value: object) -> int:

@@ -20,8 +20,8 @@ from prefloop.records import Status
 
 T = TypeVar("T")
 
-NEVER_AGAIN = frozenset({400, 401, 403, 404, 405, 413, 422})  # the same request would fail again
-UNAUTHORISED = frozenset({401, 403})
+NEVER_AGAIN = frozenset({400, 401, 402, 403, 404, 405, 413, 422})  # the same request would fail again
+FATAL = frozenset({401, 402, 403, 404})  # and so would any other: the key, the account, the model or the address
 RATE_LIMITED = frozenset({429, 529})
 
 
@@ -44,7 +44,7 @@ class RetrySettings(Settings):
 class CallError(Exception):
     """A call that gave no usable reply: why, whether it may be repeated, and whether it may have been billed.
 
-    `fatal` says that every other call of this client would fail the same way (a wrong key, a wrong model).
+    `fatal` says that every other call of this client would fail the same way (a wrong key or model, no such server).
     """
 
     def __init__(
@@ -73,7 +73,7 @@ def http_failure(code: int, headers: Mapping[str, str], excerpt: str) -> CallErr
         f"HTTP {code}: {excerpt}" if excerpt else f"HTTP {code}",
         again=code >= 400 and code not in NEVER_AGAIN,
         retry_after_s=retry_after_s(headers),
-        fatal=code in UNAUTHORISED,
+        fatal=code in FATAL,
     )
 
 

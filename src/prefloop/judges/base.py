@@ -23,6 +23,17 @@ class JudgeItem:
     verified: Judgement | None = None
 
 
+def judge_items(store: Store, trajectories: Sequence[Trajectory], verifier: Rater | None = None) -> list[JudgeItem]:
+    """Items of stored trajectories, with their tasks and what `verifier` said of them (its first replicate)."""
+    tasks = store.tasks({trajectory.task_id for trajectory in trajectories})
+    outcomes = {}
+    if verifier is not None:
+        ids = [trajectory.id for trajectory in trajectories]
+        found = store.judgements(trajectory_ids=ids, rater_id=verifier.id)
+        outcomes = {judgement.trajectory_id: judgement for judgement in found if judgement.replicate == 0}
+    return [JudgeItem(tasks[t.task_id], t, outcomes.get(t.id)) for t in trajectories]
+
+
 class Judge(Protocol):
     """A rater that can be asked."""
 

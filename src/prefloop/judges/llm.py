@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -26,7 +26,7 @@ from prefloop.judges.paid import PaidCalls, Prices
 from prefloop.judges.render import question, shipped_prompts, visible
 from prefloop.judges.rubric import HIGHEST, LOWEST, load_rubric
 from prefloop.judges.verdict import PARSER_VERSION, ReadVerdict, UnreadableError, read_verdict
-from prefloop.records import JSONObject, Judgement, Rater, RaterKind, Status, content_hash
+from prefloop.records import JSONObject, Judgement, PrefloopError, Rater, RaterKind, Status, content_hash
 from prefloop.store.store import Store
 
 T = TypeVar("T")
@@ -93,14 +93,25 @@ class LLMJudgeSettings(Settings):
         return Prices(self.input_price or 0.0, self.output_price or 0.0, self.budget_usd)
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One verdict, or why there is none, and what its replies cost (US dollars)."""
+
+    verdict: ReadVerdict | None
+    failure: CallError | UnreadableError | None
+    cost: float
+
+
 class LLMJudge:
     """Judges by asking a model; replies are kept in the ledger of `store`, which must be a file or a server.
 
     Raises:
-        PrefloopError: the SDK is not installed, there is no key, or the rubric is wrong.
+        PrefloopError: the SDK is not installed, there is no key, the rubric is wrong, or the store is in memory.
     """
 
     def __init__(self, settings: LLMJudgeSettings, store: Store) -> None:
+        if store.engine.url.database == ":memory:":
+            raise PrefloopError("a store in memory cannot hold a judge's paid calls: use a file or a database server")
         self.settings = settings
         self.store = store
         self.rubric = load_rubric(settings.rubric)
@@ -155,66 +166,51 @@ class LLMJudge:
     async def _judge_one(self, item: JudgeItem, replicate: int, calls: PaidCalls) -> Judgement:
         asked, nonce = question(self.prompts, self.rubric, item.trajectory, item.task.tools)
         request_hash = content_hash("judge request", self._parameters, asdict(asked))
-        ask = partial(self._sample, asked, nonce, request_hash, calls)
+        if len(asked.user) > self.settings.max_characters:
+            detail = f"it renders longer than max_characters ({self.settings.max_characters})"
+            failed = Sample(None, UnreadableError(Status.ERROR, detail), 0.0)
+            return self._judgement(item, replicate, request_hash, [failed])
         first = replicate * self.settings.num_samples
         samples = range(first, first + self.settings.num_samples)
-        try:
-            if len(asked.user) > self.settings.max_characters:
-                raise UnreadableError(Status.ERROR, f"longer than max_characters ({self.settings.max_characters})")
-            found = await asyncio.gather(*(ask(sample) for sample in samples), return_exceptions=True)
-            good = [_result(outcome) for outcome in found]
-        except (CallError, UnreadableError) as error:
-            return Judgement(
-                item.trajectory.id,
-                self.rater.id,
-                error.status,
-                replicate=replicate,
-                rationale=visible(error.detail),
-                request_hash=request_hash,
-            )
-        return self._mean(item, replicate, request_hash, good)
+        found = await asyncio.gather(*(self._sample(asked, nonce, request_hash, calls, s) for s in samples))
+        return self._judgement(item, replicate, request_hash, found)
 
-    async def _sample(
-        self, asked: Question, nonce: str, request_hash: str, calls: PaidCalls, sample: int
-    ) -> tuple[ReadVerdict, float]:
-        """One verdict and what it cost, with the replies that could not be read."""
-        cost = 0.0
-        for ask in range(self.settings.num_asks):
-            reply = await calls.reply(asked, request_hash, sample * MAX_ASKS + ask)
-            cost += reply.cost
+    async def _sample(self, asked: Question, nonce: str, request_hash: str, calls: PaidCalls, sample: int) -> Sample:
+        cost, ask = 0.0, 0
+        while True:
             try:
-                return read_verdict(reply.text, reply.stop, self.rubric, nonce), cost
-            except UnreadableError as error:
-                failure = error
-            if failure.status not in ASKED_AGAIN:
-                break
-        raise failure
+                reply = await calls.reply(asked, request_hash, sample * MAX_ASKS + ask)
+                cost += reply.cost
+                return Sample(read_verdict(reply.text, reply.stop, self.rubric, nonce), None, cost)
+            except (CallError, UnreadableError) as error:
+                ask += 1
+                if error.status not in ASKED_AGAIN or ask == self.settings.num_asks:
+                    return Sample(None, error, cost)
 
-    def _mean(
-        self, item: JudgeItem, replicate: int, request_hash: str, samples: Sequence[tuple[ReadVerdict, float]]
-    ) -> Judgement:
-        verdicts = [verdict for verdict, _ in samples]
+    def _judgement(self, item: JudgeItem, replicate: int, request_hash: str, samples: Sequence[Sample]) -> Judgement:
+        """The mean of the samples, or the first failure among them."""
+        judgement = partial(
+            Judgement,
+            item.trajectory.id,
+            self.rater.id,
+            replicate=replicate,
+            request_hash=request_hash,
+            cost=sum(sample.cost for sample in samples),
+        )
+        failure = next((sample.failure for sample in samples if sample.failure is not None), None)
+        if failure is not None:
+            return judgement(failure.status, rationale=visible(failure.detail))
+        verdicts = [sample.verdict for sample in samples if sample.verdict is not None]
         names = [criterion.name for criterion in self.rubric.criteria]
         points = {name: sum(verdict.points[name] for verdict in verdicts) / len(verdicts) for name in names}
         value = self.rubric.value(points)
-        return Judgement(
-            item.trajectory.id,
-            self.rater.id,
+        return judgement(
             Status.OK,
             value=value,
             score=(value - LOWEST) / (HIGHEST - LOWEST),
-            replicate=replicate,
             criteria=dict(points),
             rationale="\n\n".join(verdict.rationale for verdict in verdicts),
-            request_hash=request_hash,
-            cost=sum(cost for _, cost in samples),
         )
-
-
-def _result(outcome: T | BaseException) -> T:
-    if isinstance(outcome, BaseException):
-        raise outcome
-    return outcome
 
 
 def _run(work: Coroutine[Any, Any, T]) -> T:

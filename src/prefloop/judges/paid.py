@@ -13,13 +13,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-from prefloop.clients.completion import Answer, CompletionClient, Question
+from prefloop.clients.completion import CompletionClient, Question
 from prefloop.clients.retry import CallError, RetrySettings, call_with_retries
+from prefloop.judges.render import visible
 from prefloop.records import Status
 from prefloop.store import calls
 from prefloop.store.store import Store
 
 T = TypeVar("T")
+
+MAX_FAILED_IN_A_ROW = 8  # calls, each with all its retries, after which a server counts as down
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +50,8 @@ class PaidReply:
 class PaidCalls:
     """Asks a model through the ledger of a store, within one event loop.
 
-    `expected_model` is the model id that the server must say it is: another one ends all further calls, as does
-    a refused key.
+    `expected_model` is the model id that the server must say it is: another one ends all further calls, as do a
+    refused key and a server that is down.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class PaidCalls:
         self._slots = asyncio.Semaphore(concurrency)
         self._settled = asyncio.Condition()
         self._in_flight = 0
+        self._failed_in_a_row = 0
         self._halted: CallError | None = None
         # One thread, so that waiting for the disk holds up neither the replies in flight nor another writer here.
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="judge-ledger")
@@ -89,41 +93,57 @@ class PaidCalls:
         known = await self._write(lambda: calls.recorded_reply(self.store, request_hash, draw))
         if known is None:
             async with self._slots:
-                known = await call_with_retries(
-                    lambda seconds: self._attempt(question, request_hash, draw, seconds), self.retry
-                )
+                known = await self._ask(question, request_hash, draw)
         raw = json.loads(known.text)
         return PaidReply(raw["text"], raw["stop"], known.cost)
+
+    async def _ask(self, question: Question, request_hash: str, draw: int) -> calls.Reply:
+        try:
+            reply = await call_with_retries(
+                lambda seconds: self._attempt(question, request_hash, draw, seconds), self.retry
+            )
+        except CallError as error:
+            self._failed_in_a_row += error.again
+            if error.fatal or self._failed_in_a_row >= MAX_FAILED_IN_A_ROW:
+                detail = f"not asked, because of an earlier failure: {error.detail}"
+                self._halted = self._halted or CallError(error.status, detail)
+            raise
+        self._failed_in_a_row = 0
+        return reply
 
     async def _attempt(self, question: Question, request_hash: str, draw: int, seconds: float) -> calls.Reply:
         # Every byte-level token has at least one byte, so this is never less than the call will cost.
         num_bytes = len((question.system + question.user).encode()) + len(json.dumps(question.schema)) + 1000
         reserved = self.prices.cost(num_bytes, self.max_tokens)
         attempt = await self._reserve(request_hash, draw, reserved)
+        failure: CallError | None = None
+        try:
+            reply, failure = await self._exchange(question, seconds, reserved)
+            await self._write(lambda: calls.record_reply(self.store, request_hash, draw, attempt, reply))
+        finally:
+            async with self._settled:
+                self._in_flight -= 1
+                self._settled.notify_all()
+        if failure is not None:
+            raise failure
+        return reply
+
+    async def _exchange(
+        self, question: Question, seconds: float, reserved: float
+    ) -> tuple[calls.Reply, CallError | None]:
+        """What is to be recorded of one request, and the failure that it is, if it is one."""
         try:
             answer = await self.client.ask(question, seconds)
         except CallError as error:
             cost = reserved if error.maybe_billed else 0.0
-            failed = calls.Reply(error.status, error.detail, "", cost=cost)
-            await self._settle(request_hash, draw, attempt, failed)
-            self._halt_if_fatal(error)
-            raise
-        reply = self._checked(answer)
-        await self._settle(request_hash, draw, attempt, reply)
-        if reply.status is not Status.OK:
-            stranger = CallError(reply.status, f"asked {self.expected_model}, answered by {answer.model}", fatal=True)
-            self._halt_if_fatal(stranger)
-            raise stranger
-        return reply
-
-    def _checked(self, answer: Answer) -> calls.Reply:
+            return calls.Reply(error.status, visible(error.detail), "", cost=cost), error
         status = Status.OK if answer.model == self.expected_model else Status.WRONG_MODEL
         cost = self.prices.cost(answer.input_tokens, answer.output_tokens)
-        return calls.Reply(status, answer.to_json(), answer.model, answer.input_tokens, answer.output_tokens, cost)
-
-    def _halt_if_fatal(self, error: CallError) -> None:
-        if error.fatal and self._halted is None:
-            self._halted = CallError(error.status, f"not asked, because of an earlier reply: {error.detail}")
+        reply = calls.Reply(status, answer.to_json(), answer.model, answer.input_tokens, answer.output_tokens, cost)
+        if status is Status.OK:
+            return reply, None
+        detail = f"asked {self.expected_model}, answered by {visible(answer.model)}"
+        return reply, CallError(status, detail, fatal=True)
 
     async def _reserve(self, request_hash: str, draw: int, reserved: float) -> int:
         """Record the call as sent; while the budget is held by calls in flight, wait for what they really cost."""
@@ -141,12 +161,6 @@ class PaidCalls:
                 if self._in_flight == 0:
                     raise CallError(Status.BUDGET, f"the call may cost ${reserved:.4f}: over the budget of ${budget}")
                 await self._settled.wait()
-
-    async def _settle(self, request_hash: str, draw: int, attempt: int, reply: calls.Reply) -> None:
-        await self._write(lambda: calls.record_reply(self.store, request_hash, draw, attempt, reply))
-        async with self._settled:
-            self._in_flight -= 1
-            self._settled.notify_all()
 
     async def _write(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._writer, work)
