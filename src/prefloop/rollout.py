@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from prefloop.chat import ChatRenderer, PathBuilder
+from prefloop.chat import AssistantParser, ChatRenderer, PathBuilder
 from prefloop.clients.sampling import Conversation, MessageSampler, SamplingSettings, TokenSampler
 from prefloop.environments.base import Environment, Episode, Outcome
 from prefloop.records import (
@@ -99,7 +99,7 @@ class LocalSpeaker:
         seed: int,
     ) -> None:
         self._session = sampler.session()
-        self._renderer = renderer
+        self._parser = AssistantParser(renderer)
         self._settings = settings
         self._seed = seed
         self._builders = [PathBuilder(renderer, episode.messages, episode.tools) for episode in episodes]
@@ -110,11 +110,11 @@ class LocalSpeaker:
         # A seed for each turn: a context that is written anew meets positions that were drawn before.
         sampled = self._session.generate(contexts, list(episodes), self._settings, derived_seed(self._seed, turn))
         turns = []
-        for i, sample in zip(episodes, sampled, strict=True):
+        for at, (i, sample) in enumerate(zip(episodes, sampled, strict=True)):
             if not len(sample.token):
                 turns.append(Turn(None, cut=True))
                 continue
-            message = _numbered(self._renderer.parse_assistant(sample.token), turn)
+            message = _numbered(self._parser.parse_assistant(sample.token.tolist(), contexts[at].tolist()), turn)
             self._builders[i].append_sampled(sample.token, sample.logprob, message)
             turns.append(Turn(message, cut=sample.stopped == "length"))
         return turns

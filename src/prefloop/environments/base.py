@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 from prefloop.records import JSONObject, Message, Split, Task
 
@@ -75,3 +76,12 @@ class Environment(ABC):
     @abstractmethod
     def reset(self, task: Task, seed: int) -> Episode:
         """Open an episode of a task."""
+
+
+@runtime_checkable
+class Demonstrator(Protocol):
+    """An environment that can show how its tasks are done, well or badly."""
+
+    def demonstrate(self, task: Task, seed: int) -> tuple[tuple[Message, ...], Outcome]:
+        """One demonstration: all messages, the prompt's included, and the verified outcome."""
+        ...

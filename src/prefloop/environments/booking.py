@@ -5,8 +5,8 @@ meets the request, so booking at random succeeds one time in four. The right way
 closing message; skipping the filter, ignoring a constraint, inventing an id, calling in the wrong order and
 chattering are all possible, and each is counted.
 
-`demonstrate` plays the task as a noisy demonstrator would, whose *majority* habit is bad: it skips the filter and
-books at random. A model trained on it fails even when it decodes greedily, so there is something to learn.
+`Booking.demonstrate` plays the task as a noisy demonstrator would, whose *majority* habit is bad: it skips the
+filter and books at random. A model trained on it fails even when it decodes greedily, so there is something to learn.
 """
 
 from __future__ import annotations
@@ -89,6 +89,22 @@ class Booking(Environment):
     def reset(self, task: Task, seed: int) -> BookingEpisode:
         """Open an episode; the flights on offer come from the task and the seed."""
         return BookingEpisode(task, seed, self.settings)
+
+    def demonstrate(self, task: Task, seed: int) -> tuple[tuple[Message, ...], Outcome]:
+        """One demonstration by the noisy demonstrator, with its verified outcome."""
+        draw = random.Random(f"booking demonstrator {task.id} {seed}")
+        habit = draw.choices(list(HABITS), list(HABITS.values()))[0]
+        episode = self.reset(task, seed)
+        messages = list(episode.messages)
+        turns = _play(habit, task.specification, draw)
+        message = next(turns)
+        while True:
+            messages.append(message)
+            step = episode.step(message)
+            if step.done:
+                return tuple(messages), episode.outcome()
+            messages.extend(step.messages)
+            message = turns.send(json.loads(step.messages[0].content))
 
 
 def _task(split: Split, number: int) -> Task:
@@ -242,23 +258,6 @@ HABITS: dict[Habit, float] = {
     "books_first": 0.03,
 }
 _CHATTER = "Let me think about this for a moment and look at what the best choice could be."
-
-
-def demonstrate(environment: Booking, task: Task, seed: int) -> tuple[tuple[Message, ...], Outcome]:
-    """One demonstration of a task: all messages, the prompt's included, and the verified outcome."""
-    draw = random.Random(f"booking demonstrator {task.id} {seed}")
-    habit = draw.choices(list(HABITS), list(HABITS.values()))[0]
-    episode = environment.reset(task, seed)
-    messages = list(episode.messages)
-    turns = _play(habit, task.specification, draw)
-    message = next(turns)
-    while True:
-        messages.append(message)
-        step = episode.step(message)
-        if step.done:
-            return tuple(messages), episode.outcome()
-        messages.extend(step.messages)
-        message = turns.send(json.loads(step.messages[0].content))
 
 
 def _play(habit: Habit, wanted: JSONObject, draw: random.Random) -> Generator[Message, list[Flight], None]:

@@ -1,0 +1,209 @@
+"""What every stage of a run needs: settings, store, environment, judge, directory, and the lock on the run."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prefloop.environments import make_environment
+from prefloop.environments.base import Environment, Outcome
+from prefloop.judges.base import Judge
+from prefloop.judges.rules import RuleJudge
+from prefloop.records import (
+    JSONObject,
+    Judgement,
+    PrefloopError,
+    Rater,
+    RaterKind,
+    Status,
+    content_hash,
+)
+from prefloop.stages.settings import RunSettings
+from prefloop.store import Store
+
+if TYPE_CHECKING:
+    from prefloop.stages.policies import Policies
+
+BEFORE = -1  # the "iteration" of what comes before the loop
+
+
+class Progress:
+    """Told how a run goes; this one keeps quiet."""
+
+    def begin(self, iteration: int, stage: str, total: int) -> None:
+        """A stage of `total` units of work begins."""
+
+    def advance(self, done: int, note: str = "") -> None:
+        """`done` units of the current stage are done."""
+
+    def end(self, iteration: int, stage: str, detail: JSONObject) -> None:
+        """A stage has ended, with what it found."""
+
+
+@dataclass
+class Run:
+    """A run in this process."""
+
+    settings: RunSettings
+    store: Store
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def id(self) -> str:
+        """The run's id: a function of its name."""
+        return run_id(self.settings.name)
+
+    @property
+    def directory(self) -> Path:
+        """Where the run's checkpoints and report lie."""
+        return Path(self.settings.directory) / self.settings.name
+
+    @cached_property
+    def environment(self) -> Environment:
+        """The environment of the run file."""
+        return make_environment(self.settings.environment)
+
+    @cached_property
+    def verifier(self) -> Rater:
+        """The test rater that verifies outcomes."""
+        specification = self.settings.environment.model_dump(mode="json")
+        return Rater(RaterKind.TEST, f"{self.environment.name}:verified", specification)
+
+    @cached_property
+    def judge(self) -> Judge:
+        """The frozen judge of the run file."""
+        return RuleJudge(self.verifier, self.settings.judge.rules)
+
+    @cached_property
+    def policies(self) -> Policies:
+        """The models in memory; needs torch."""
+        from prefloop.stages.policies import Policies
+
+        return Policies(self)
+
+    @contextmanager
+    def recorded(self, iteration: int, stage: str, total: int = 1) -> Iterator[JSONObject]:
+        """Time a stage and record what it found; the caller fills the detail that is yielded.
+
+        What the stage adds to the store in `self.store.transaction()` before this block ends stays even if the
+        event is lost; running the stage again then adds nothing.
+        """
+        self.progress.begin(iteration, stage, total)
+        started = time.perf_counter()
+        detail: JSONObject = {}
+        yield detail
+        detail["seconds"] = time.perf_counter() - started
+        self.store.add_event(self.id, iteration, stage, detail)
+        self.progress.end(iteration, stage, detail)
+
+    def found(self, iteration: int, stage: str) -> JSONObject | None:
+        """What a finished stage found, or None."""
+        return self.store.event(self.id, iteration, stage)
+
+    def verified(self, trajectory_id: str, outcome: Outcome) -> Judgement:
+        """The judgement of the test rater."""
+        criteria = {**outcome.metrics, "success": float(outcome.success)}
+        return Judgement(trajectory_id, self.verifier.id, Status.OK, outcome.value, outcome.score, criteria=criteria)
+
+    def verdicts(self, trajectory_ids: Iterable[str]) -> dict[str, Judgement]:
+        """The test rater's judgements by trajectory."""
+        found = self.store.judgements(trajectory_ids=trajectory_ids, rater_id=self.verifier.id)
+        return {judgement.trajectory_id: judgement for judgement in found}
+
+    def checkpoint_before(self, iteration: int) -> str:
+        """The id of the checkpoint that an iteration starts from.
+
+        Raises:
+            PrefloopError: the iteration before is not finished.
+        """
+        stage = "policy" if iteration == 0 else "train"
+        found = self.found(iteration - 1, stage)
+        if found is None:
+            what = "the start policy" if iteration == 0 else f"iteration {iteration - 1}"
+            raise PrefloopError(f"run {self.settings.name}: {what} is not trained yet; run `prefloop train` first")
+        return str(found["checkpoint_id"])
+
+    def current_iteration(self) -> int:
+        """The number of iterations whose update is finished."""
+        return sum(1 for event in self.store.events(self.id, kind="train") if event["iteration"] >= 0)
+
+
+def run_id(name: str) -> str:
+    """The id of the run of this name."""
+    return content_hash("run", name)
+
+
+@contextmanager
+def opened(run: Run) -> Iterator[Run]:
+    """Lock the run, record it, and check that it is the same run as before.
+
+    Raises:
+        PrefloopError: another process holds the run, or the run was started with other settings.
+    """
+    run.directory.mkdir(parents=True, exist_ok=True)
+    with _locked(run.directory / "lock", run.settings.name):
+        settings = run.settings.model_dump(mode="json", exclude={"store", "directory"})
+        known = run.store.run(run.id)
+        if known is not None and known["settings"] != settings:
+            changed = ", ".join(_differences(known["settings"], settings))
+            raise PrefloopError(
+                f"run {run.settings.name} was started with other settings ({changed}): "
+                "give the run file another name, or set them back"
+            )
+        run.store.add_run(run.id, run.settings.name, str(run.directory), settings)
+        run.store.add_raters([run.verifier])
+        run.store.add_event(run.id, BEFORE, "start", _circumstances(run.settings))
+        yield run
+
+
+@contextmanager
+def _locked(path: Path, name: str) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
+            raise PrefloopError(
+                f"run {name} is held by another process (pid {holder}): wait for it or end it"
+            ) from None
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _differences(before: JSONObject, after: JSONObject, prefix: str = "") -> list[str]:
+    changed: list[str] = []
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            changed += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            changed.append(f"{prefix}{key}: {old} → {new}")
+    return changed
+
+
+def _circumstances(settings: RunSettings) -> JSONObject:
+    """What a result depends on besides the settings of the components."""
+    found: JSONObject = {}
+    for package in ("prefloop", "torch", "transformers", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return {
+        "name": settings.name,
+        "seed": settings.seed,
+        "device": settings.policy.device,
+        "num_threads": settings.num_threads,
+        "versions": found,
+    }

@@ -1,0 +1,71 @@
+"""Score the iteration's trajectories with the frozen judge."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from prefloop.evaluation.success import is_success
+from prefloop.judges.base import JudgeItem, JudgingSettings, judge_all
+from prefloop.records import Judgement, Status, Trajectory
+from prefloop.stages.context import Run
+from prefloop.stages.rollouts import iteration_rollouts
+from prefloop.stats.intervals import proportion
+
+STAGE = "judge"
+
+
+def judge_stage(run: Run, iteration: int) -> None:
+    """Judge every rollout of an iteration that this judge has not judged yet."""
+    if run.found(iteration, STAGE) is not None:
+        return
+    trajectories = iteration_rollouts(run, iteration)
+    with run.recorded(iteration, STAGE, len(trajectories)) as detail:
+        judge(run, trajectories)
+        rater_id = run.judge.rater.id
+        ids = [t.id for t in trajectories]
+        judgements = run.store.judgements(trajectory_ids=ids, rater_id=rater_id)
+        first = [j for j in judgements if j.replicate == 0]
+        verdicts = list(run.verdicts(ids).values())
+        detail |= {
+            "judge": run.judge.rater.name,
+            "rater_id": rater_id,
+            "num": len(first),
+            "statuses": dict(sorted(Counter(j.status.value for j in first).items())),
+            "mean_score": _mean(first),
+            "mean_verified_score": _mean(verdicts),
+            "success": proportion([is_success(v) for v in verdicts]).to_dict() if verdicts else None,
+            "cost": sum(j.cost for j in judgements),
+        }
+
+
+def judge(run: Run, trajectories: Sequence[Trajectory], replicate: int = 0) -> None:
+    """Judge trajectories; the judgements are in the store when this returns."""
+    tasks = run.store.tasks({t.task_id for t in trajectories})
+    verdicts = run.verdicts([t.id for t in trajectories])
+    items = [JudgeItem(tasks[t.task_id], t, verdicts.get(t.id)) for t in trajectories]
+    settings = JudgingSettings(
+        failure_budget=run.settings.judge.failure_budget, group_size=run.settings.judge.group_size
+    )
+    judge_all(
+        run.judge,
+        items,
+        run.store,
+        settings,
+        replicate=replicate,
+        on_progress=lambda done, _: run.progress.advance(done),
+    )
+
+
+def rejudge(run: Run, trajectory_ids: Sequence[str], replicates: Sequence[int]) -> list[Judgement]:
+    """Fresh judgements of trajectories, for curation's confirmation."""
+    trajectories = run.store.trajectories(trajectory_ids)
+    for replicate in replicates:
+        judge(run, trajectories, replicate)
+    found = run.store.judgements(trajectory_ids=trajectory_ids, rater_id=run.judge.rater.id)
+    return [judgement for judgement in found if judgement.replicate in replicates]
+
+
+def _mean(judgements: Sequence[Judgement]) -> float | None:
+    scores = [j.score for j in judgements if j.status is Status.OK and j.score is not None]
+    return sum(scores) / len(scores) if scores else None

@@ -1,0 +1,148 @@
+"""The models of a run in memory, and their checkpoints on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from prefloop.chat import ChatRenderer, render_demonstration
+from prefloop.clients.sampling import SamplingSettings
+from prefloop.models.load import Policy, load_policy
+from prefloop.models.sampler import LocalSampler
+from prefloop.records import (
+    AuthorKind,
+    Checkpoint,
+    JSONObject,
+    PrefloopError,
+    Task,
+    TokenPath,
+    Trajectory,
+    content_hash,
+)
+from prefloop.rollout import Attempt, LocalSpeaker, Provenance, Rollout, derived_seed, open_episodes, roll_out
+from prefloop.training.checkpoint import save_atomically, verify
+
+if TYPE_CHECKING:
+    from prefloop.stages.context import Run
+
+
+class Policies:
+    """Loads, keeps and saves the policies of a run.
+
+    At most two models are in memory: the one that is trained and rolled out, and the frozen reference.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._loaded: dict[str, Policy] = {}
+        self._reference: tuple[str, Any] | None = None
+        torch.set_num_threads(run.settings.num_threads)
+        torch.use_deterministic_algorithms(True, warn_only=run.settings.policy.device != "cpu")
+
+    def get(self, checkpoint_id: str) -> Policy:
+        """The policy of a checkpoint, loaded if it is not the current one."""
+        if checkpoint_id not in self._loaded:
+            settings = self._run.settings.policy
+            path = self._whole(checkpoint_id)
+            self._loaded = {
+                checkpoint_id: load_policy(path, dtype=settings.dtype, lora=settings.lora, device=settings.device)
+            }
+        return self._loaded[checkpoint_id]
+
+    def take(self, checkpoint_id: str) -> Policy:
+        """The policy of a checkpoint, to be trained: the next `get` loads it anew."""
+        policy = self.get(checkpoint_id)
+        self._loaded = {}
+        return policy
+
+    def keep(self, checkpoint_id: str, policy: Policy) -> None:
+        """Remember a policy as the current one."""
+        self._loaded = {checkpoint_id: policy}
+
+    def reference(self, checkpoint_id: str) -> Any:
+        """The frozen model of a checkpoint."""
+        if self._reference is None or self._reference[0] != checkpoint_id:
+            settings = self._run.settings.policy
+            policy = load_policy(self._whole(checkpoint_id), dtype=settings.dtype, device=settings.device)
+            self._reference = (checkpoint_id, policy.model.eval().requires_grad_(False))
+        return self._reference[1]
+
+    def _whole(self, checkpoint_id: str) -> str:
+        checkpoint = self._run.store.checkpoint(checkpoint_id)
+        if checkpoint is None:
+            raise PrefloopError(f"there is no checkpoint {checkpoint_id} in {self._run.store.location}")
+        if checkpoint.manifest_hash and verify(Path(checkpoint.path)) != checkpoint.manifest_hash:
+            raise PrefloopError(f"checkpoint {checkpoint.path} is not the one that was recorded: restore it")
+        return checkpoint.path
+
+    def save(
+        self,
+        policy: Policy,
+        *,
+        algorithm: str,
+        iteration: int,
+        parent_id: str = "",
+        dataset_id: str = "",
+        attempt: int = 0,
+        metrics: JSONObject | None = None,
+    ) -> Checkpoint:
+        """Save a policy as one atomic unit; the caller records the checkpoint in the store."""
+        key = content_hash("checkpoint", self._run.id, algorithm, iteration, parent_id, dataset_id, attempt)
+        path = self._run.directory / "checkpoints" / f"{iteration + 1:03d}-{algorithm}-{key[:8]}"
+        manifest_hash = save_atomically(path, policy.save)
+        return Checkpoint(
+            key, str(path), manifest_hash, algorithm, parent_id, dataset_id, self._run.id, iteration, metrics or {}
+        )
+
+    def renderer(self, policy: Policy) -> ChatRenderer:
+        """The renderer of a policy's chat template."""
+        return ChatRenderer(policy.tokenizer)
+
+    def paths(self, policy: Policy, trajectories: Sequence[Trajectory], tasks: dict[str, Task]) -> list[Paths]:
+        """Token paths to train on: those that were sampled where they hold for this model, else rendered anew."""
+        renderer = self.renderer(policy)
+        mine = (renderer.tokenizer_hash, renderer.template_hash)
+        found = []
+        for trajectory in trajectories:
+            stored = trajectory.token_paths
+            if not stored or any((path.tokenizer_hash, path.template_hash) != mine for path in stored):
+                stored = render_demonstration(
+                    renderer, trajectory.messages, tasks[trajectory.task_id].tools, trajectory.num_prompt_messages
+                )
+            found.append(stored)
+        return found
+
+    def roll_out(
+        self,
+        policy: Policy,
+        checkpoint_id: str,
+        attempts: Sequence[Attempt],
+        sampling: SamplingSettings,
+        *,
+        iteration: int,
+        stage: str,
+    ) -> list[Rollout]:
+        """Roll a policy out on a unit of attempts."""
+        run = self._run
+        sampler = LocalSampler(policy.model, _stop_ids(policy))
+        episodes = open_episodes(run.environment, attempts)
+        seed = derived_seed(run.settings.seed, stage, iteration, attempts[0].task.id)
+        speaker = LocalSpeaker(sampler, self.renderer(policy), episodes, sampling, seed)
+        provenance = Provenance(AuthorKind.CHECKPOINT, checkpoint_id, run.id, iteration, stage)
+        return roll_out(run.environment, attempts, episodes, speaker, provenance)
+
+
+Paths = tuple[TokenPath, ...]
+
+
+def _stop_ids(policy: Policy) -> list[int]:
+    """The tokens that end a turn: the tokenizer's and the generation settings' ends of sequence."""
+    configured = getattr(policy.model.generation_config, "eos_token_id", None)
+    configured = configured if isinstance(configured, list) else [configured]
+    stops = {policy.tokenizer.eos_token_id, *configured} - {None}
+    if not stops:
+        raise PrefloopError("the tokenizer has no end-of-sequence token: set eos_token to the one that ends a turn")
+    return sorted(int(stop) for stop in stops)

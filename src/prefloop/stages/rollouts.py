@@ -1,0 +1,106 @@
+"""Roll the current policy out on the iteration's tasks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from prefloop.clients.sampling import SamplingSettings
+from prefloop.records import AuthorKind, Ended, Source, Split, Task, Trajectory
+from prefloop.rollout import Attempt, Provenance, Rollout
+from prefloop.stages.context import Run
+
+STAGE = "rollout"
+GUARD_TASKS = 10_000_000  # training tasks from this number on are for guards and never rolled out for training
+
+
+def rollout_stage(run: Run, iteration: int) -> None:
+    """Roll out the tasks of an iteration, a unit at a time; each unit is committed whole."""
+    if run.found(iteration, STAGE) is not None:
+        return
+    settings = run.settings.rollout
+    checkpoint_id = run.checkpoint_before(iteration)
+    tasks = iteration_tasks(run, iteration)
+    with run.recorded(iteration, STAGE, len(tasks) * settings.samples_per_task) as detail:
+        trajectories = roll_out_in_units(
+            run, checkpoint_id, tasks, settings.samples_per_task, settings.sampling, iteration, STAGE
+        )
+        detail |= {"checkpoint_id": checkpoint_id, **rollout_summary(trajectories)}
+
+
+def iteration_tasks(run: Run, iteration: int) -> Sequence[Task]:
+    """The training tasks of an iteration: those after the demonstrations' and the iterations' before."""
+    num_demonstrated = run.settings.sft.num_demonstrations if run.settings.sft else 0
+    num = run.settings.rollout.num_tasks
+    return run.environment.tasks(Split.TRAIN, num, first=num_demonstrated + iteration * num)
+
+
+def roll_out_in_units(
+    run: Run,
+    checkpoint_id: str,
+    tasks: Sequence[Task],
+    num_samples: int,
+    sampling: SamplingSettings,
+    iteration: int,
+    stage: str,
+) -> list[Trajectory]:
+    """Roll tasks out in units of fixed composition; units that the store holds are not rolled out again."""
+    size = run.settings.rollout.tasks_per_unit
+    trajectories: list[Trajectory] = []
+    for start in range(0, len(tasks), size):
+        # The environment's seed is the task's alone, so that a group differs by the policy and not by luck.
+        attempts = [
+            Attempt(task, sample, run.settings.seed)
+            for task in tasks[start : start + size]
+            for sample in range(num_samples)
+        ]
+        trajectories += _unit(run, checkpoint_id, attempts, sampling, iteration, stage)
+        run.progress.advance(len(trajectories))
+    return trajectories
+
+
+def _unit(
+    run: Run,
+    checkpoint_id: str,
+    attempts: Sequence[Attempt],
+    sampling: SamplingSettings,
+    iteration: int,
+    stage: str,
+) -> list[Trajectory]:
+    provenance = Provenance(AuthorKind.CHECKPOINT, checkpoint_id, run.id, iteration, stage)
+    ids = [provenance.trajectory_id(attempt) for attempt in attempts]
+    known = run.store.trajectories(ids, with_paths=True)
+    if len(known) == len(ids):
+        return known
+    policy = run.policies.get(checkpoint_id)
+    rollouts = run.policies.roll_out(policy, checkpoint_id, attempts, sampling, iteration=iteration, stage=stage)
+    save_rollouts(run, rollouts, [attempt.task for attempt in attempts])
+    return [rollout.trajectory for rollout in rollouts]
+
+
+def save_rollouts(run: Run, rollouts: Sequence[Rollout], tasks: Iterable[Task]) -> None:
+    """Commit a unit: its tasks, trajectories and verified outcomes."""
+    with run.store.transaction():
+        run.store.add_tasks({task.id: task for task in tasks}.values())
+        run.store.add_trajectories(rollout.trajectory for rollout in rollouts)
+        run.store.add_judgements(
+            run.verified(rollout.trajectory.id, rollout.outcome) for rollout in rollouts if rollout.outcome is not None
+        )
+
+
+def rollout_summary(trajectories: Sequence[Trajectory]) -> dict[str, object]:
+    """Counts of a set of rollouts."""
+    sampled = sum(int((path.source == Source.SAMPLED).sum()) for t in trajectories for path in t.token_paths)
+    return {
+        "num": len(trajectories),
+        "num_tokens": sampled,
+        "ended": dict(sorted(Counter(t.ended.value for t in trajectories).items())),
+        "errors": sum(t.ended is Ended.ERROR for t in trajectories),
+        "mean_turns": sum(t.num_turns for t in trajectories) / max(1, len(trajectories)),
+    }
+
+
+def iteration_rollouts(run: Run, iteration: int, *, with_paths: bool = False) -> list[Trajectory]:
+    """The trajectories that an iteration rolled out for training."""
+    found = run.store.trajectories(run_id=run.id, iteration=iteration, with_paths=with_paths)
+    return [trajectory for trajectory in found if trajectory.extra.get("stage") == STAGE]

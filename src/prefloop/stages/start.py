@@ -1,0 +1,147 @@
+"""Before the loop: demonstrations, a start policy, and learning from the demonstrations (SFT)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from prefloop.environments.base import Demonstrator
+from prefloop.records import (
+    AuthorKind,
+    Checkpoint,
+    Dataset,
+    Ended,
+    Message,
+    PrefloopError,
+    Split,
+    Task,
+    Trajectory,
+    content_hash,
+)
+from prefloop.rollout import Attempt, Provenance, derived_seed
+from prefloop.stages.context import BEFORE, Run
+
+if TYPE_CHECKING:
+    from prefloop.models.load import Policy
+
+STAGE = "demonstration"
+
+
+def start_policy(run: Run) -> str:
+    """Make, or find, the policy that the loop starts from; returns the id of its checkpoint."""
+    found = run.found(BEFORE, "policy")
+    if found is not None:
+        return str(found["checkpoint_id"])
+    demonstrations = _demonstrations(run) if run.settings.sft is not None else None
+    checkpoint = _base(run, demonstrations)
+    if demonstrations is not None:
+        checkpoint = _learn(run, checkpoint, demonstrations)
+    run.store.add_event(run.id, BEFORE, "policy", {"checkpoint_id": checkpoint.id})
+    return checkpoint.id
+
+
+def _demonstrations(run: Run) -> Dataset:
+    assert run.settings.sft is not None
+    found = run.found(BEFORE, "demonstrations")
+    if found is not None:
+        return run.store.dataset(str(found["dataset_id"]))
+    environment = run.environment
+    if not isinstance(environment, Demonstrator):
+        raise PrefloopError(f"environment {environment.name} has no demonstrator: leave out the table [sft]")
+    tasks = environment.tasks(Split.TRAIN, run.settings.sft.num_demonstrations)
+    provenance = Provenance(AuthorKind.DEMONSTRATOR, environment.name, run.id, BEFORE, STAGE)
+    with run.recorded(BEFORE, "demonstrations", len(tasks)) as detail, run.store.transaction():
+        trajectories, verdicts = [], []
+        for task in tasks:
+            messages, outcome = environment.demonstrate(task, run.settings.seed)
+            trajectory = _demonstration(task, messages, provenance, run.settings.seed)
+            trajectories.append(trajectory)
+            verdicts.append(run.verified(trajectory.id, outcome))
+        run.store.add_tasks(tasks)
+        run.store.add_trajectories(trajectories)
+        run.store.add_judgements(verdicts)
+        recipe = {"demonstrator": environment.name, "num": len(tasks), "seed": run.settings.seed}
+        dataset = Dataset(recipe, (), tuple(t.id for t in trajectories), run.id, BEFORE)
+        detail["dataset_id"] = run.store.add_dataset(dataset)
+        detail["num"] = len(tasks)
+        detail["success"] = sum(verdict.criteria["success"] for verdict in verdicts) / len(verdicts)
+    return dataset
+
+
+def _demonstration(task: Task, messages: Sequence[Message], provenance: Provenance, seed: int) -> Trajectory:
+    return Trajectory(
+        id=provenance.trajectory_id(Attempt(task, 0, seed)),
+        task_id=task.id,
+        messages=tuple(messages),
+        num_prompt_messages=len(task.messages),
+        ended=Ended.DONE,
+        author_kind=provenance.author_kind,
+        author=provenance.author,
+        run_id=provenance.run_id,
+        iteration=provenance.iteration,
+        seed=seed,
+        extra={"stage": provenance.stage},
+    )
+
+
+def _base(run: Run, demonstrations: Dataset | None) -> Checkpoint:
+    """The untrained policy as a checkpoint."""
+    settings = run.settings.policy
+    if settings.model is not None:
+        loaded_id = content_hash("checkpoint", run.id, "load", settings.model)
+        checkpoint = Checkpoint(loaded_id, settings.model, "", "load", run_id=run.id)
+    else:
+        assert demonstrations is not None  # the schema of the run file sees to it
+        checkpoint = run.policies.save(_initial(run, demonstrations), algorithm="initial", iteration=BEFORE)
+    run.store.add_checkpoint(checkpoint)
+    return checkpoint
+
+
+def _initial(run: Run, demonstrations: Dataset) -> Policy:
+    from prefloop.models.initial import initial_model, train_tokenizer
+    from prefloop.models.load import Policy
+
+    settings = run.settings.policy.initial
+    assert settings is not None
+    trajectories = run.store.trajectories(demonstrations.trajectory_ids)
+    tasks = run.store.tasks({t.task_id for t in trajectories})
+    tokenizer = train_tokenizer(((t.messages, tasks[t.task_id].tools) for t in trajectories), settings.vocab_size)
+    return Policy(initial_model(tokenizer, settings).eval(), tokenizer)
+
+
+def _learn(run: Run, base: Checkpoint, demonstrations: Dataset) -> Checkpoint:
+    """Imitate the demonstrations."""
+    from prefloop.batch.examples import Demonstration
+    from prefloop.training.algorithms import SFT
+    from prefloop.training.trainer import count_steps, forget_state, train
+
+    settings = run.settings.sft
+    assert settings is not None
+    num_steps = count_steps(settings, len(demonstrations.trajectory_ids))
+    with run.recorded(BEFORE, "sft", num_steps) as detail:
+        policies = run.policies
+        policy = policies.take(base.id)
+        trajectories = run.store.trajectories(demonstrations.trajectory_ids)
+        tasks = run.store.tasks({t.task_id for t in trajectories})
+        paths = policies.paths(policy, trajectories, tasks)
+        examples = [Demonstration(p, name=t.id) for p, t in zip(paths, trajectories, strict=True)]
+        states = run.directory / "training" / "sft"
+        history = train(
+            policy.model,
+            None,
+            SFT(),
+            examples,
+            settings,
+            seed=derived_seed(run.settings.seed, "sft"),
+            identity=f"{base.id} {demonstrations.id}",
+            state_directory=states,
+            on_step=lambda step, _, metrics: run.progress.advance(step, f"loss {metrics.get('loss', 0):.3f}"),
+        )
+        checkpoint = policies.save(
+            policy, algorithm="sft", iteration=BEFORE, parent_id=base.id, dataset_id=demonstrations.id
+        )
+        run.store.add_checkpoint(checkpoint)
+        policies.keep(checkpoint.id, policy)
+        detail |= {"checkpoint_id": checkpoint.id, "steps": len(history), "loss": [m.get("loss") for m in history]}
+    forget_state(states)
+    return checkpoint

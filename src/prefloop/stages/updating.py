@@ -1,0 +1,202 @@
+"""Update the policy on the iteration's dataset, and take back an update that harms it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prefloop.evaluation.guard import Decision, evaluation_guard, kl_guard
+from prefloop.records import Checkpoint, Dataset, JSONObject, PrefloopError
+from prefloop.rollout import derived_seed
+from prefloop.stages.context import Run
+from prefloop.stages.curating import dataset_of
+from prefloop.stages.evaluating import Evaluated, guard_evaluation
+from prefloop.stats.intervals import Interval
+from prefloop.training.settings import UpdateSettings
+
+if TYPE_CHECKING:
+    from prefloop.batch.examples import Example
+    from prefloop.models.load import Policy
+    from prefloop.training.algorithms import Algorithm
+
+STAGE = "train"
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """One try of an update, and whether the guards accept it."""
+
+    checkpoint: Checkpoint
+    policy: Policy
+    learning_rate: float
+    history: list[dict[str, float]]
+    evaluated: Evaluated
+    decision: Decision
+
+    def to_dict(self) -> JSONObject:
+        return {
+            "learning_rate": self.learning_rate,
+            "kl": self.evaluated.kl.per_trajectory,
+            "success": self.evaluated.success.to_dict(),
+            **self.decision.to_dict(),
+        }
+
+
+def train_stage(run: Run, iteration: int) -> None:
+    """Train on the iteration's dataset; an update that the guards refuse is tried again more gently.
+
+    Raises:
+        PrefloopError: the iteration is not curated yet.
+    """
+    if run.found(iteration, STAGE) is not None:
+        return
+    from prefloop.training.trainer import forget_state
+
+    settings = run.settings.train
+    if run.found(iteration, "curate") is None:
+        raise PrefloopError(f"run {run.settings.name}: iteration {iteration} is not curated; run `prefloop curate`")
+    before = run.checkpoint_before(iteration)
+    dataset = dataset_of(run, iteration, "pairs" if settings.algorithm == "dpo" else "demonstrations")
+    with run.recorded(iteration, STAGE) as detail:
+        detail |= {"algorithm": settings.algorithm, "dataset_id": dataset.id}
+        if not (dataset.pairs or dataset.trajectory_ids):
+            detail |= {"checkpoint_id": before, "steps": 0, "attempts": [], "rolled_back": False, "loss": []}
+            detail["reason"] = "nothing to train on: no pair met the margin"
+            detail["guard_success"] = _success_before(run, iteration).to_dict()
+            return
+        attempts = _attempts(run, iteration, before, dataset)
+        last = attempts[-1]
+        accepted = last.decision.accepted
+        kept = last.evaluated.success if accepted else _success_before(run, iteration)
+        if accepted:
+            run.store.add_checkpoint(last.checkpoint)
+            run.policies.keep(last.checkpoint.id, last.policy)
+        detail |= {
+            "checkpoint_id": last.checkpoint.id if accepted else before,
+            "steps": len(last.history),
+            "loss": [metrics.get("loss") for metrics in last.history],
+            "metrics": _means(last.history),
+            "attempts": [attempt.to_dict() for attempt in attempts],
+            "rolled_back": not accepted,
+            "guard_success": last.evaluated.success.to_dict()
+            if accepted
+            else _success_before(run, iteration).to_dict(),
+        }
+    if accepted:
+        run.store.add_checkpoint(last.checkpoint)
+        run.policies.keep(last.checkpoint.id, last.policy)
+
+
+def _attempts(run: Run, iteration: int, before: str, dataset: Dataset) -> list[_Attempt]:
+    guard, settings = run.settings.guard, run.settings.train
+    success_before = _success_before(run, iteration)
+    learning_rate = settings.learning_rate
+    if settings.decay == "linear":
+        learning_rate *= 1 - iteration / run.settings.iterations
+    attempts: list[_Attempt] = []
+    for number in range(guard.max_retries + 1):
+        gentler = settings.model_copy(update={"learning_rate": learning_rate * guard.retry_factor**number})
+        attempts.append(_attempt(run, iteration, before, dataset, gentler, number, success_before))
+        if attempts[-1].decision.accepted:
+            break
+    return attempts
+
+
+def _attempt(
+    run: Run,
+    iteration: int,
+    before: str,
+    dataset: Dataset,
+    settings: UpdateSettings,
+    number: int,
+    success_before: Interval,
+) -> _Attempt:
+    from prefloop.training.trainer import train
+
+    policies = run.policies
+    policy = policies.take(before)
+    algorithm = _algorithm(settings)
+    history = train(
+        policy.model,
+        None,
+        algorithm,
+        _examples(run, policy, before, dataset, settings),
+        settings,
+        seed=derived_seed(run.settings.seed, STAGE, iteration),
+        identity=f"{before} {dataset.id}",
+        state_directory=_states(run, iteration),
+        on_step=lambda step, _, metrics: run.progress.advance(step, f"loss {metrics.get('loss', 0):.3f}"),
+    )
+    checkpoint = policies.save(
+        policy,
+        algorithm=settings.algorithm,
+        iteration=iteration,
+        parent_id=before,
+        dataset_id=dataset.id,
+        attempt=number,
+    )
+    evaluated = guard_evaluation(run, policy, checkpoint.id, iteration)
+    decision = _decide(run, success_before, evaluated)
+    return _Attempt(checkpoint, policy, settings.learning_rate, history, evaluated, decision)
+
+
+def _states(run: Run, iteration: int) -> Path:
+    return run.directory / "training" / f"{iteration:03d}"
+
+
+def _algorithm(settings: UpdateSettings) -> Algorithm:
+    from prefloop.training.algorithms import DPO, SFT
+
+    if settings.algorithm == "sft":
+        return SFT()
+    return DPO(settings.beta, settings.label_smoothing, settings.nll_coef)
+
+
+def _examples(run: Run, policy: Policy, before: str, dataset: Dataset, settings: UpdateSettings) -> list[Example]:
+    from prefloop.batch.examples import Demonstration, PreferencePair
+    from prefloop.training.step import with_reference
+
+    ids = dict.fromkeys([*dataset.trajectory_ids, *(i for p in dataset.pairs for i in (p.chosen_id, p.rejected_id))])
+    trajectories = run.store.trajectories(ids, with_paths=True)
+    tasks = run.store.tasks({t.task_id for t in trajectories})
+    found = run.policies.paths(policy, trajectories, tasks)
+    paths = {t.id: p for t, p in zip(trajectories, found, strict=True)}
+    if settings.algorithm == "sft":
+        return [Demonstration(paths[i], name=i) for i in dataset.trajectory_ids]
+    pairs = [
+        PreferencePair(
+            paths[p.chosen_id], paths[p.rejected_id], p.probability, p.weight, f"{p.chosen_id} over {p.rejected_id}"
+        )
+        for p in dataset.pairs
+    ]
+    reference = run.checkpoint_before(0) if settings.reference == "start" else before
+    return [*with_reference(run.policies.reference(reference), pairs, max_tokens=settings.max_tokens)]
+
+
+def _decide(run: Run, before: Interval, evaluated: Evaluated) -> Decision:
+    guard = run.settings.guard
+    decisions = [
+        evaluation_guard(before, evaluated.success, guard.max_drop),
+        kl_guard(evaluated.kl.per_trajectory, guard.max_kl),
+    ]
+    refused = [decision for decision in decisions if not decision.accepted]
+    return Decision(not refused, "; ".join(decision.reason for decision in refused or decisions))
+
+
+def _success_before(run: Run, iteration: int) -> Interval:
+    """Success on the guard tasks of the policy that the iteration starts from."""
+    found = run.found(iteration - 1, STAGE) if iteration else run.found(-1, "guard")
+    if found is None and iteration == 0:
+        checkpoint_id = run.checkpoint_before(0)
+        evaluated = guard_evaluation(run, run.policies.get(checkpoint_id), checkpoint_id, -1)
+        found = {"guard_success": evaluated.success.to_dict()}
+        run.store.add_event(run.id, -1, "guard", found)
+    assert found is not None
+    return Interval(**found["guard_success"])
+
+
+def _means(history: list[dict[str, float]]) -> dict[str, float]:
+    names = sorted({name for metrics in history for name in metrics})
+    found = {name: [metrics[name] for metrics in history if name in metrics] for name in names}
+    return {name: sum(values) / len(values) for name, values in found.items()}
