@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fakes.served import fake_server
-from judge_examples import QUICK, make_items, open_store, settings
+from judge_examples import QUICK, make_item, make_items, open_store, settings
 from prefloop.judges import JudgingSettings, judge_all
 from prefloop.judges.llm import LLMJudge
 from prefloop.records import PrefloopError, Status, canonical_json
@@ -402,3 +402,21 @@ def test_a_failed_judgement_tells_what_its_replies_cost(tmp_path):
     with fake_server(tmp_path, script) as fake, open_store(tmp_path, items) as store:
         (judgement,) = LLMJudge(settings(fake.url, input_price=3.0, output_price=15.0), store).judge(items)
         assert judgement.cost == pytest.approx(0.0045)
+
+
+def test_trajectories_of_the_same_text_are_one_question(tmp_path):
+    items = [make_item("Booked.", sample=sample) for sample in range(5)]
+    with fake_server(tmp_path) as fake, open_store(tmp_path, items) as store:
+        judge = LLMJudge(settings(fake.url), store)
+        assert judge_all(judge, items, store).by_status == {"ok": 5}
+        assert fake.num_calls == 1
+        assert len({judgement.value for judgement in store.judgements()}) == 1
+
+
+def test_a_server_that_counts_no_tokens_is_paid_as_much_as_it_may_cost(tmp_path):
+    items = make_items("Booked.")
+    body = {"type": "message", "model": "claude-test-20260101", "content": [], "stop_reason": "end_turn", "usage": {}}
+    script = [{"match": "", "do": [{"kind": "raw", "body": json.dumps(body)}]}]
+    with fake_server(tmp_path, script) as fake, open_store(tmp_path, items) as store:
+        LLMJudge(settings(fake.url, input_price=3.0, output_price=15.0), store).judge(items)
+        assert total_cost(store) > 8192 * 15 / 1e6

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -73,6 +74,7 @@ class PaidCalls:
         self.retry = retry
         self._slots = asyncio.Semaphore(concurrency)
         self._settled = asyncio.Condition()
+        self._asking: defaultdict[tuple[str, int], asyncio.Lock] = defaultdict(asyncio.Lock)
         self._in_flight = 0
         self._failed_in_a_row = 0
         self._halted: CallError | None = None
@@ -87,13 +89,16 @@ class PaidCalls:
     async def reply(self, question: Question, request_hash: str, draw: int) -> PaidReply:
         """The reply to a question; `draw` keeps repeated samples apart.
 
+        Trajectories of the same text are the same question: it is asked once, and they share the reply.
+
         Raises:
             CallError: there is none, after all retries.
         """
-        known = await self._write(lambda: calls.recorded_reply(self.store, request_hash, draw))
-        if known is None:
-            async with self._slots:
-                known = await self._ask(question, request_hash, draw)
+        async with self._asking[request_hash, draw]:
+            known = await self._write(lambda: calls.recorded_reply(self.store, request_hash, draw))
+            if known is None:
+                async with self._slots:
+                    known = await self._ask(question, request_hash, draw)
         raw = json.loads(known.text)
         return PaidReply(raw["text"], raw["stop"], known.cost)
 
@@ -138,8 +143,9 @@ class PaidCalls:
             cost = reserved if error.maybe_billed else 0.0
             return calls.Reply(error.status, visible(error.detail), "", cost=cost), error
         status = Status.OK if answer.model == self.expected_model else Status.WRONG_MODEL
-        cost = self.prices.cost(answer.input_tokens, answer.output_tokens)
-        reply = calls.Reply(status, answer.to_json(), answer.model, answer.input_tokens, answer.output_tokens, cost)
+        counted = (answer.input_tokens, answer.output_tokens)
+        cost = self.prices.cost(*counted) if any(counted) else reserved  # not every server counts
+        reply = calls.Reply(status, answer.to_json(), visible(answer.model), *counted, cost)
         if status is Status.OK:
             return reply, None
         detail = f"asked {self.expected_model}, answered by {visible(answer.model)}"
