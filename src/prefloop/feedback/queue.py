@@ -166,8 +166,8 @@ def select_pairs(
     chosen: list[AskedPair] = []
     while left and len(chosen) < num_pairs:
         order = [list(left)[i] for i in rng.permutation(len(left))]
-        for task in order[: num_pairs - len(chosen)]:
-            chosen.append(AskedPair(task, *left[task].draw(rng)))
+        visited = order[: num_pairs - len(chosen)]
+        chosen += [AskedPair(task, *left[task].draw(rng)) for task in visited]
         left = {task: pairs for task, pairs in left.items() if pairs.pairs}
     return chosen
 
