@@ -19,6 +19,7 @@ from prefloop.records import (
     Ended,
     JSONObject,
     Message,
+    PrefloopError,
     Role,
     Status,
     Task,
@@ -189,7 +190,7 @@ def roll_out(
         for i, said in zip(active, speaker.speak(active, turn), strict=True):
             answered = _take_turn(records[i], episodes[i], said)
             if records[i].ended is None:
-                speaker.hear(i, answered)
+                _listen(records[i], speaker, i, answered)
     return [
         _finish(attempt, record, episode, speaker.paths(i), environment, provenance)
         for i, (attempt, record, episode) in enumerate(zip(attempts, records, episodes, strict=True))
@@ -204,6 +205,13 @@ def open_episodes(environment: Environment, attempts: Sequence[Attempt]) -> list
 def derived_seed(*parts: object) -> int:
     """A 63-bit seed that is a function of the parts."""
     return int(content_hash("seed", *parts)[:16], 16) >> 1
+
+
+def _listen(record: _Record, speaker: Speaker, episode: int, answered: Sequence[Message]) -> None:
+    try:
+        speaker.hear(episode, answered)
+    except PrefloopError as error:  # the chat template refuses what the environment said
+        record.ended, record.error = Ended.ERROR, str(error)
 
 
 def _take_turn(record: _Record, episode: Episode, said: Turn) -> tuple[Message, ...]:

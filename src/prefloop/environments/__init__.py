@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Annotated, TypeAlias
+
+from pydantic import Field
+
 from prefloop.environments.base import Environment
 from prefloop.environments.booking import Booking, BookingSettings
+from prefloop.environments.prompts import Prompts, PromptsSettings
+from prefloop.environments.reasoning_gym import ReasoningGym, ReasoningGymSettings
 
-EnvironmentSettings = BookingSettings
+EnvironmentSettings: TypeAlias = Annotated[
+    BookingSettings | PromptsSettings | ReasoningGymSettings, Field(discriminator="name")
+]
 
 
 def make_environment(settings: EnvironmentSettings) -> Environment:
     """The environment that these settings describe."""
-    return Booking(settings)
+    if isinstance(settings, BookingSettings):
+        return Booking(settings)
+    if isinstance(settings, PromptsSettings):
+        return Prompts(settings)
+    return ReasoningGym(settings)

@@ -73,6 +73,10 @@ class Environment(ABC):
         Train and held-out tasks are disjoint.
         """
 
+    def num_tasks(self, split: Split) -> int | None:
+        """How many tasks of a split there are; None where there is no end to them."""
+        return None
+
     @abstractmethod
     def reset(self, task: Task, seed: int) -> Episode:
         """Open an episode of a task."""

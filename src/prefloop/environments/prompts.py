@@ -61,6 +61,10 @@ class Prompts(Environment):
             )
         return listed[first : first + num]
 
+    def num_tasks(self, split: Split) -> int | None:
+        """How many prompts of a split the file holds."""
+        return len(self._by_split[split])
+
     def reset(self, task: Task, seed: int) -> Episode:
         """Open an episode of a task."""
         return SingleTurn(task)

@@ -8,11 +8,14 @@ from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from prefloop.models.settings import LoraSettings
 from prefloop.records import PrefloopError
 
 ADAPTER_CONFIG = "adapter_config.json"
+transformers_logging.disable_progress_bar()  # prefloop shows its own
+
 PEFT_MISSING = "LoRA needs peft: pip install 'prefloop[train]'"
 
 
@@ -60,11 +63,6 @@ def load_policy(
     elif lora is not None:
         wrapped = _with_adapter(model, lora)
     return Policy(wrapped.to(device).eval(), tokenizer)
-
-
-def load_reference(name: str, *, dtype: Literal["float32", "bfloat16"] = "float32", device: str = "cpu") -> Any:
-    """The model of a named checkpoint, frozen: its own adapter loaded, not a trained one switched off."""
-    return load_policy(name, dtype=dtype, device=device).model.eval().requires_grad_(False)
 
 
 def _peft() -> Any:

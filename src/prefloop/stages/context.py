@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from prefloop.environments import make_environment
 from prefloop.environments.base import Environment, Outcome
 from prefloop.judges.base import Judge
+from prefloop.judges.llm import LLMJudge
 from prefloop.judges.rules import RuleJudge
 from prefloop.records import (
     JSONObject,
@@ -81,7 +82,10 @@ class Run:
     @cached_property
     def judge(self) -> Judge:
         """The frozen judge of the run file."""
-        return RuleJudge(self.verifier, self.settings.judge.rules)
+        settings = self.settings.judge
+        if settings.kind == "llm" and settings.llm is not None:
+            return LLMJudge(settings.llm, self.store)
+        return RuleJudge(self.verifier, settings.rules)
 
     @cached_property
     def policies(self) -> Policies:

@@ -12,9 +12,11 @@ from prefloop.clients.sampling import SamplingSettings
 from prefloop.evaluation.compare import compare_on_tasks, outcomes_by_task
 from prefloop.evaluation.kl import KLSummary, kl_summary
 from prefloop.evaluation.success import success_summary
-from prefloop.records import JSONObject, PrefloopError, Source, Split, Trajectory
+from prefloop.records import JSONObject, Source, Split, Task, Trajectory
+from prefloop.rollout import Attempt
 from prefloop.stages.context import BEFORE, Run
-from prefloop.stages.rollouts import GUARD_TASKS, roll_out_in_units
+from prefloop.stages.judging import judge
+from prefloop.stages.rollouts import roll_out_in_units
 from prefloop.stats.intervals import Interval, proportion
 
 if TYPE_CHECKING:
@@ -25,60 +27,78 @@ SAMPLED, GREEDY = "evaluate_sampled", "evaluate_greedy"
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """A policy's success and its KL to the start policy, on sampled trajectories."""
+    """A policy's success (None where nothing is verified) and its KL to the start policy, on its own samples."""
 
-    success: Interval
+    success: Interval | None
     kl: KLSummary
 
 
-def guard_evaluation(run: Run, policy: Policy, checkpoint_id: str, iteration: int) -> Evaluated:
-    """Success and KL on the guard tasks; a measurement that is not kept.
-
-    Raises:
-        PrefloopError: the environment verifies nothing, so that nothing can be guarded.
-    """
-    from prefloop.rollout import Attempt
-
-    settings, stage = run.settings.guard, "guard"
-    tasks = run.environment.tasks(Split.TRAIN, settings.num_tasks, first=GUARD_TASKS)
+def guard_evaluation(run: Run, policy: Policy, checkpoint_id: str) -> Evaluated:
+    """Success and KL on the guard tasks, always with the same draws: what differs is the policy. Nothing is stored."""
+    tasks = run.environment.tasks(Split.TRAIN, run.settings.guard.num_tasks)
     attempts = [Attempt(task, 0, run.settings.seed) for task in tasks]
     sampling = _sampling(run, temperature=1.0)
-    # Always the same draws: what differs between two measurements is the policy.
-    rollouts = run.policies.roll_out(policy, checkpoint_id, attempts, sampling, iteration=BEFORE, stage=stage)
+    rollouts = run.policies.roll_out(policy, checkpoint_id, attempts, sampling, iteration=BEFORE, stage="guard")
     verified = [rollout.outcome.success for rollout in rollouts if rollout.outcome is not None]
-    if not verified:
-        raise PrefloopError(f"environment {run.environment.name} verifies no outcome, which guards and evaluation need")
-    return Evaluated(proportion(verified), _kl_to_start(run, [rollout.trajectory for rollout in rollouts]))
+    kl = _kl_to_start(run, [rollout.trajectory for rollout in rollouts])
+    return Evaluated(proportion(verified) if verified else None, kl)
 
 
 def evaluate_stage(run: Run, iteration: int, checkpoint_id: str) -> JSONObject:
-    """Evaluate a checkpoint on the held-out tasks, sampled at temperature 1 and greedily."""
+    """Evaluate a checkpoint on the held-out tasks, sampled at temperature 1 and greedily.
+
+    Where the environment verifies nothing, the judge scores the sampled trajectories instead.
+    """
     found = run.found(iteration, "evaluate")
     if found is not None:
         return found
     settings = run.settings.evaluation
-    tasks = run.environment.tasks(Split.HELD_OUT, settings.num_tasks)
-    with run.recorded(iteration, "evaluate", settings.num_tasks) as detail:
-        modes = {"sampled": 1.0, **({"greedy": 0.0} if settings.greedy else {})}
-        detail |= {"checkpoint_id": checkpoint_id, "num_tasks": settings.num_tasks, "guard": False, "greedy": None}
-        for mode, temperature in modes.items():
-            sampling = _sampling(run, temperature)
-            stage = SAMPLED if temperature else GREEDY
-            trajectories = roll_out_in_units(run, checkpoint_id, tasks, 1, sampling, iteration, stage)
-            verdicts = list(run.verdicts([t.id for t in trajectories]).values())
-            kl = _kl_to_start(run, trajectories) if temperature else None
-            detail[mode] = success_summary(trajectories, verdicts, kl=kl)
+    tasks = _held_out(run)
+    with run.recorded(iteration, "evaluate", len(tasks)) as detail:
+        detail |= {"checkpoint_id": checkpoint_id, "num_tasks": len(tasks), "guard": False, "greedy": None}
+        detail["sampled"] = _evaluate(run, checkpoint_id, tasks, iteration, SAMPLED)
+        if settings.greedy:
+            detail["greedy"] = _evaluate(run, checkpoint_id, tasks, iteration, GREEDY)
     return detail
 
 
-def compare_start_and_end(run: Run, start: tuple[int, str], end: tuple[int, str]) -> JSONObject:
-    """The paired comparison of two evaluated (iteration, checkpoint id) on the same held-out tasks and seeds."""
+def _held_out(run: Run) -> Sequence[Task]:
+    wanted, there_are = run.settings.evaluation.num_tasks, run.environment.num_tasks(Split.HELD_OUT)
+    return run.environment.tasks(Split.HELD_OUT, wanted if there_are is None else min(wanted, there_are))
+
+
+def _evaluate(run: Run, checkpoint_id: str, tasks: Sequence[Task], iteration: int, stage: str) -> JSONObject:
+    sampling = _sampling(run, 1.0 if stage == SAMPLED else 0.0)
+    trajectories = roll_out_in_units(run, checkpoint_id, tasks, 1, sampling, iteration, stage)
+    ids = [t.id for t in trajectories]
+    kl = _kl_to_start(run, trajectories) if stage == SAMPLED else None
+    verdicts = list(run.verdicts(ids).values())
+    if verdicts:
+        return success_summary(trajectories, verdicts, kl=kl)
+    judge(run, trajectories)
+    found = run.store.judgements(trajectory_ids=ids, rater_id=run.judge.rater.id)
+    scores = [judgement.score for judgement in found if judgement.score is not None]
+    kl_found = kl.to_dict() if kl is not None else {"kl_per_token": None, "kl_per_trajectory": None}
+    return {
+        "success": None,
+        "metrics": {"turns": sum(t.num_turns for t in trajectories) / len(trajectories)},
+        "mean_judge_score": sum(scores) / len(scores) if scores else None,
+        "num_unverified": len(trajectories),
+        **kl_found,
+    }
+
+
+def compare_start_and_end(run: Run, start: tuple[int, str], end: tuple[int, str]) -> JSONObject | None:
+    """The paired comparison of two evaluated (iteration, checkpoint id) on the same held-out tasks and seeds.
+
+    None where nothing is verified.
+    """
     outcomes = []
     for iteration, author in (start, end):
         found = run.store.trajectories(run_id=run.id, iteration=iteration, author=author)
         trajectories = [t for t in found if t.extra.get("stage") == SAMPLED]
         outcomes.append(outcomes_by_task(trajectories, list(run.verdicts([t.id for t in trajectories]).values())))
-    return compare_on_tasks(*outcomes).to_dict()
+    return compare_on_tasks(*outcomes).to_dict() if all(outcomes) else None
 
 
 def _sampling(run: Run, temperature: float) -> SamplingSettings:

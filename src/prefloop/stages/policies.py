@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from prefloop.chat import ChatRenderer, render_demonstration
+from prefloop.chat import ChatRenderer, render_demonstration, stop_ids
 from prefloop.clients.sampling import SamplingSettings
 from prefloop.models.load import Policy, load_policy
 from prefloop.models.sampler import LocalSampler
@@ -110,7 +110,11 @@ class Policies:
             stored = trajectory.token_paths
             if not stored or any((path.tokenizer_hash, path.template_hash) != mine for path in stored):
                 stored = render_demonstration(
-                    renderer, trajectory.messages, tasks[trajectory.task_id].tools, trajectory.num_prompt_messages
+                    renderer,
+                    trajectory.messages,
+                    tasks[trajectory.task_id].tools,
+                    trajectory.num_prompt_messages,
+                    trajectory.id,
                 )
             found.append(stored)
         return found
@@ -127,22 +131,13 @@ class Policies:
     ) -> list[Rollout]:
         """Roll a policy out on a unit of attempts."""
         run = self._run
-        sampler = LocalSampler(policy.model, _stop_ids(policy))
+        renderer = self.renderer(policy)
+        sampler = LocalSampler(policy.model, stop_ids(renderer))
         episodes = open_episodes(run.environment, attempts)
         seed = derived_seed(run.settings.seed, stage, iteration, attempts[0].task.id)
-        speaker = LocalSpeaker(sampler, self.renderer(policy), episodes, sampling, seed)
+        speaker = LocalSpeaker(sampler, renderer, episodes, sampling, seed)
         provenance = Provenance(AuthorKind.CHECKPOINT, checkpoint_id, run.id, iteration, stage)
         return roll_out(run.environment, attempts, episodes, speaker, provenance)
 
 
 Paths = tuple[TokenPath, ...]
-
-
-def _stop_ids(policy: Policy) -> list[int]:
-    """The tokens that end a turn: the tokenizer's and the generation settings' ends of sequence."""
-    configured = getattr(policy.model.generation_config, "eos_token_id", None)
-    configured = configured if isinstance(configured, list) else [configured]
-    stops = {policy.tokenizer.eos_token_id, *configured} - {None}
-    if not stops:
-        raise PrefloopError("the tokenizer has no end-of-sequence token: set eos_token to the one that ends a turn")
-    return sorted(int(stop) for stop in stops)

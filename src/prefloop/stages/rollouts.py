@@ -6,12 +6,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from prefloop.clients.sampling import SamplingSettings
-from prefloop.records import AuthorKind, Ended, Source, Split, Task, Trajectory
+from prefloop.records import AuthorKind, Ended, PrefloopError, Source, Split, Task, Trajectory
 from prefloop.rollout import Attempt, Provenance, Rollout
 from prefloop.stages.context import Run
 
 STAGE = "rollout"
-GUARD_TASKS = 10_000_000  # training tasks from this number on are for guards and never rolled out for training
 
 
 def rollout_stage(run: Run, iteration: int) -> None:
@@ -28,11 +27,27 @@ def rollout_stage(run: Run, iteration: int) -> None:
         detail |= {"checkpoint_id": checkpoint_id, **rollout_summary(trajectories)}
 
 
-def iteration_tasks(run: Run, iteration: int) -> Sequence[Task]:
-    """The training tasks of an iteration: those after the demonstrations' and the iterations' before."""
-    num_demonstrated = run.settings.sft.num_demonstrations if run.settings.sft else 0
-    num = run.settings.rollout.num_tasks
-    return run.environment.tasks(Split.TRAIN, num, first=num_demonstrated + iteration * num)
+def iteration_tasks(run: Run, iteration: int) -> list[Task]:
+    """The training tasks of an iteration: those after the guard's, the demonstrations' and the iterations' before.
+
+    Where the tasks come to an end they begin again, the guard's left out.
+
+    Raises:
+        PrefloopError: there are no training tasks beside the guard's.
+    """
+    settings, environment = run.settings, run.environment
+    num, reserved = settings.rollout.num_tasks, settings.guard.num_tasks
+    begin = (settings.sft.num_demonstrations if settings.sft else 0) + iteration * num
+    there_are = environment.num_tasks(Split.TRAIN)
+    if there_are is None:
+        return list(environment.tasks(Split.TRAIN, num, first=reserved + begin))
+    if there_are <= reserved:
+        raise PrefloopError(
+            f"environment {environment.name} has {there_are} training tasks and guard.num_tasks keeps {reserved} "
+            "of them for guards: lower it"
+        )
+    rest = environment.tasks(Split.TRAIN, there_are - reserved, first=reserved)
+    return [rest[i % len(rest)] for i in range(begin, begin + min(num, len(rest)))]
 
 
 def roll_out_in_units(

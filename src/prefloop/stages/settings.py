@@ -11,6 +11,7 @@ from prefloop.config import Settings
 from prefloop.curation.settings import CurationSettings
 from prefloop.environments import EnvironmentSettings
 from prefloop.judges.base import JudgingSettings
+from prefloop.judges.llm import LLMJudgeSettings
 from prefloop.judges.rules import RuleJudgeSettings
 from prefloop.models.settings import PolicySettings
 from prefloop.training.settings import GuardSettings, TrainingSettings, UpdateSettings
@@ -21,6 +22,13 @@ class JudgeSettings(JudgingSettings):
 
     kind: Literal["rules", "llm"] = "rules"
     rules: RuleJudgeSettings = RuleJudgeSettings()
+    llm: LLMJudgeSettings | None = None
+
+    @model_validator(mode="after")
+    def _has_its_table(self) -> JudgeSettings:
+        if self.kind == "llm" and self.llm is None:
+            raise ValueError("a table 'judge.llm' with 'provider' and 'model', because kind is 'llm'")
+        return self
 
 
 class SFTSettings(TrainingSettings):

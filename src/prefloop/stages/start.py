@@ -48,7 +48,7 @@ def _demonstrations(run: Run) -> Dataset:
     environment = run.environment
     if not isinstance(environment, Demonstrator):
         raise PrefloopError(f"environment {environment.name} has no demonstrator: leave out the table [sft]")
-    tasks = environment.tasks(Split.TRAIN, run.settings.sft.num_demonstrations)
+    tasks = environment.tasks(Split.TRAIN, run.settings.sft.num_demonstrations, first=run.settings.guard.num_tasks)
     provenance = Provenance(AuthorKind.DEMONSTRATOR, environment.name, run.id, BEFORE, STAGE)
     with run.recorded(BEFORE, "demonstrations", len(tasks)) as detail, run.store.transaction():
         trajectories, verdicts = [], []

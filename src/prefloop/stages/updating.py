@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from prefloop.evaluation.guard import Decision, evaluation_guard, kl_guard
 from prefloop.records import Checkpoint, Dataset, JSONObject, PrefloopError
 from prefloop.rollout import derived_seed
-from prefloop.stages.context import Run
+from prefloop.stages.context import BEFORE, Run
 from prefloop.stages.curating import dataset_of
 from prefloop.stages.evaluating import Evaluated, guard_evaluation
 from prefloop.stats.intervals import Interval
@@ -38,7 +38,7 @@ class _Attempt:
         return {
             "learning_rate": self.learning_rate,
             "kl": self.evaluated.kl.per_trajectory,
-            "success": self.evaluated.success.to_dict(),
+            "success": _plain(self.evaluated.success),
             **self.decision.to_dict(),
         }
 
@@ -51,7 +51,6 @@ def train_stage(run: Run, iteration: int) -> None:
     """
     if run.found(iteration, STAGE) is not None:
         return
-    from prefloop.training.trainer import forget_state
 
     settings = run.settings.train
     if run.found(iteration, "curate") is None:
@@ -63,7 +62,7 @@ def train_stage(run: Run, iteration: int) -> None:
         if not (dataset.pairs or dataset.trajectory_ids):
             detail |= {"checkpoint_id": before, "steps": 0, "attempts": [], "rolled_back": False, "loss": []}
             detail["reason"] = "nothing to train on: no pair met the margin"
-            detail["guard_success"] = _success_before(run, iteration).to_dict()
+            detail["guard_success"] = _plain(_success_before(run, iteration))
             return
         attempts = _attempts(run, iteration, before, dataset)
         last = attempts[-1]
@@ -79,13 +78,9 @@ def train_stage(run: Run, iteration: int) -> None:
             "metrics": _means(last.history),
             "attempts": [attempt.to_dict() for attempt in attempts],
             "rolled_back": not accepted,
-            "guard_success": last.evaluated.success.to_dict()
-            if accepted
-            else _success_before(run, iteration).to_dict(),
+            "guard_success": _plain(kept),
         }
-    if accepted:
-        run.store.add_checkpoint(last.checkpoint)
-        run.policies.keep(last.checkpoint.id, last.policy)
+    forget_state(_states(run, iteration))
 
 
 def _attempts(run: Run, iteration: int, before: str, dataset: Dataset) -> list[_Attempt]:
@@ -110,7 +105,7 @@ def _attempt(
     dataset: Dataset,
     settings: UpdateSettings,
     number: int,
-    success_before: Interval,
+    success_before: Interval | None,
 ) -> _Attempt:
     from prefloop.training.trainer import train
 
@@ -136,7 +131,7 @@ def _attempt(
         dataset_id=dataset.id,
         attempt=number,
     )
-    evaluated = guard_evaluation(run, policy, checkpoint.id, iteration)
+    evaluated = guard_evaluation(run, policy, checkpoint.id)
     decision = _decide(run, success_before, evaluated)
     return _Attempt(checkpoint, policy, settings.learning_rate, history, evaluated, decision)
 
@@ -174,26 +169,30 @@ def _examples(run: Run, policy: Policy, before: str, dataset: Dataset, settings:
     return [*with_reference(run.policies.reference(reference), pairs, max_tokens=settings.max_tokens)]
 
 
-def _decide(run: Run, before: Interval, evaluated: Evaluated) -> Decision:
+def _decide(run: Run, before: Interval | None, evaluated: Evaluated) -> Decision:
     guard = run.settings.guard
-    decisions = [
-        evaluation_guard(before, evaluated.success, guard.max_drop),
-        kl_guard(evaluated.kl.per_trajectory, guard.max_kl),
-    ]
+    decisions = [kl_guard(evaluated.kl.per_trajectory, guard.max_kl)]
+    if before is not None and evaluated.success is not None:
+        decisions.insert(0, evaluation_guard(before, evaluated.success, guard.max_drop))
     refused = [decision for decision in decisions if not decision.accepted]
     return Decision(not refused, "; ".join(decision.reason for decision in refused or decisions))
 
 
-def _success_before(run: Run, iteration: int) -> Interval:
+def _success_before(run: Run, iteration: int) -> Interval | None:
     """Success on the guard tasks of the policy that the iteration starts from."""
-    found = run.found(iteration - 1, STAGE) if iteration else run.found(-1, "guard")
+    found = run.found(iteration - 1, STAGE) if iteration else run.found(BEFORE, "guard")
     if found is None and iteration == 0:
         checkpoint_id = run.checkpoint_before(0)
-        evaluated = guard_evaluation(run, run.policies.get(checkpoint_id), checkpoint_id, -1)
-        found = {"guard_success": evaluated.success.to_dict()}
-        run.store.add_event(run.id, -1, "guard", found)
+        evaluated = guard_evaluation(run, run.policies.get(checkpoint_id), checkpoint_id)
+        found = {"guard_success": _plain(evaluated.success)}
+        run.store.add_event(run.id, BEFORE, "guard", found)
     assert found is not None
-    return Interval(**found["guard_success"])
+    success = found["guard_success"]
+    return None if success is None else Interval(**success)
+
+
+def _plain(success: Interval | None) -> JSONObject | None:
+    return None if success is None else success.to_dict()
 
 
 def _means(history: list[dict[str, float]]) -> dict[str, float]:
