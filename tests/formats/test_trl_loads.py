@@ -1,5 +1,6 @@
 """TRL loads what we export, unchanged, and reads prompts as we do."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def test_dpo_trainer_loads_an_export_unchanged(store, tmp_path, tokenizer, suffi
         use_cpu=True, report_to=[], save_strategy="no", gradient_checkpointing=False, disable_tqdm=True,
     )  # fmt: skip
     few = loaded.select(range(2))
-    trainer = trl.DPOTrainer(model, args=arguments, train_dataset=few, processing_class=tokenizer)
+    trainer = trl.DPOTrainer(model, copy.deepcopy(model), args=arguments, train_dataset=few, processing_class=tokenizer)
     result = trainer.train()
     # Before its first step the policy is the reference: the loss is log 2 whatever the data.
     assert result.training_loss == pytest.approx(0.6931, abs=1e-3)
