@@ -99,8 +99,8 @@ class SyntheticRun:
             Message(Role.ASSISTANT, f"Your flight is booked. {self.payload}".strip()),
         ]
         trajectory = Trajectory(
-            identity, task.id, tuple(messages), 1, Ended.DONE, AuthorKind.CHECKPOINT, checkpoint, RUN, iteration, sample,
-            extra={"stage": stage},
+            identity, task.id, tuple(messages), 1, Ended.DONE, AuthorKind.CHECKPOINT, checkpoint, RUN, iteration,
+            sample, extra={"stage": stage},
         )  # fmt: skip
         metrics = {"invented_ids": float(invented), "ignored_constraints": float(not success and not invented)}
         value = float(success) - 0.3 * invented
@@ -209,7 +209,9 @@ class SyntheticRun:
         """The verified sampled outcomes of a policy, from the rows."""
         found = self.store.trajectories(run_id=RUN, author=self.checkpoints[updates], iteration=updates - 1)
         found = [trajectory for trajectory in found if trajectory.extra["stage"] == "evaluate_sampled"]
-        return outcomes_by_task(found, self.store.judgements(trajectory_ids=[t.id for t in found], rater_id=VERIFIED.id))
+        return outcomes_by_task(
+            found, self.store.judgements(trajectory_ids=[t.id for t in found], rater_id=VERIFIED.id)
+        )
 
     def build(self, agreement=None):
         """The whole run."""

@@ -17,8 +17,7 @@ from prefloop.report.record import BEFORE_LOOP, RunRecord
 from prefloop.store import Store, schema
 
 STAGE = "evaluate_sampled"
-# The most interesting first: what was lost says more than what was won, and both more than what stayed.
-WANTED = {"lost": 20, "won": 24, "failed": 8, "kept": 8}
+WANTED = {"won": 24, "lost": 20, "failed": 8, "kept": 8}  # what changed says more than what stayed
 NAMES = {"won": "won", "lost": "lost", "failed": "still failing", "kept": "still solved"}
 
 
@@ -71,7 +70,7 @@ def examples(store: Store, record: RunRecord, rater_id: str | None) -> Examples:
     if record.start_checkpoint == record.end_checkpoint or not set(start) & set(end):
         return Examples()
     flips = flipped_items(_outcomes(start), _outcomes(end))
-    groups = {"lost": flips.lost, "won": flips.won, "failed": flips.failed, "kept": flips.kept}
+    groups = {"won": flips.won, "lost": flips.lost, "failed": flips.failed, "kept": flips.kept}
     chosen = [(kind, item) for kind, items in groups.items() for item in items[: WANTED[kind]]]
     found = [_example(number, kind, start[item], end[item]) for number, (kind, item) in enumerate(chosen, 1)]
     return Examples(tuple(found), {kind: len(items) for kind, items in groups.items()})

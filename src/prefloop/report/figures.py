@@ -17,11 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A plot with the words around it; `svg` is markup, its words escaped."""
+    """A plot with the words around it; `svg` is markup, its words escaped.
+
+    `section` is where in the report it stands: curves or judge.
+    """
 
     title: str
     caption: str
     svg: str
+    wide: bool = False
+    section: str = "curves"
 
 
 def figures(record: RunRecord, calibration: Calibration | None) -> list[Figure]:
@@ -31,13 +36,13 @@ def figures(record: RunRecord, calibration: Calibration | None) -> list[Figure]:
         _success(record),
         _judge_against_verified(turns),
         _kl(record),
-        _calibration(calibration),
         _pairs(turns),
         _precision(turns),
-        _scores(turns),
         _lengths(turns),
         _loss(turns),
         _sft_loss(record),
+        _calibration(calibration),
+        _scores(turns),
     ]
     return [figure for figure in drawn if figure is not None]
 
@@ -59,13 +64,12 @@ def _success(record: RunRecord) -> Figure | None:
             axes.axvline(number, color=BAD, linewidth=1.2, linestyle=(0, (3, 3)))
         _share_axis(axes)
         _updates_axis(axes, [updates for updates, _ in points])
-        if full:
-            axes.legend(loc="lower right")
+        _legend(axes)
 
     caption = "Verified success at temperature 1, with 95 % intervals. Diamonds: all held-out tasks."
     if rolled_back:
         caption += " Dashed: an update that the guards rolled back."
-    return Figure("Success", caption, draw("success", _said("Success", points), paint))
+    return Figure("Success", caption, draw("success", _said("Success", points), paint, wide=True), wide=True)
 
 
 def _full_evaluations(record: RunRecord) -> list[tuple[int, Mapping[str, Any]]]:
@@ -99,24 +103,27 @@ def _judge_against_verified(turns: Sequence[Iteration]) -> Figure | None:
             _line_with_intervals(axes, success, SECOND, "verified success")
         _share_axis(axes)
         _iterations_axis(axes, [at for at, _ in judged])
-        axes.legend(loc="best")
+        _legend(axes)
 
     caption = "On the rollouts of each iteration. If the first rises without the others, the judge is being gamed."
-    return Figure("Judge against truth", caption, draw("judge", _said("Judge's mean score", judged), paint))
+    return Figure(
+        "Judge against truth", caption, draw("judge", _said("Judge's mean score", judged), paint, wide=True), wide=True
+    )
 
 
 def _kl(record: RunRecord) -> Figure | None:
     points = [
         (updates, detail["sampled"]["kl_per_trajectory"])
         for updates, detail in record.evaluations()
-        if detail["sampled"].get("kl_per_trajectory") is not None
+        if updates and detail["sampled"].get("kl_per_trajectory") is not None
     ]
     if not points:
         return None
+    points.insert(0, (0, 0.0))  # the start policy is where the distance is measured from
 
     def paint(axes: Axes) -> None:
         axes.plot(*zip(*points, strict=True), "o-", color=FIRST)
-        axes.set_ylim(bottom=min(0.0, *(kl for _, kl in points)))
+        _from_zero(axes, [kl for _, kl in points])
         axes.set_ylabel("nats a trajectory")
         _updates_axis(axes, [updates for updates, _ in points])
 
@@ -143,7 +150,12 @@ def _calibration(calibration: Calibration | None) -> Figure | None:
     if calibration.separation is not None:
         separation = f" A success outscores a failure {words.percent(calibration.separation)} of the time."
     caption = f"Verified success among all rollouts of like score.{separation}"
-    return Figure("Judge's score and outcome", caption, draw("calibration", _said("Success by score", points), paint))
+    return Figure(
+        "Judge's score and outcome",
+        caption,
+        draw("calibration", _said("Success by score", points), paint),
+        section="judge",
+    )
 
 
 def _scores(turns: Sequence[Iteration]) -> Figure | None:
@@ -161,10 +173,10 @@ def _scores(turns: Sequence[Iteration]) -> Figure | None:
         axes.bar(left, kept, width * 0.9, dropped, align="edge", color=FIRST, label="kept", linewidth=0)
         axes.set_xlabel("judge's score")
         axes.set_ylabel("rollouts")
-        axes.legend(loc="upper center")
+        _legend(axes)
 
     caption = f"All iterations: {sum(kept):,} rollouts kept for training, {sum(dropped):,} dropped."
-    return Figure("Scores kept and dropped", caption, draw("scores", caption, paint))
+    return Figure("Scores kept and dropped", caption, draw("scores", caption, paint), section="judge")
 
 
 def _summed(rows: Sequence[Sequence[int]]) -> list[int]:
@@ -184,7 +196,8 @@ def _pairs(turns: Sequence[Iteration]) -> Figure | None:
         _bars(axes, points, FIRST, "all pairs")
         if any(num for _, num in human):
             _bars(axes, human, SECOND, "from people's votes")
-            axes.legend(loc="best")
+            _legend(axes)
+        axes.locator_params(axis="y", integer=True)
         _iterations_axis(axes, [at for at, _ in points])
 
     caption = "Preference pairs that each iteration trained on."
@@ -218,9 +231,9 @@ def _lengths(turns: Sequence[Iteration]) -> Figure | None:
         axes.plot(at, chosen, "o-", color=FIRST, label="chosen")
         axes.plot(at, rejected, "s-", color=MUTED, label="rejected")
         axes.set_ylabel("characters")
-        axes.set_ylim(bottom=0)
+        _from_zero(axes, [*chosen, *rejected])
         _iterations_axis(axes, at)
-        axes.legend(loc="best")
+        _legend(axes)
 
     caption = "Mean length of what the assistant wrote. A lasting gap teaches length instead of quality."
     said = _said("Length of chosen", list(zip(at, chosen, strict=True)))
@@ -259,7 +272,7 @@ def _sft_loss(record: RunRecord) -> Figure | None:
     def paint(axes: Axes) -> None:
         axes.plot(range(1, len(loss) + 1), loss, color=THIRD, linewidth=1.4)
         axes.set_xlabel("optimizer step")
-        axes.set_ylim(bottom=0)
+        _from_zero(axes, loss)
 
     caption = "Cross-entropy on the demonstrations, nats a token: how the start policy was made."
     return Figure("Loss of the first training", caption, draw("sft", caption, paint))
@@ -278,10 +291,22 @@ def _bars(axes: Axes, points: Sequence[tuple[int, float]], color: str, label: st
     axes.bar([x for x, _ in points], [y for _, y in points], width=0.62, color=color, label=label, linewidth=0)
 
 
+def _legend(axes: Axes) -> None:
+    """The legend above the plot, where it can hide nothing."""
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, borderaxespad=0.2)
+
+
 def _share_axis(axes: Axes, label: str = "") -> None:
     axes.set_ylim(-0.03, 1.03)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
     axes.set_ylabel(label)
+
+
+def _from_zero(axes: Axes, values: Sequence[float]) -> None:
+    """An axis from 0 (or below, where an estimate is) with room for whole markers at both ends."""
+    low, high = min(0.0, *values), max(*values, 0.0)
+    room = 0.05 * (high - low) or 1.0
+    axes.set_ylim(low - room, high + room)
 
 
 def _updates_axis(axes: Axes, at: Sequence[int]) -> None:

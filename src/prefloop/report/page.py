@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,7 @@ def _environment() -> Environment:
         number=words.number,
         seconds=words.seconds,
         title_of=words.title,
+        unbroken=lambda text: str(text).replace(", ", ",\u00a0"),  # an interval stays on one line
         short=lambda text: str(text)[:SHORT],
     )
     return environment
@@ -92,6 +94,7 @@ def _context(store: Store, record: RunRecord) -> dict[str, Any]:
         "script_hash": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         "settings": words.toml_text(record.settings),
         "stages": stages,
+        "statuses": _statuses(record),
         "start": (record.start_evaluation.get("sampled") or {}),
         "style": (TEMPLATES / "report.css").read_text(encoding="utf-8"),
         "verdict": verdict(record),
@@ -99,6 +102,11 @@ def _context(store: Store, record: RunRecord) -> dict[str, Any]:
         "versions": record.before.get("start", {}).get("versions", {}),
         "wall": record.finish.get("wall_s", sum(stages.values()) or None),
     }
+
+
+def _statuses(record: RunRecord) -> Counter[str]:
+    """How many judgements of the whole run ended in each status."""
+    return sum((Counter(turn.judge.get("statuses", {})) for turn in record.iterations), Counter())
 
 
 def _policies(record: RunRecord) -> list[JSONObject]:

@@ -138,10 +138,9 @@ def _kl_row(name: str, end: JSONObject, key: str) -> Row:
 
 
 def _metric_row(name: str, before: float | None, after: float | None) -> Row:
-    note = "mean a trajectory"
     changed = before is not None and after is not None and round(before, 4) != round(after, 4)
     better = after < before if changed and name not in NEUTRAL and before is not None and after is not None else None
-    return Row(words.title(name), words.number(before), words.number(after), note, better)
+    return Row(words.title(name), words.number(before), words.number(after), better=better)
 
 
 def agreement_with_people(finish: JSONObject) -> JSONObject:

@@ -13,7 +13,7 @@ from prefloop.records import PrefloopError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-WIDTH_INCHES, HEIGHT_INCHES = 4.6, 2.75
+HEIGHT_INCHES, WIDTH_INCHES, WIDE_INCHES = 2.55, 4.1, 5.8
 
 # matplotlib draws with these stand-ins; the page's CSS variables take their place in the SVG.
 INK, MUTED, GRID = "#010101", "#020202", "#030303"
@@ -28,15 +28,15 @@ _STYLE: Any = {
     "axes.grid": True,
     "axes.grid.axis": "y",
     "axes.labelcolor": MUTED,
-    "axes.labelsize": 9,
+    "axes.labelsize": 10,
     "axes.spines.left": False,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "figure.constrained_layout.use": True,
-    "font.size": 9,
+    "font.size": 10,
     "grid.color": GRID,
     "grid.linewidth": 0.8,
-    "legend.fontsize": 9,
+    "legend.fontsize": 10,
     "legend.frameon": False,
     "legend.labelcolor": MUTED,
     "lines.linewidth": 2.0,
@@ -45,6 +45,8 @@ _STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "prefloop",
     "text.color": INK,
+    "legend.handlelength": 1.4,
+    "legend.columnspacing": 1.4,
     "xtick.color": MUTED,
     "xtick.major.size": 0,
     "ytick.color": MUTED,
@@ -52,7 +54,7 @@ _STYLE: Any = {
 }
 
 
-def draw(name: str, description: str, paint: Callable[[Axes], None]) -> str:
+def draw(name: str, description: str, paint: Callable[[Axes], None], *, wide: bool = False) -> str:
     """The SVG of one figure: `paint` draws on its axes, `description` is what a screen reader says.
 
     Raises:
@@ -65,7 +67,7 @@ def draw(name: str, description: str, paint: Callable[[Axes], None]) -> str:
         raise PrefloopError("a report needs matplotlib: pip install 'prefloop[report]'") from error
     buffer = io.StringIO()
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES))
+        figure = Figure(figsize=(WIDE_INCHES if wide else WIDTH_INCHES, HEIGHT_INCHES))
         paint(figure.add_subplot())
         figure.patch.set_alpha(0)
         for axes in figure.axes:

@@ -32,7 +32,7 @@ def final_table(store: Store, run_id: str) -> Table:
     table.add_section()
     stages = record.seconds_by_stage()
     for stage, seconds in stages.items():
-        table.add_row(f"Time, {stage}", "", words.seconds(seconds))
+        table.add_row(f"Time, {words.title(stage)}", "", words.seconds(seconds))
     table.add_row("Time, all", "", words.seconds(record.finish.get("wall_s", sum(stages.values()))), style="bold")
     return table
 

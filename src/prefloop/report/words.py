@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from prefloop.records import JSONObject
 
 NOTHING = "–"
+ACRONYMS = {"sft", "dpo", "kl"}
 
 
 def percent(share: float | None, digits: int = 1) -> str:
@@ -63,8 +66,10 @@ def p_value(value: float) -> str:
 
 
 def title(name: str) -> str:
-    """A key as a title: "invented_ids" → "Invented ids"."""
-    text = name.replace("_", " ").strip()
+    """A key as a title: "invented_ids" → "Invented ids", "num_threads" → "Threads", "sft" → "SFT"."""
+    if name in ACRONYMS:
+        return name.upper()
+    text = name.removeprefix("num_").replace("_", " ").strip()
     return text[:1].upper() + text[1:]
 
 
@@ -76,14 +81,16 @@ def toml_text(settings: JSONObject) -> str:
 def _toml_lines(table: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:
     plain = {key: value for key, value in table.items() if not isinstance(value, Mapping)}
     nested = {key: value for key, value in table.items() if isinstance(value, Mapping)}
-    lines = [f"[{'.'.join(path)}]"] if path and (plain or not nested) else []
-    lines += [
-        f"# {key} is not set" if value is None else f"{key} = {_toml_value(value)}" for key, value in plain.items()
-    ]
+    lines = [f"[{'.'.join(map(_key, path))}]"] if path and (plain or not nested) else []
+    lines += [f"# {key} is not set" if value is None else _toml_line(key, value) for key, value in plain.items()]
     lines += [""] if lines else []
     for key, value in nested.items():
         lines += _toml_lines(value, (*path, key))
     return lines
+
+
+def _toml_line(key: str, value: object) -> str:
+    return f"{_key(key)} = {_toml_value(value)}"
 
 
 def _toml_value(value: object) -> str:
@@ -94,6 +101,14 @@ def _toml_value(value: object) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_toml_value, value))}]"
     if isinstance(value, Mapping):
-        return "{ " + ", ".join(f"{key} = {_toml_value(inner)}" for key, inner in value.items()) + " }"
-    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    return f'"{escaped}"'
+        return f"{{ {', '.join(_toml_line(key, inner) for key, inner in value.items() if inner is not None)} }}"
+    return _quoted(str(value))
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _quoted(name)
+
+
+def _quoted(text: str) -> str:
+    # JSON's escapes are TOML's too, but for DEL, which only JSON allows as it is.
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,92 @@
+import io
+
+from rich.console import Console
+from synthetic_run import RUN, SyntheticRun
+
+from prefloop.report import final_table
+from prefloop.report.record import read_run
+from prefloop.report.summary import agreement_with_people, final_rows, verdict
+
+
+def _run(start, end, paired=None, store=None, **more):
+    store.add_run(RUN, "x", "", {})
+    for iteration, success in ((-1, start), (0, end)):
+        sampled = {"success": success, "metrics": {"turns": 3.0, "invented_ids": 0.1 * (2 + iteration)}, **more}
+        detail = {"checkpoint_id": str(iteration), "num_tasks": success["n"], "sampled": sampled, "greedy": None}
+        store.add_event(RUN, iteration, "evaluate", {**detail, "guard": False})
+    store.add_event(RUN, 0, "rollout", {"num": 1})
+    store.add_event(RUN, 1, "finish", {"paired": paired})
+    return read_run(store, RUN)
+
+
+def _share(value, low, high):
+    return {"value": value, "low": low, "high": high, "n": 100}
+
+
+def _paired(value, low, high):
+    return {"better": 9, "worse": 5, "same": 86, "difference": _share(value, low, high), "p_value": 0.42}
+
+
+def test_a_rise_a_fall_and_no_measurable_change(store):
+    record = _run(_share(0.5, 0.4, 0.6), _share(0.54, 0.44, 0.64), _paired(0.04, -0.04, 0.12), store)
+    found = verdict(record)
+    assert found.tone == "open"
+    assert found.headline.startswith("Success on 100 held-out tasks did not change measurably: 50.0 % [40.0, 60.0] to")
+    assert "9 won, 5 lost, 86 unchanged; +4.0 points [−4.0, +12.0], p = 0.42." in found.details[0]
+
+
+def test_a_fall_is_called_a_fall(store):
+    found = verdict(_run(_share(0.5, 0.4, 0.6), _share(0.3, 0.2, 0.4), _paired(-0.2, -0.3, -0.1), store))
+    assert found.tone == "bad"
+    assert "fell from" in found.headline
+
+
+def test_without_pairs_only_intervals_that_do_not_meet_tell(store):
+    assert verdict(_run(_share(0.5, 0.4, 0.6), _share(0.65, 0.55, 0.75), None, store)).tone == "open"
+
+
+def test_rows_mark_what_got_better_and_dash_what_is_unknown(store):
+    record = _run(_share(0.3, 0.2, 0.4), _share(0.6, 0.5, 0.7), None, store, kl_per_trajectory=2.5)
+    rows = {row.name: row for row in final_rows(record)}
+    assert rows["Success, sampled"].better is True
+    assert (rows["Success, greedy"].start, rows["Success, greedy"].end) == ("–", "–")
+    assert rows["KL from start, nats a trajectory"].end == "2.50"
+    assert rows["Invented ids"].better is False  # 0.1 → 0.2
+    assert rows["Turns"].better is None
+
+
+def test_terminal_table_of_a_finished_run(finished):
+    _, store, _ = finished
+    out = io.StringIO()
+    Console(file=out, width=120).print(final_table(store, RUN))
+    text = out.getvalue()
+    for line in ("Success, sampled", "Success, greedy", "Invented ids", "Time, SFT", "38 s", "2 min 8 s", "3.60"):
+        assert line in text
+
+
+def test_terminal_table_of_a_run_that_has_only_begun(store):
+    SyntheticRun(store).begin()
+    out = io.StringIO()
+    Console(file=out, width=120).print(final_table(store, RUN))
+    assert "There is no evaluation yet" in out.getvalue()
+
+
+def test_agreement_with_people_in_words():
+    found = {
+        "num": 40,
+        "share": 0.85,
+        "low": 0.709,
+        "high": 0.929,
+        "num_unscored": 2,
+        "num_judge_ties": 0,
+        "kappa": 0.7,
+    }
+    said = agreement_with_people({"agreement_with_people": found})
+    assert said["sentence"] == (
+        "The judge orders 85.0 % [70.9, 92.9] of 40 decisive votes as people did; "
+        "left out: 2 on pairs it did not score."
+    )
+    assert said["others"] == {"Kappa": 0.7}
+    empty = {"num": 0, "share": None, "low": None, "high": None}
+    assert agreement_with_people({"agreement_with_people": empty})["sentence"] == "no human votes"
+    assert agreement_with_people({})["sentence"] == "no human votes"
