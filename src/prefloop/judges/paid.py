@@ -9,19 +9,16 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import defaultdict
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
 
 from prefloop.clients.completion import CompletionClient, Question
 from prefloop.clients.retry import CallError, RetrySettings, call_with_retries
+from prefloop.judges.grouped import GroupedWriter
 from prefloop.judges.render import visible
 from prefloop.records import Status
 from prefloop.store import calls
 from prefloop.store.store import Store
-
-T = TypeVar("T")
 
 MAX_FAILED_IN_A_ROW = 8  # calls, each with all its retries, after which a server counts as down
 
@@ -78,13 +75,12 @@ class PaidCalls:
         self._in_flight = 0
         self._failed_in_a_row = 0
         self._halted: CallError | None = None
-        # One thread, so that waiting for the disk holds up neither the replies in flight nor another writer here.
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="judge-ledger")
+        self._ledger = GroupedWriter(store)
 
     async def aclose(self) -> None:
         """Release the connections and the writer."""
         await self.client.aclose()
-        self._writer.shutdown()
+        self._ledger.close()
 
     async def reply(self, question: Question, request_hash: str, draw: int) -> PaidReply:
         """The reply to a question; `draw` keeps repeated samples apart.
@@ -95,7 +91,7 @@ class PaidCalls:
             CallError: there is none, after all retries.
         """
         async with self._asking[request_hash, draw]:
-            known = await self._write(lambda: calls.recorded_reply(self.store, request_hash, draw))
+            known = await self._ledger.run(lambda: calls.recorded_reply(self.store, request_hash, draw))
             if known is None:
                 async with self._slots:
                     known = await self._ask(question, request_hash, draw)
@@ -124,7 +120,7 @@ class PaidCalls:
         failure: CallError | None = None
         try:
             reply, failure = await self._exchange(question, seconds, reserved)
-            await self._write(lambda: calls.record_reply(self.store, request_hash, draw, attempt, reply))
+            await self._ledger.run(lambda: calls.record_reply(self.store, request_hash, draw, attempt, reply))
         finally:
             async with self._settled:
                 self._in_flight -= 1
@@ -154,11 +150,12 @@ class PaidCalls:
     async def _reserve(self, request_hash: str, draw: int, reserved: float) -> int:
         """Record the call as sent; while the budget is held by calls in flight, wait for what they really cost."""
         budget = self.prices.budget
-        async with self._settled:
+        # Under a budget, calls are reserved one by one: who is refused must know what is in flight.
+        async with nullcontext() if budget is None else self._settled:
             while True:
                 if self._halted is not None:
                     raise self._halted
-                attempt = await self._write(
+                attempt = await self._ledger.run(
                     lambda: calls.record_sent(self.store, request_hash, draw, reserved=reserved, limit=budget)
                 )
                 if attempt is not None:
@@ -167,6 +164,3 @@ class PaidCalls:
                 if self._in_flight == 0:
                     raise CallError(Status.BUDGET, f"the call may cost ${reserved:.4f}: over the budget of ${budget}")
                 await self._settled.wait()
-
-    async def _write(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._writer, work)
