@@ -80,7 +80,8 @@ class Arena:
 class KVRows:
     """R slots of keys and values with the tokens they belong to.
 
-    `memory` is [layers, 2, R, Hkv, capacity, D]. `length` int64 [R] counts the slot's own positions;
+    `memory` is [layers, 2, R, Hkv, capacity, D] (keys laid out [D, capacity] make the decoding products faster, but
+    writing, swapping and prefilling slower by more: measured). `length` int64 [R] counts the slot's own positions;
     `prefix` int64 [R] is the slot of the prefix in `base`, -1 for none, and `prefix_length` int64 [R] how much
     of it this slot uses. `tokens` holds, for each slot, prefix and own tokens, int32, and `key` its name. A
     slot's state travels with it when slots are swapped.
