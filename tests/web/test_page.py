@@ -351,7 +351,8 @@ def test_the_name_of_the_rater_is_text(store, name):
 
 def _structure(page):
     """Tags and attributes of a pair, without marks of differences and what names the pair."""
-    pair = page.tags[page.tags.index(("article", page.pair)) + 1 :]
+    names = [tag for tag, _ in page.tags]
+    pair = page.tags[names.index("article") + 1 : names.index("nav")]
     return [(tag, attributes) for tag, attributes in pair if tag != "mark"]
 
 

@@ -39,6 +39,18 @@ def preferred(comparison):
     return comparison.trajectory_a if comparison.verdict is Verdict.A else comparison.trajectory_b
 
 
+def wait_voted(page, num):
+    # A function, not an expression: the page's policy does not let a string be run.
+    page.wait_for_function("num => document.getElementById('num-voted').textContent === num", arg=str(num))
+
+
+def side_of(vote):
+    """What was chosen on the screen."""
+    if vote.verdict not in (Verdict.A, Verdict.B):
+        return vote.verdict.value
+    return "left" if (vote.verdict is Verdict.A) == vote.a_shown_first else "right"
+
+
 def test_keys_and_buttons_vote(store, page):
     fill(store, num_tasks=20)
     with running_page(store) as server:
@@ -51,11 +63,11 @@ def test_keys_and_buttons_vote(store, page):
             page.click(f"button[data-choice={choice}]")
             page.wait_for_function("before => document.getElementById('pair').dataset.pair !== before", arg=before)
     votes = standing_votes(store)
-    on_screen = [
-        v.verdict.value if v.verdict not in (Verdict.A, Verdict.B) else ("left", "right")[(v.verdict is Verdict.A) != v.a_shown_first]
-        for v in votes
-    ]  # fmt: skip
-    assert on_screen == ["left"] * 4 + ["right"] * 3 + ["tie"] * 2 + ["both_bad", "skip", *KEY_OF]
+    assert [side_of(vote) for vote in votes] == ["left"] * 4 + ["right"] * 3 + ["tie"] * 2 + [
+        "both_bad",
+        "skip",
+        *KEY_OF,
+    ]
     assert all(0.0 < v.seconds < 60.0 and 0.0 < v.propensity <= 1.0 for v in votes)
     assert page.troubles == []
 
@@ -91,7 +103,7 @@ def test_held_and_combined_keys_and_the_help_do_not_vote(store, page):
         for _ in range(5):
             page.keyboard.down("a")  # what a held key repeats
         page.keyboard.up("a")
-        page.wait_for_function("document.getElementById('num-voted').textContent === '1'")
+        wait_voted(page, 1)
         wait_ready(page)
     assert len(all_votes(store)) == 1
 
@@ -122,7 +134,7 @@ def test_a_vote_survives_a_lost_network(store, page):
         page.wait_for_selector("body[data-state=unsaved]")
         assert page.inner_text("#status") == "Not saved – retrying"
         page.keyboard.press("b")  # not a second vote
-        page.wait_for_function("document.getElementById('num-voted').textContent === '1'")
+        wait_voted(page, 1)
         wait_ready(page)
         assert page.inner_text("#status") == "Saved"
     assert len(keys) == 4
@@ -142,7 +154,7 @@ def test_a_vote_survives_a_closed_page(store, page):
         again = page.context.new_page()
         page.close(run_before_unload=False)
         again.goto(server.url)
-        again.wait_for_function("document.getElementById('num-voted').textContent === '1'")
+        wait_voted(again, 1)
         wait_ready(again)
         again.close()
     (vote,) = standing_votes(store)
