@@ -95,6 +95,13 @@ def test_cluster_bootstrap_refuses_wrong_shapes():
         cluster_bootstrap([1, 2], ["a", "a"])
 
 
+@given(st.integers(0, 300), st.integers(0, 300))
+def test_sign_test_equals_scipys_binomial_test(better, worse):
+    expected = stats.binomtest(better, better + worse).pvalue if better + worse else 1.0
+    assert sign_test(better, worse) == pytest.approx(expected, rel=1e-9)
+    assert sign_test(better, worse) == sign_test(worse, better)
+
+
 def test_sign_test_is_exact():
     assert sign_test(1, 7) == pytest.approx(2 * (1 + 8) / 2**8)
     assert sign_test(0, 0) == 1.0

@@ -32,10 +32,12 @@ def outcomes_by_task(trajectories: Sequence[Trajectory], judgements: Sequence[Ju
     """
     verified = verified_by_trajectory(trajectories, judgements)
     outcomes: dict[Item, bool] = {}
+    attempted: set[Item] = set()
     for trajectory in trajectories:
         item = (trajectory.task_id, trajectory.sample)
-        if item in outcomes:
+        if item in attempted:
             raise PrefloopError(f"task {item[0]}, sample {item[1]} was attempted twice; pass one evaluation at a time")
+        attempted.add(item)
         if trajectory.id in verified:
             outcomes[item] = is_success(verified[trajectory.id])
     return outcomes

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from numpy.typing import NDArray
 
 from prefloop.records import PrefloopError
 from prefloop.stats.intervals import Interval, wilson
@@ -57,14 +57,14 @@ def judge_calibration(scores: Sequence[float], outcomes: Sequence[bool], num_bin
     return Calibration(bins, _separation(score, success), int(success.sum()), int((~success).sum()))
 
 
-def _share(success: np.typing.NDArray[np.bool_]) -> Interval:
+def _share(success: NDArray[np.bool_]) -> Interval:
     low, high = wilson(int(success.sum()), success.size)
     return Interval(float(success.mean()), low, high, success.size)
 
 
-def _separation(score: np.typing.NDArray[np.float64], success: np.typing.NDArray[np.bool_]) -> float | None:
-    num_success, num_failure = int(success.sum()), int((~success).sum())
-    if num_success == 0 or num_failure == 0:
+def _separation(score: NDArray[np.float64], success: NDArray[np.bool_]) -> float | None:
+    good, bad = score[success], np.sort(score[~success])
+    if good.size == 0 or bad.size == 0:
         return None
-    rank_sum = float(stats.rankdata(score)[success].sum())
-    return (rank_sum - num_success * (num_success + 1) / 2) / (num_success * num_failure)
+    below = np.searchsorted(bad, good, side="left") + np.searchsorted(bad, good, side="right")
+    return float(below.mean() / (2 * bad.size))

@@ -66,15 +66,16 @@ def _success(record: RunRecord) -> Figure | None:
         _updates_axis(axes, [updates for updates, _ in points])
         _legend(axes)
 
-    caption = "Verified success at temperature 1, with 95 % intervals. Diamonds: all held-out tasks."
+    caption = (
+        "Verified success at temperature 1 with 95 % intervals: line on the guard tasks, diamonds on all held-out."
+    )
     if rolled_back:
         caption += " Dashed: an update that the guards rolled back."
     return Figure("Success", caption, draw("success", _said("Success", points), paint, wide=True), wide=True)
 
 
 def _full_evaluations(record: RunRecord) -> list[tuple[int, Mapping[str, Any]]]:
-    last = max((turn.number for turn in record.iterations), default=0)
-    found = [(0, record.start_evaluation), (last, record.end_evaluation)]
+    found = [(0, record.start_evaluation), (record.end_number, record.end_evaluation)]
     return [(at, detail["sampled"]["success"]) for at, detail in found if detail and not detail.get("guard")]
 
 

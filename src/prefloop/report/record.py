@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from sqlalchemy import select
+
 from prefloop.records import Checkpoint, JSONObject, PrefloopError, RaterKind
-from prefloop.store import Store
+from prefloop.store import Store, schema
 
 STAGES = ("demonstrations", "sft", "rollout", "judge", "curate", "train", "evaluate")
 BEFORE_LOOP = -1
@@ -62,6 +64,12 @@ class RunRecord:
     def end_checkpoint(self) -> str:
         """The id of the end policy, or an empty text."""
         return str(self.finish.get("end_checkpoint") or self.end_evaluation.get("checkpoint_id") or "")
+
+    @property
+    def end_number(self) -> int:
+        """The number of updates behind the end policy, which is the best one and not always the last."""
+        made = {turn.train.get("checkpoint_id"): turn.number for turn in self.iterations}
+        return made.get(self.end_checkpoint, len(self.iterations))
 
     def evaluations(self) -> Iterator[tuple[int, JSONObject]]:
         """(number of updates behind it, evaluation) of the start and of each iteration that has one."""
@@ -145,10 +153,14 @@ def _end_evaluation(details: Mapping[int, Mapping[str, JSONObject]], finish: JSO
 
 def verified_rater(store: Store, run_id: str) -> str | None:
     """The id of the test rater whose judgements are the run's verified outcomes, or None."""
-    names = [rater for rater in store.raters().values() if rater.kind is RaterKind.TEST]
-    verified = sorted((rater for rater in names if rater.name.endswith(":verified")), key=lambda rater: rater.id)
-    if len(verified) < 2:
-        return verified[0].id if verified else None
-    sample = [trajectory.id for trajectory in store.trajectories(run_id=run_id)[:1]]
-    used = {judgement.rater_id for judgement in store.judgements(trajectory_ids=sample)}
-    return next((rater.id for rater in verified if rater.id in used), None)
+    judgement, trajectory, rater = schema.judgement, schema.trajectory, schema.rater
+    query = (
+        select(judgement.c.rater_id)
+        .join(trajectory, trajectory.c.id == judgement.c.trajectory_id)
+        .join(rater, rater.c.id == judgement.c.rater_id)
+        .where(trajectory.c.run_id == run_id, rater.c.kind == RaterKind.TEST.value, rater.c.name.endswith(":verified"))
+        .order_by(judgement.c.rater_id)
+        .limit(1)
+    )
+    with store.reading() as connection:
+        return connection.execute(query).scalar()

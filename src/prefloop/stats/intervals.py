@@ -13,7 +13,7 @@ from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special  # not scipy.stats, which takes a second to import: the command line starts fast
 
 from prefloop.records import JSONObject, PrefloopError
 
@@ -93,9 +93,9 @@ def mean_interval(values: ArrayLike, confidence: float = 0.95) -> Interval:
     if array.size < 2:
         raise PrefloopError(f"an interval of a mean needs at least two values, not {array.size}")
     _z(confidence)  # checks the confidence
-    half = stats.t.ppf((1 + confidence) / 2, array.size - 1) * standard_error(array)
+    half = float(special.stdtrit(array.size - 1, (1 + confidence) / 2)) * standard_error(array)
     mean = float(array.mean())
-    return Interval(mean, mean - float(half), mean + float(half), array.size)
+    return Interval(mean, mean - half, mean + half, array.size)
 
 
 def standard_error(values: ArrayLike) -> float:
@@ -151,7 +151,8 @@ def sign_test(better: int, worse: int) -> float:
         raise PrefloopError(f"counts must not be negative: better = {better}, worse = {worse}")
     if better + worse == 0:
         return 1.0
-    return float(stats.binomtest(better, better + worse, 0.5).pvalue)
+    # With equal chances both tails weigh the same.
+    return min(1.0, 2 * float(special.bdtr(min(better, worse), better + worse, 0.5)))
 
 
 def paired_comparison(start: Sequence[bool], end: Sequence[bool], confidence: float = 0.95) -> PairedComparison:
