@@ -72,11 +72,12 @@ def tokenizer():
     base.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     base.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=280,
+        vocab_size=4000,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=["</s>", "<pad>"],
     )
-    base.train_from_iterator(["Fly to Oslo"], trainer)
+    text = TAU_BENCH.read_text(encoding="utf-8")[:500_000] if TAU_BENCH.exists() else "Fly to Oslo"
+    base.train_from_iterator([text], trainer)
     made = PreTrainedTokenizerFast(tokenizer_object=base, eos_token="</s>", pad_token="<pad>")
     made.chat_template = TEMPLATE
     return made

@@ -19,7 +19,9 @@ class Limits:
 
     `max_row_bytes` is the size of one row as JSON, `max_nodes` the number of its opening brackets (those inside
     texts count too), `max_depth` how deep it nests. `max_bytes` is the size of the file after decompression;
-    `max_ratio` bounds decompressed over compressed bytes once `free_bytes` have come out.
+    `max_ratio` bounds decompressed over compressed bytes. Honest text packs to a tenth, with long prompts that every
+    row repeats to a hundredth; a bomb of gzip to a thousandth. Parquet, which stores a repeated text once, may unpack
+    to ten times `max_ratio`, but a row and ten values of it must take a byte or more.
     """
 
     max_row_bytes: int = 4 * MIB
@@ -28,7 +30,6 @@ class Limits:
     max_rows: int = 20_000_000
     max_bytes: int = 64 << 30
     max_ratio: float = 200.0
-    free_bytes: int = 4 * MIB
 
 
 class RowProblemError(Exception):
@@ -89,7 +90,7 @@ def parse_json(text: str, limits: Limits) -> Any:
     except RecursionError:
         raise RowProblemError("", f"nested deeper than {limits.max_depth} levels") from None
     except ValueError as error:
-        raise RowProblemError("", f"not valid JSON: {error}") from None
+        raise RowProblemError("", f"not valid JSON: {str(error).split(';')[0]}") from None
     check_json(value, text, limits)
     return value
 
@@ -164,4 +165,4 @@ def check_text(text: str, key: str = "") -> None:
 
 def limit_error(name: str, what: str) -> PrefloopError:
     """The error of a file that goes beyond a limit."""
-    return PrefloopError(f"{name}: {what}; raise the limit if you trust the file")
+    return PrefloopError(f"{name} {what}: split it, or if you trust it unpack it first")

@@ -7,11 +7,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from prefloop.formats.limits import Limits, RawRow, RowProblemError, check_value, limit_error, too_large
+from prefloop.formats.limits import MIB, Limits, RawRow, RowProblemError, check_value, limit_error, too_large
 from prefloop.records import JSONObject, PrefloopError
 
 BATCH_ROWS = 256
 CHUNK_ROWS = 1000
+FREE_ROWS, FREE_VALUES, FREE_BYTES = 50_000, 500_000, 16 * MIB  # what a file of any size may unpack to
 MESSAGE_FIELDS = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
 
 
@@ -43,8 +44,10 @@ def parquet_rows(path: Path, limits: Limits) -> Iterator[RawRow]:
         texts = _text_columns(parquet.ParquetFile(path))
         file = parquet.ParquetFile(path, read_dictionary=texts)
         _check_declared(path, file.metadata, limits)
-        first = 1
+        first, num_bytes = 1, 0
         for batch in file.iter_batches(batch_size=BATCH_ROWS):
+            num_bytes += sum(_num_bytes(column) for column in batch.columns)
+            _check_unpacked(path, num_bytes, limits)
             yield from _batch_rows(batch, first, limits)
             first += batch.num_rows
     except (arrow.ArrowException, OSError) as error:
@@ -67,10 +70,14 @@ def _check_declared(path: Path, metadata: Any, limits: Limits) -> None:
     num_bytes = sum(column.total_uncompressed_size for column in columns)
     num_values = sum(column.num_values for column in columns)
     size = path.stat().st_size
-    if num_bytes > limits.max_bytes:
-        raise limit_error(path.name, f"holds more than {limits.max_bytes} bytes")
-    if max(num_bytes, num_values) > max(limits.free_bytes, limits.max_ratio * size):
-        raise limit_error(path.name, f"unpacks to more than {limits.max_ratio:.0f} times its size")
+    _check_unpacked(path, num_bytes, limits)
+    if metadata.num_rows > max(size, FREE_ROWS) or num_values > max(10 * size, FREE_VALUES):
+        raise limit_error(path.name, f"claims {metadata.num_rows} rows and {num_values} values in {size} bytes")
+
+
+def _check_unpacked(path: Path, num_bytes: int, limits: Limits) -> None:
+    if num_bytes > min(limits.max_bytes, max(10 * limits.max_ratio * path.stat().st_size, FREE_BYTES)):
+        raise limit_error(path.name, f"unpacks to {num_bytes} bytes or more")
 
 
 def _batch_rows(batch: Any, first: int, limits: Limits) -> Iterator[RawRow]:

@@ -56,7 +56,7 @@ class _Metered(io.RawIOBase):
         limits = self.limits
         if self.num_bytes > limits.max_bytes:
             raise limit_error(self.name, f"holds more than {limits.max_bytes} bytes")
-        if self.num_bytes > limits.free_bytes and self.num_bytes > limits.max_ratio * max(self.file.tell(), 1):
+        if self.num_bytes > max(limits.max_ratio * self.file.tell(), BLOCK):
             raise limit_error(self.name, f"unpacks to more than {limits.max_ratio:.0f} times its size")
 
     def close(self) -> None:
@@ -102,7 +102,7 @@ def _jsonl_rows(stream: _Stream, name: str, limits: Limits) -> Iterator[RawRow]:
     while raw := stream.readline(limits.max_row_bytes + 1):
         line += 1
         if line > limits.max_rows:
-            raise limit_error(name, f"holds more than {limits.max_rows} lines")
+            raise limit_error(name, f"holds more than {limits.max_rows} rows")
         if len(raw) > limits.max_row_bytes:
             while raw and not raw.endswith(b"\n"):
                 raw = stream.readline(BLOCK)
