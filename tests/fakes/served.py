@@ -30,6 +30,9 @@ class Fake:
     def num_calls(self) -> int:
         return len(self.ledger)
 
+    def num_calls_about(self, text: str) -> int:
+        return sum(text in entry["body"] for entry in self.ledger)
+
     @property
     def num_billed(self) -> int:
         return sum(entry["billed"] for entry in self.ledger)

@@ -77,16 +77,25 @@ FAILURES = [
 ]
 
 
-@pytest.mark.parametrize(("action", "status", "num_calls"), FAILURES)
-def test_every_failure_has_its_type_and_is_never_a_number(tmp_path, action, status, num_calls):
-    items = make_items("Booked.")
-    with fake_server(tmp_path, [{"match": "", "do": [action]}]) as fake, open_store(tmp_path, items) as store:
-        judge = LLMJudge(settings(fake.url), store)
+@pytest.fixture(scope="module")
+def failing(tmp_path_factory):
+    """One server for the whole table: it fails a request by the number of the case in its text."""
+    script = [{"match": f"Case {case}.", "do": [action]} for case, (action, _, _) in enumerate(FAILURES)]
+    with fake_server(tmp_path_factory.mktemp("failing"), script) as fake:
+        yield fake
+
+
+@pytest.mark.parametrize("case", range(len(FAILURES)))
+def test_every_failure_has_its_type_and_is_never_a_number(tmp_path, failing, case):
+    _, status, num_calls = FAILURES[case]
+    items = make_items(f"Case {case}.")
+    with open_store(tmp_path, items) as store:
+        judge = LLMJudge(settings(failing.url), store)
         started = time.monotonic()
         with pytest.raises(PrefloopError, match=r"failed on 1 of 1|not the judge it was"):
             judge_all(judge, items, store)
         assert time.monotonic() - started < 5
-        assert fake.num_calls == num_calls
+        assert failing.num_calls_about(f"Case {case}.") == num_calls
         (judgement,) = store.judgements()
         assert (judgement.status, judgement.value, judgement.score) == (status, None, None)
         assert judgement.rationale

@@ -39,32 +39,41 @@ def test_a_named_key_is_sent(tmp_path, monkeypatch):
         assert fake.ledger[0]["headers"]["authorization"] == "Bearer sk-mine"
 
 
-@pytest.mark.parametrize(
-    ("action", "status", "num_calls"),
-    [
-        ({"kind": "status", "code": 500}, Status.HTTP_ERROR, 3),
-        ({"kind": "status", "code": 429, "retry_after": "0.05"}, Status.RATE_LIMITED, 3),
-        ({"kind": "status", "code": 403}, Status.HTTP_ERROR, 1),
-        ("html", Status.HTTP_ERROR, 1),
-        ("endless", Status.HTTP_ERROR, 1),
-        ("reset", Status.HTTP_ERROR, 3),
-        ({"kind": "raw", "body": '{"error": {"message": "no such model"}}'}, Status.HTTP_ERROR, 1),
-        ({"kind": "raw", "body": '{"model": "m-1", "choices": []}'}, Status.HTTP_ERROR, 1),
-        ({"kind": "raw", "body": '{"model": "m-1", "choices": [{}]}'}, Status.UNPARSABLE, 1),
-        ({"kind": "raw", "body": '{"model": "m-1", "choices": [{"message": {"content": null, "refusal": "no"}}]}'},
-         Status.REFUSED, 1),
-        ({"kind": "good", "stop": "length"}, Status.TRUNCATED, 1),
-        ({"kind": "good", "stop": "content_filter"}, Status.FILTERED, 1),
-        ({"kind": "good", "model": "m-2"}, Status.WRONG_MODEL, 1),
-        ({"kind": "text", "text": "8/10, response_format was ignored"}, Status.UNPARSABLE, 1),
-    ],
-)  # fmt: skip
-def test_failures_have_their_types(tmp_path, action, status, num_calls):
-    items = make_items("Booked.")
-    with fake_server(tmp_path, [{"match": "", "do": [action]}]) as fake, open_store(tmp_path, items) as store:
-        (judgement,) = LLMJudge(settings(fake.url), store).judge(items)
+FAILURES = [
+    ({"kind": "status", "code": 500}, Status.HTTP_ERROR, 3),
+    ({"kind": "status", "code": 429, "retry_after": "0.05"}, Status.RATE_LIMITED, 3),
+    ({"kind": "status", "code": 403}, Status.HTTP_ERROR, 1),
+    ("html", Status.HTTP_ERROR, 1),
+    ("endless", Status.HTTP_ERROR, 1),
+    ("reset", Status.HTTP_ERROR, 3),
+    ({"kind": "raw", "body": '{"error": {"message": "no such model"}}'}, Status.HTTP_ERROR, 1),
+    ({"kind": "raw", "body": '{"model": "m-1", "choices": []}'}, Status.HTTP_ERROR, 1),
+    ({"kind": "raw", "body": '{"model": "m-1", "choices": [{}]}'}, Status.UNPARSABLE, 1),
+    ({"kind": "raw", "body": '{"model": "m-1", "choices": [{"message": {"content": null, "refusal": "no"}}]}'},
+     Status.REFUSED, 1),
+    ({"kind": "good", "stop": "length"}, Status.TRUNCATED, 1),
+    ({"kind": "good", "stop": "content_filter"}, Status.FILTERED, 1),
+    ({"kind": "good", "model": "m-2"}, Status.WRONG_MODEL, 1),
+    ({"kind": "text", "text": "8/10, response_format was ignored"}, Status.UNPARSABLE, 1),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def failing(tmp_path_factory):
+    """One server for the whole table: it fails a request by the number of the case in its text."""
+    script = [{"match": f"Case {case}.", "do": [action]} for case, (action, _, _) in enumerate(FAILURES)]
+    with fake_server(tmp_path_factory.mktemp("failing"), script) as fake:
+        yield fake
+
+
+@pytest.mark.parametrize("case", range(len(FAILURES)))
+def test_failures_have_their_types(tmp_path, failing, case):
+    _, status, num_calls = FAILURES[case]
+    items = make_items(f"Case {case}.")
+    with open_store(tmp_path, items) as store:
+        (judgement,) = LLMJudge(settings(failing.url), store).judge(items)
         assert (judgement.status, judgement.value) == (status, None)
-        assert fake.num_calls == num_calls
+        assert failing.num_calls_about(f"Case {case}.") == num_calls
 
 
 def test_a_server_may_call_its_model_by_a_name_that_was_declared(tmp_path):
