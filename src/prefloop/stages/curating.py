@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from prefloop.curation import curate
-from prefloop.records import Dataset
+from collections.abc import Sequence
+
+from prefloop.config import apply_overrides, parse_settings
+from prefloop.curation import CurationSettings, curate
+from prefloop.records import Dataset, JSONObject, PrefloopError
 from prefloop.rollout import derived_seed
 from prefloop.stages.context import Run
 from prefloop.stages.judging import rejudge
 from prefloop.stages.rollouts import iteration_rollouts
+from prefloop.store import Store
 
 STAGE = "curate"
 
@@ -43,3 +47,45 @@ def dataset_of(run: Run, iteration: int, kind: str) -> Dataset:
     found = run.found(iteration, STAGE)
     assert found is not None
     return run.store.dataset(str(found["dataset_id" if kind == "pairs" else "kept_dataset_id"]))
+
+
+def curate_store(store: Store, rater: str, overrides: Sequence[str]) -> JSONObject:
+    """Curate all trajectories of a store, such as imported ones; returns the report.
+
+    `rater` is the id or name of the rater whose scores count; it may be left out when there is only one with scores.
+    `overrides` set keys of the curation settings.
+
+    Raises:
+        PrefloopError: no trajectories, no such rater or several, an unknown key, or nothing was judged.
+    """
+    settings = parse_settings(CurationSettings, apply_overrides({}, overrides), "--set")
+    trajectories = store.trajectories()
+    if not trajectories:
+        raise PrefloopError(f"there are no trajectories in {store.location}: `prefloop import` or `rollout` first")
+    judgements = store.judgements()
+    chosen = _rater(store, {j.rater_id for j in judgements}, rater)
+    curated = curate(
+        trajectories,
+        [judgement for judgement in judgements if judgement.rater_id == chosen],
+        settings,
+        rater_id=chosen,
+        comparisons=store.comparisons(),
+    )
+    if not curated.dataset.pairs:
+        raise PrefloopError(
+            f"no pair met the margin {settings.margin} among {len(trajectories)} trajectories of "
+            f"{curated.report['num_tasks']} tasks; lower it with --set margin=…"
+        )
+    store.add_dataset(curated.dataset)
+    return curated.report
+
+
+def _rater(store: Store, scoring: set[str], wanted: str) -> str | None:
+    raters = {i: rater for i, rater in store.raters().items() if i in scoring}
+    found = [i for i, rater in raters.items() if wanted in ("", i, rater.name)]
+    if not found and not wanted:
+        return None  # votes alone
+    if len(found) != 1:
+        known = ", ".join(sorted(rater.name for rater in raters.values())) or "none"
+        raise PrefloopError(f"--rater {wanted or '(left out)'}: name one of the raters with scores: {known}")
+    return found[0]

@@ -52,6 +52,8 @@ def train_stage(run: Run, iteration: int) -> None:
     if run.found(iteration, STAGE) is not None:
         return
 
+    from prefloop.training.trainer import forget_state
+
     settings = run.settings.train
     if run.found(iteration, "curate") is None:
         raise PrefloopError(f"run {run.settings.name}: iteration {iteration} is not curated; run `prefloop curate`")

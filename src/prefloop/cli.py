@@ -1,0 +1,363 @@
+"""The command line: thin commands; what they need is imported when they run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import App, Parameter
+from rich.console import Console
+
+from prefloop import __version__
+from prefloop.records import PrefloopError
+
+if TYPE_CHECKING:
+    from prefloop.stages.context import Run
+    from prefloop.store import Store
+
+DEFAULT_STORE = "runs/prefloop.db"
+
+app = App(
+    name="prefloop",
+    version=__version__,
+    help="Preference learning for language-model agents: roll out, judge, curate, train, prove it is better.",
+)
+console = Console()
+
+RunFile = Annotated[Path, Parameter(help="the run file (TOML)")]
+StoreOption = Annotated[
+    str | None, Parameter(name="--store", help="path or database URL of the store (else PREFLOOP_STORE)")
+]
+SetOption = Annotated[
+    list[str] | None,
+    Parameter(name="--set", negative=(), help="set one key of the run file: --set train.beta=0.2"),
+]
+IterationOption = Annotated[
+    int | None, Parameter(name="--iteration", help="which iteration, from 1 on; the current one when left out")
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; an error is one line on standard error and exit code 1."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app(arguments, result_action="return_value", exit_on_error=True)
+    except PrefloopError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename or 'operating system'}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+# --- the loop and its stages ------------------------------------------------------------------------------------
+
+
+@app.command
+def run(file: RunFile, *, store: StoreOption = None, overrides: SetOption = None) -> None:
+    """Run the whole loop of a run file, or go on with it where it was killed."""
+    from prefloop.loop import run_loop
+    from prefloop.report import final_table
+
+    with _run(file, store, overrides) as opened:
+        finished_before = opened.found(opened.settings.iterations, "finish") is not None
+        with _progress(opened):
+            run_loop(opened)
+        console.print(final_table(opened.store, opened.id))
+        if finished_before:
+            console.print(f"[dim]run {opened.settings.name} was finished before; give it a new name to run again[/dim]")
+        _write_report(opened.store, opened.id, opened.directory / "report.html")
+
+
+@app.command
+def rollout(
+    file: RunFile, *, iteration: IterationOption = None, store: StoreOption = None, overrides: SetOption = None
+) -> None:
+    """Roll out the current policy; makes the start policy first where there is none."""
+    from prefloop.stages.rollouts import rollout_stage
+    from prefloop.stages.start import start_policy
+
+    with _stage(file, store, overrides) as opened:
+        start_policy(opened)
+        rollout_stage(opened, _iteration(opened, iteration))
+
+
+@app.command
+def judge(
+    file: RunFile, *, iteration: IterationOption = None, store: StoreOption = None, overrides: SetOption = None
+) -> None:
+    """Score an iteration's rollouts with the frozen judge."""
+    from prefloop.stages.judging import judge_stage
+
+    with _stage(file, store, overrides) as opened:
+        judge_stage(opened, _iteration(opened, iteration))
+
+
+@app.command
+def curate(
+    file: Annotated[Path | None, Parameter(help="the run file; without one, all of the store is curated")] = None,
+    *,
+    rater: Annotated[str, Parameter(help="without a run file: id or name of the rater whose scores count")] = "",
+    iteration: IterationOption = None,
+    store: StoreOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Keep the best trajectories and freeze preference pairs as a dataset."""
+    from prefloop.stages.curating import curate_stage, curate_store
+
+    if file is None:
+        with _store(store) as opened_store:
+            _print_curated(curate_store(opened_store, rater, overrides or []))
+        return
+    with _stage(file, store, overrides) as opened:
+        number = _iteration(opened, iteration)
+        curate_stage(opened, number)
+        _print_curated(opened.found(number, "curate") or {})
+
+
+@app.command
+def train(
+    file: RunFile, *, iteration: IterationOption = None, store: StoreOption = None, overrides: SetOption = None
+) -> None:
+    """Update the policy on an iteration's dataset, guarded."""
+    from prefloop.stages.updating import train_stage
+
+    with _stage(file, store, overrides) as opened:
+        train_stage(opened, _iteration(opened, iteration))
+
+
+@app.command
+def evaluate(file: RunFile, *, store: StoreOption = None, overrides: SetOption = None) -> None:
+    """Evaluate the start policy and the current one on the held-out tasks."""
+    from prefloop.stages.context import BEFORE
+    from prefloop.stages.evaluating import evaluate_stage
+    from prefloop.stages.start import start_policy
+
+    with _stage(file, store, overrides) as opened:
+        evaluate_stage(opened, BEFORE, start_policy(opened))
+        done = opened.current_iteration()
+        if done:
+            evaluate_stage(opened, done, opened.checkpoint_before(done))
+
+
+# --- people -----------------------------------------------------------------------------------------------------
+
+
+@app.command
+def annotate(
+    *,
+    run: Annotated[str, Parameter(help="name of the run whose rollouts are compared; all when left out")] = "",
+    rater: Annotated[str, Parameter(help="who votes")] = "me",
+    judge: Annotated[str, Parameter(help="id or name of the judge whose scores say what is uncertain")] = "",
+    port: int = 8123,
+    store: StoreOption = None,
+) -> None:
+    """Open a local page on which a person compares pairs of trajectories."""
+    from prefloop.feedback.queue import QueueSettings
+    from prefloop.stages.context import run_id
+    from prefloop.web.app import serve
+
+    with _store(store) as opened:
+        settings = QueueSettings(run_id=run_id(run) if run else "", judge=judge)
+        serve(opened, settings, rater, port=port, announce=console.print)
+
+
+# --- looking ----------------------------------------------------------------------------------------------------
+
+
+@app.command
+def report(
+    run: Annotated[str, Parameter(help="name of the run; the newest when left out")] = "",
+    *,
+    output: Annotated[Path | None, Parameter(name=["--output", "-o"], help="where to write it")] = None,
+    store: StoreOption = None,
+) -> None:
+    """Write the HTML report of a run."""
+    from prefloop.stages.looking import find_run
+
+    with _store(store) as opened:
+        found = find_run(opened, run)
+        _write_report(opened, found["id"], output or Path(found["directory"]) / "report.html")
+
+
+@app.command
+def status(*, store: StoreOption = None) -> None:
+    """Say what the store holds and how far each run is."""
+    from prefloop.stages.looking import status_table
+
+    with _store(store) as opened:
+        console.print(status_table(opened))
+
+
+@app.command
+def chat(
+    checkpoint: Annotated[str, Parameter(help="a checkpoint's id (or its beginning), or a model by path or hub id")],
+    *,
+    temperature: float = 0.0,
+    store: StoreOption = None,
+) -> None:
+    """Talk to a checkpoint, with the tools of its environment if that has some."""
+    from prefloop.stages.talking import talk
+
+    with _store(store, must_exist=not Path(checkpoint).exists()) as opened:
+        talk(opened, checkpoint, temperature, console)
+
+
+@app.command
+def doctor(
+    *,
+    model: Annotated[str, Parameter(help="check that the chat template of this model works")] = "",
+    store: StoreOption = None,
+) -> int:
+    """Say what is installed, which devices, extras, keys and templates work, and whether the store is whole."""
+    from prefloop.doctor import examine
+
+    healthy = examine(_location(store), model, console)
+    if not healthy:
+        raise PrefloopError("not all is well: see the lines marked ✗")
+    return 0
+
+
+# --- data in and out --------------------------------------------------------------------------------------------
+
+
+@app.command(name="import")
+def import_(
+    file: Annotated[Path, Parameter(help="JSON Lines, a JSON list or Parquet, plain or gzipped")],
+    *,
+    format: Annotated[  # noqa: A002
+        str, Parameter(help="trl, openai-chat, tau-bench, tool-calls, or auto: by the first good row")
+    ] = "auto",
+    on_error: Annotated[Literal["stop", "skip"], Parameter(help="what to do with a bad row")] = "stop",
+    held_out: Annotated[float, Parameter(help="share of the prompts that become held-out tasks")] = 0.0,
+    store: StoreOption = None,
+) -> None:
+    """Read trajectories, preferences and labels from a file into the store."""
+    from prefloop.formats import import_file
+
+    with _store(store, must_exist=False) as opened:
+        done = import_file(opened, file, format=format, on_error=on_error, held_out=held_out)
+    for error in done.errors:
+        console.print(f"[yellow]skipped[/yellow] {error}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{done.file} ({done.format}): {done.num_rows} rows, {done.num_skipped} skipped; new: {done.num_tasks} tasks, "
+        f"{done.num_trajectories} trajectories, {done.num_judgements} judgements, {done.num_comparisons} comparisons, "
+        f"{done.num_step_labels} step labels; {done.num_known} known before",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command
+def export(
+    output: Annotated[Path, Parameter(help="a .jsonl or .parquet file")],
+    *,
+    dataset: Annotated[str, Parameter(help="id of the dataset (or its beginning); the newest when left out")] = "",
+    format: Annotated[  # noqa: A002
+        Literal["trl-preference", "trl-unpaired", "openai-chat"], Parameter(help="what the rows look like")
+    ] = "trl-preference",
+    force: Annotated[bool, Parameter(negative=(), help="overwrite the file")] = False,
+    store: StoreOption = None,
+) -> None:
+    """Write a frozen dataset in a format that other tools read."""
+    from prefloop.formats import export_dataset
+    from prefloop.stages.looking import find_dataset
+
+    with _store(store) as opened:
+        num_rows = export_dataset(opened, find_dataset(opened, dataset), output, format=format, force=force)
+    console.print(f"{num_rows} rows → {output}", highlight=False)
+
+
+@app.command
+def init_model(
+    output: Annotated[Path, Parameter(help="a new directory, in Hugging Face's layout")],
+    *,
+    data: Annotated[
+        Path | None, Parameter(help="conversations for the tokenizer; the booking task when absent")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, Parameter(name="--set", negative=(), help="shape of the model: --set hidden_size=128")
+    ] = None,
+) -> None:
+    """Make a tiny model with random weights, its tokenizer and chat template, from nothing."""
+    from prefloop.stages.initial import make_initial_model
+
+    num_parameters, vocabulary = make_initial_model(output, data, overrides or [])
+    console.print(f"{output}: {num_parameters:,} parameters, {vocabulary} tokens", highlight=False)
+
+
+# --- plumbing ---------------------------------------------------------------------------------------------------
+
+
+def _location(store: str | None, of_run_file: str | None = None) -> str:
+    return store or os.environ.get("PREFLOOP_STORE") or of_run_file or DEFAULT_STORE
+
+
+@contextmanager
+def _store(store: str | None, *, must_exist: bool = True) -> Iterator[Store]:
+    from prefloop.store import Store
+
+    with Store(_location(store), must_exist=must_exist) as opened:
+        yield opened
+
+
+@contextmanager
+def _run(file: Path, store: str | None, overrides: list[str] | None) -> Iterator[Run]:
+    """A run as its file describes it; not locked yet."""
+    from prefloop.config import apply_overrides, parse_settings, read_run_file
+    from prefloop.stages.context import Run
+    from prefloop.stages.settings import RunSettings
+    from prefloop.store import Store
+
+    data = apply_overrides(read_run_file(file), overrides or [])
+    settings = parse_settings(RunSettings, data, str(file))
+    default = str(Path(settings.directory) / Path(DEFAULT_STORE).name)
+    with Store(_location(store, settings.store or default)) as opened:
+        yield Run(settings, opened)
+
+
+@contextmanager
+def _stage(file: Path, store: str | None, overrides: list[str] | None) -> Iterator[Run]:
+    """A locked run whose progress is shown."""
+    from prefloop.stages.context import opened
+
+    with _run(file, store, overrides) as described, _progress(described), opened(described) as run:
+        yield run
+
+
+@contextmanager
+def _progress(run: Run) -> Iterator[None]:
+    from prefloop.live import LiveProgress
+
+    with LiveProgress(console, run.settings.iterations) as progress:
+        run.progress = progress
+        yield
+
+
+def _iteration(run: Run, number: int | None) -> int:
+    if number is not None and not 1 <= number <= run.settings.iterations:
+        raise PrefloopError(f"--iteration {number}: the run file has iterations 1 to {run.settings.iterations}")
+    return run.current_iteration() if number is None else number - 1
+
+
+def _print_curated(detail: dict[str, object]) -> None:
+    console.print(
+        f"dataset {detail['dataset_id']}: {detail['num_pairs']} pairs from {detail['num_scored']} scored trajectories "
+        f"of {detail['num_tasks']} tasks; {detail['num_tasks_without_pair']} tasks without a pair",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _write_report(store: Store, run_id: str, path: Path) -> None:
+    from prefloop.report import write_report
+
+    console.print(f"report: {write_report(store, run_id, path)}", highlight=False, soft_wrap=True)

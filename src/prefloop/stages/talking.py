@@ -1,0 +1,115 @@
+"""`prefloop chat`: talk to a policy, which may use the tools of its environment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from prefloop.clients.sampling import SamplingSettings
+from prefloop.config import parse_settings
+from prefloop.environments import make_environment
+from prefloop.environments.base import Episode
+from prefloop.records import JSONObject, Message, PrefloopError, Role, Split
+from prefloop.stages.looking import find_checkpoint
+from prefloop.stages.settings import RunSettings
+from prefloop.store import Store
+
+if TYPE_CHECKING:
+    from prefloop.models.load import Policy
+
+MAX_TOOL_TURNS = 8
+
+
+def talk(store: Store, name: str, temperature: float, console: Console) -> None:
+    """Read lines from standard input and answer them, until it ends.
+
+    Raises:
+        PrefloopError: there is no such checkpoint or model, or it has no chat template.
+    """
+    from prefloop.models.load import load_policy
+
+    checkpoint = None if Path(name).exists() else find_checkpoint(store, name)
+    episode = None
+    if checkpoint is not None:
+        episode = _episode(store, checkpoint.run_id)
+        name = checkpoint.path
+    policy = load_policy(name)
+    tools = episode.tools if episode is not None else ()
+    if tools:
+        names = ", ".join(tool["function"]["name"] for tool in tools)
+        console.print(f"[dim]tools: {names}; e.g. “{episode.messages[-1].content if episode else ''}”[/dim]")
+    console.print("[dim]an empty line begins anew, Ctrl-D ends[/dim]")
+    conversation = _Conversation(policy, tools, episode, temperature, console)
+    while True:
+        try:
+            line = console.input("[bold]you:[/bold] ")
+        except EOFError:
+            console.print()
+            return
+        if line.strip():
+            conversation.say(line)
+        else:
+            conversation.clear()
+
+
+def _episode(store: Store, run_id: str) -> Episode | None:
+    """An episode whose tools the policy may use; None where its environment has no tools."""
+    run = store.run(run_id)
+    if run is None:
+        return None
+    settings = parse_settings(RunSettings, run["settings"], f"run {run['name']}")
+    environment = make_environment(settings.environment)
+    task = environment.tasks(Split.HELD_OUT, 1)[0]
+    return environment.reset(task, settings.seed) if task.tools else None
+
+
+class _Conversation:
+    """A conversation between a person and a policy."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        tools: tuple[JSONObject, ...],
+        episode: Episode | None,
+        temperature: float,
+        console: Console,
+    ) -> None:
+        from prefloop.chat import AssistantParser, ChatRenderer, stop_ids
+        from prefloop.models.sampler import LocalSampler
+
+        self._renderer = ChatRenderer(policy.tokenizer)
+        self._parser = AssistantParser(self._renderer)
+        self._sampler = LocalSampler(policy.model, stop_ids(self._renderer))
+        self._tools, self._episode, self._console = tools, episode, console
+        self._settings = SamplingSettings(temperature=temperature)
+        self._messages: list[Message] = []
+
+    def clear(self) -> None:
+        """Forget what was said."""
+        self._messages.clear()
+        self._console.print("[dim]— begun anew —[/dim]")
+
+    def say(self, text: str) -> None:
+        """Answer what the person said, tools in between."""
+        self._messages.append(Message(Role.USER, text))
+        for _ in range(MAX_TOOL_TURNS):
+            answer = self._answer()
+            self._messages.append(answer)
+            if answer.content:
+                self._console.print(f"assistant: {answer.content}", markup=False, highlight=False)
+            if not answer.tool_calls or self._episode is None:
+                return
+            for call in answer.tool_calls:
+                self._console.print(f"  → {call.name} {call.arguments}", markup=False, style="cyan", highlight=False)
+            for result in self._episode.step(answer).messages:
+                self._messages.append(result)
+                self._console.print(f"  ← {result.content}", markup=False, style="dim", highlight=False)
+        raise PrefloopError(f"the policy called tools {MAX_TOOL_TURNS} times in a row; begin anew")
+
+    def _answer(self) -> Message:
+        prompt = self._renderer.render_prompt(self._messages, self._tools).token
+        session = self._sampler.session()
+        (sampled,) = session.generate([prompt], [0], self._settings, seed=len(self._messages))
+        return self._parser.parse_assistant(sampled.token.tolist(), prompt.tolist())
