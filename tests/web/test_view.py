@@ -50,10 +50,8 @@ def test_changed_arguments_are_marked():
 
 
 def test_what_only_one_side_does_is_marked():
-    left, right = side_by_side(
-        [called("search"), result("3 found"), called("book", id="F1"), said("done")],
-        [called("search"), result("3 found"), called("filter", direct=True), result("1 found"), called("book", id="F1"), said("done")],
-    )  # fmt: skip
+    start, end = [called("search"), result("3 found")], [called("book", id="F1"), said("done")]
+    left, right = side_by_side([*start, *end], [*start, called("filter", direct=True), result("1 found"), *end])
     assert [(m.same, m.alone) for m in left] == [(True, False)] * 4
     assert [(m.same, m.alone) for m in right] == [(True, False)] * 2 + [(False, True)] * 2 + [(True, False)] * 2
     assert right[2].calls[0].changed
