@@ -157,10 +157,10 @@ def opened(run: Run) -> Iterator[Run]:
     with _locked(run.directory / "lock", run.settings.name):
         settings = run.settings.model_dump(mode="json", exclude={"store", "directory"})
         known = run.store.run(run.id)
-        if known is not None and known["settings"] != settings:
-            changed = ", ".join(_differences(known["settings"], settings))
+        changed = _differences(known["settings"], settings) if known is not None else []
+        if changed:
             raise PrefloopError(
-                f"run {run.settings.name} was started with other settings ({changed}): "
+                f"run {run.settings.name} was started with other settings ({', '.join(changed)}): "
                 "give the run file another name, or set them back"
             )
         run.store.add_run(run.id, run.settings.name, str(run.directory), settings)
