@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import html
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, zip_longest
 
 from sqlalchemy import select
 
@@ -18,6 +20,7 @@ from prefloop.store import Store, schema
 
 STAGE = "evaluate_sampled"
 WANTED = {"won": 24, "lost": 20, "failed": 8, "kept": 8}  # what changed says more than what stayed
+MAX_TOTAL_CHARS = 1_200_000  # of all examples as HTML text: with the plots the page stays below 3 MB
 NAMES = {"won": "won", "lost": "lost", "failed": "still failing", "kept": "still solved"}
 
 
@@ -71,9 +74,22 @@ def examples(store: Store, record: RunRecord, rater_id: str | None) -> Examples:
         return Examples()
     flips = flipped_items(_outcomes(start), _outcomes(end))
     groups = {"won": flips.won, "lost": flips.lost, "failed": flips.failed, "kept": flips.kept}
-    chosen = [(kind, item) for kind, items in groups.items() for item in items[: WANTED[kind]]]
-    found = [_example(number, kind, start[item], end[item]) for number, (kind, item) in enumerate(chosen, 1)]
-    return Examples(tuple(found), {kind: len(items) for kind, items in groups.items()})
+    found = _within_budget([_example(kind, start[item], end[item]) for kind, item in _interleaved(groups)])
+    return Examples(found, {kind: len(items) for kind, items in groups.items()})
+
+
+def _interleaved(groups: Mapping[str, Sequence[Item]]) -> Iterator[tuple[str, Item]]:
+    """The items that are wanted, a kind at a time in turn, so that cutting the list short leaves some of each."""
+    columns = ([(kind, item) for item in items[: WANTED[kind]]] for kind, items in groups.items())
+    return (one for row in zip_longest(*columns) for one in row if one is not None)
+
+
+def _within_budget(found: Sequence[Example]) -> tuple[Example, ...]:
+    """As many examples as the page has room for, at least one, numbered in the order of their kinds."""
+    sizes = accumulate(len(html.escape(repr(example))) for example in found)
+    kept = [example for example, size in zip(found, sizes, strict=True) if size <= MAX_TOTAL_CHARS] or list(found[:1])
+    kept.sort(key=lambda example: list(WANTED).index(example.kind))
+    return tuple(replace(example, number=number) for number, example in enumerate(kept, 1))
 
 
 def _attempts(store: Store, record: RunRecord, checkpoint: str, rater_id: str) -> dict[Item, Attempt]:
@@ -94,10 +110,10 @@ def _outcomes(attempts: Mapping[Item, Attempt]) -> dict[Item, bool]:
     return {item: is_success(judgement) for item, (_, judgement) in attempts.items()}
 
 
-def _example(number: int, kind: str, start: Attempt, end: Attempt) -> Example:
+def _example(kind: str, start: Attempt, end: Attempt) -> Example:
     trajectory = start[0]
     prompt = trajectory.messages[: trajectory.num_prompt_messages]
-    return Example(number, kind, _title(prompt), trajectory.task_id, shown(prompt), _side(start), _side(end))
+    return Example(0, kind, _title(prompt), trajectory.task_id, shown(prompt), _side(start), _side(end))
 
 
 def _title(prompt: Sequence[Message]) -> str:

@@ -97,16 +97,18 @@ def _judge_against_verified(turns: Sequence[Iteration]) -> Figure | None:
         return None
 
     def paint(axes: Axes) -> None:
-        axes.plot(*zip(*judged, strict=True), "o-", color=FIRST, label="judge's mean score")
+        axes.plot(*zip(*judged, strict=True), "o-", color=FIRST, label="judge's score")
         if verified:
-            axes.plot(*zip(*verified, strict=True), "s-", color=THIRD, label="verified mean score")
+            axes.plot(*zip(*verified, strict=True), "s-", color=THIRD, label="verified score")
         if success:
             _line_with_intervals(axes, success, SECOND, "verified success")
         _share_axis(axes)
         _iterations_axis(axes, [at for at, _ in judged])
         _legend(axes)
 
-    caption = "On the rollouts of each iteration. If the first rises without the others, the judge is being gamed."
+    caption = (
+        "Means over the rollouts of each iteration. If the first rises without the others, the judge is being gamed."
+    )
     return Figure(
         "Judge against truth", caption, draw("judge", _said("Judge's mean score", judged), paint, wide=True), wide=True
     )

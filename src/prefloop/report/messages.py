@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from prefloop.records import Message, Role, ToolCall
 
 MAX_CHARS = 4000  # of one text in the report; the store keeps all of it
+MAX_MESSAGES = 60
 MAX_ROWS, MAX_COLUMNS = 12, 6
 
 
@@ -42,8 +43,10 @@ class Shown:
 
 
 def shown(messages: Sequence[Message]) -> tuple[Shown, ...]:
-    """Messages ready for the template, which escapes them."""
-    return tuple(_shown(message) for message in messages)
+    """Messages ready for the template, which escapes them; of very many only the first, and how many more."""
+    found = tuple(_shown(message) for message in messages[:MAX_MESSAGES])
+    num_hidden = len(messages) - len(found)
+    return (*found, Shown("", f"… {num_hidden:,} messages more in the store")) if num_hidden else found
 
 
 def one_line(text: str, most: int = 110) -> str:
