@@ -1,8 +1,9 @@
 """The tables of the store, in SQLAlchemy Core.
 
-Rows are append-only; only `work` (a queue) and the tombstone of an erased trajectory change in place. Times are
-seconds since the epoch in UTC. Nothing here is specific to SQLite. After a change of this file, write a
-migration beside the others in `migrations/versions`; a test compares the two.
+Rows are append-only; only `work` (a queue), a call that is answered, a failed judgement that was tried again and the
+tombstone of an erased trajectory change in place. Times are seconds since the epoch in UTC. Nothing here is specific
+to SQLite. After a change of this file, write a migration beside the others in `migrations/versions`; a test compares
+the two.
 """
 
 from __future__ import annotations
