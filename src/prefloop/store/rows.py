@@ -31,6 +31,8 @@ from prefloop.records import (
 
 Row = dict[str, Any]
 
+_JSON = json.JSONEncoder(ensure_ascii=False)  # made once: json.dumps would make one for every row
+
 
 def task_row(task: Task) -> Row:
     """The row of a task."""
@@ -73,7 +75,7 @@ def trajectory_row(trajectory: Trajectory, created_at: float) -> Row:
         "author": trajectory.author,
         "parent_id": trajectory.parent_id or None,
         "ended": trajectory.ended.value,
-        "messages": json.dumps([message.to_dict() for message in trajectory.messages], ensure_ascii=False),
+        "messages": _JSON.encode([message.to_dict() for message in trajectory.messages]),
         "num_prompt_messages": trajectory.num_prompt_messages,
         "group_seeded": trajectory.group_seeded,
         "extra": trajectory.extra,
