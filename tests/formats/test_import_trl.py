@@ -154,6 +154,7 @@ BAD_ROWS = [
     ({"messages": [ASK]}, "messages", "assistant"),
     ({"messages": [ASK, IMAGE]}, "messages[1]", "image_url"),
     ({"messages": [ASK, LEGACY]}, "messages[1].function_call", "not supported"),
+    ({"messages": [ASK, {**BLUE, "weight": 0}]}, "messages[1].weight", "not supported"),
     ({"messages": []}, "messages", "empty"),
     ({"prompt": "p", "tools": "{"}, "tools", "JSON"),
     ({"prompt": "p", "tools": 3}, "tools", "list"),
@@ -269,6 +270,16 @@ def test_held_out_prompts_are_a_share_and_stay_where_they_are(store, tmp_path):
     by_text = {t.messages[0].content: t for t in store.tasks().values()}
     assert by_text["  QUESTION 7 "].split is by_text["Question 7?"].split
     assert by_text["  QUESTION 7 "].cluster == by_text["Question 7?"].cluster
+
+
+def test_a_store_that_fails_is_not_a_bad_row(store, tmp_path, monkeypatch):
+    def full(_):
+        raise PrefloopError("the disk is full")
+
+    monkeypatch.setattr(store, "add_trajectories", full)
+    with pytest.raises(PrefloopError, match=r"^the disk is full$"):
+        import_file(store, write(tmp_path, [{"prompt": "p", "completion": "c"}]), on_error="skip")
+    assert store.counts()["task"] == 0
 
 
 def test_ids_do_not_depend_on_the_file(store, tmp_path):

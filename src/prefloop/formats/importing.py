@@ -78,7 +78,7 @@ def import_file(
 ) -> ImportReport:
     """Import a file of tasks, trajectories and what was said of them.
 
-    JSON Lines, a JSON list or Parquet, plain or gzipped, in one of `FORMATS`; `auto` goes by the first good row.
+    JSON Lines, a JSON list or Parquet, plain or gzipped, in one of `FORMATS`; `auto` goes by the first object.
     `rater` is who made the file's preferences and labels (by default a person called `import`; for tau-bench its
     test). `held_out` is the share of prompts that become held-out tasks. Importing the same rows again adds nothing.
 
@@ -153,25 +153,30 @@ class _Importer:
         for raw in read_rows(self.path, self.limits):
             self.report.num_rows += 1
             try:
-                self._add(raw)
+                bundle = self._convert(raw)
             except RowProblemError as problem:
                 self._refuse(raw.line, problem)
             except (PrefloopError, ValueError) as error:
                 self._refuse(raw.line, RowProblemError("", str(error)))
+            else:
+                self._keep(bundle, raw.num_bytes)
         self._flush()
         if self.report.num_rows == 0:
             raise PrefloopError(f"{self.file} holds no rows: expected JSON Lines, a JSON list or Parquet")
         return self.report
 
-    def _add(self, raw: RawRow) -> None:
+    def _convert(self, raw: RawRow) -> Bundle:
         if raw.problem is not None:
             raise raw.problem
         if not isinstance(raw.value, dict):
             raise RowProblemError("", f"expected an object, found {type(raw.value).__name__}")
         if self.context is None:
             self.context = self._start(raw.value)
-        self.pending.append(FORMATS[self.context.format](raw.value, raw.line, self.context))
-        self.pending_bytes += raw.num_bytes
+        return FORMATS[self.context.format](raw.value, raw.line, self.context)
+
+    def _keep(self, bundle: Bundle, num_bytes: int) -> None:
+        self.pending.append(bundle)
+        self.pending_bytes += num_bytes
         if len(self.pending) >= FLUSH_ROWS or self.pending_bytes >= FLUSH_BYTES:
             self._flush()
 

@@ -164,6 +164,8 @@ def _parse_message(raw: object, key: str, limits: Limits) -> Message:
         for refused in _REFUSED:
             if raw.get(refused):
                 raise RowProblemError(f"{key}.{refused}", "not supported: messages hold text and tool_calls")
+        if raw.get("weight") == 0:
+            raise RowProblemError(f"{key}.weight", "0 is not supported: every assistant message is learnt from")
     try:
         message = Message.from_dict(raw)
     except PrefloopError as error:
