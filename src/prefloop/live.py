@@ -93,7 +93,7 @@ class LiveProgress(Quiet):
 def _cells(stages: JSONObject) -> list[str]:
     judged, curated, trained = (stages.get(name, {}) for name in ("judge", "curate", "train"))
     attempts = trained.get("attempts") or [{}]
-    guard = trained.get("guard_success") or {}
+    guard = {} if trained.get("rolled_back") else attempts[-1].get("success") or {}
     rolled_back = " rolled back" if trained.get("rolled_back") else ""
     return [
         _percent((judged.get("success") or {}).get("value")),

@@ -55,7 +55,7 @@ def evaluate_stage(run: Run, iteration: int, checkpoint_id: str) -> JSONObject:
     settings = run.settings.evaluation
     tasks = _held_out(run)
     with run.recorded(iteration, "evaluate", len(tasks)) as detail:
-        detail |= {"checkpoint_id": checkpoint_id, "num_tasks": len(tasks), "guard": False, "greedy": None}
+        detail |= {"checkpoint_id": checkpoint_id, "num_tasks": len(tasks), "greedy": None}
         detail["sampled"] = _evaluate(run, checkpoint_id, tasks, iteration, SAMPLED)
         if settings.greedy:
             detail["greedy"] = _evaluate(run, checkpoint_id, tasks, iteration, GREEDY)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from prefloop.models.load import Policy
     from prefloop.training.algorithms import Algorithm
 
-STAGE = "train"
+STAGE, GUARD = "train", "guard"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +64,17 @@ def train_stage(run: Run, iteration: int) -> None:
         if not (dataset.pairs or dataset.trajectory_ids):
             detail |= {"checkpoint_id": before, "steps": 0, "attempts": [], "rolled_back": False, "loss": []}
             detail["reason"] = "nothing to train on: no pair met the margin"
-            detail["guard_success"] = _plain(_success_before(run, iteration))
+            run.store.add_event(run.id, iteration, GUARD, _guarded(run, iteration - 1))
             return
         attempts = _attempts(run, iteration, before, dataset)
         last = attempts[-1]
         accepted = last.decision.accepted
-        kept = last.evaluated.success if accepted else _success_before(run, iteration)
+        guarded = _guarded(run, iteration - 1)
         if accepted:
             run.store.add_checkpoint(last.checkpoint)
             run.policies.keep(last.checkpoint.id, last.policy)
+            guarded = _guard_detail(run, last.checkpoint.id, last.evaluated)
+        run.store.add_event(run.id, iteration, GUARD, guarded)
         detail |= {
             "checkpoint_id": last.checkpoint.id if accepted else before,
             "steps": len(last.history),
@@ -80,7 +82,6 @@ def train_stage(run: Run, iteration: int) -> None:
             "metrics": _means(last.history),
             "attempts": [attempt.to_dict() for attempt in attempts],
             "rolled_back": not accepted,
-            "guard_success": _plain(kept),
         }
     forget_state(_states(run, iteration))
 
@@ -180,16 +181,27 @@ def _decide(run: Run, before: Interval | None, evaluated: Evaluated) -> Decision
     return Decision(not refused, "; ".join(decision.reason for decision in refused or decisions))
 
 
+def _guarded(run: Run, iteration: int) -> JSONObject:
+    """What the guard measured of the policy that was kept after an iteration, or of the start policy."""
+    found = run.found(iteration, GUARD)
+    if found is None:
+        start = run.checkpoint_before(0)
+        found = _guard_detail(run, start, guard_evaluation(run, run.policies.get(start), start))
+        run.store.add_event(run.id, BEFORE, GUARD, found)
+    return found
+
+
+def _guard_detail(run: Run, checkpoint_id: str, evaluated: Evaluated) -> JSONObject:
+    return {
+        "checkpoint_id": checkpoint_id,
+        "num_tasks": run.settings.guard.num_tasks,
+        "sampled": {"success": _plain(evaluated.success), **evaluated.kl.to_dict()},
+    }
+
+
 def _success_before(run: Run, iteration: int) -> Interval | None:
     """Success on the guard tasks of the policy that the iteration starts from."""
-    found = run.found(iteration - 1, STAGE) if iteration else run.found(BEFORE, "guard")
-    if found is None and iteration == 0:
-        checkpoint_id = run.checkpoint_before(0)
-        evaluated = guard_evaluation(run, run.policies.get(checkpoint_id), checkpoint_id)
-        found = {"guard_success": _plain(evaluated.success)}
-        run.store.add_event(run.id, BEFORE, "guard", found)
-    assert found is not None
-    success = found["guard_success"]
+    success = _guarded(run, iteration - 1)["sampled"]["success"]
     return None if success is None else Interval(**success)
 
 
