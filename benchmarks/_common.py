@@ -94,7 +94,9 @@ def interleaved(runs: Mapping[str, Callable[[], object]], num: int) -> dict[str,
 
 def versions(*packages: str) -> str:
     """The machine and the versions that a figure depends on, in one line."""
-    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    machine = (
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    )
     return ", ".join([machine, *(f"{package} {_version(package)}" for package in packages)])
 
 
@@ -105,10 +107,17 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def run_cells(name: str, cells: Mapping[str, Cell], options: Options, caption: str) -> dict[str, float]:
+def run_cells(
+    name: str,
+    cells: Mapping[str, Cell],
+    options: Options,
+    caption: str,
+    *,
+    summary: Callable[[dict[str, float]], dict[str, float]] = lambda figures: {},
+) -> dict[str, float]:
     """Measure the cells that `--only` names, print their table, write `--json`; the figures.
 
-    An interrupted run of the same name, seed and size is continued.
+    An interrupted run of the same name, seed and size is continued. `summary` adds figures made of the cells' own.
     """
     console = Console()
     chosen = {key: cell for key, cell in cells.items() if fnmatch.fnmatch(key, options.only)}
@@ -126,6 +135,10 @@ def run_cells(name: str, cells: Mapping[str, Cell], options: Options, caption: s
     found = {key: done[key] for key in chosen}
     _print(console, name, found, caption)
     figures = {figure: value for measured in found.values() for figure, value in measured.figures.items()}
+    summed = summary(figures)
+    for figure, value in summed.items():
+        console.print(f"{figure:>28} {value:.4g}", highlight=False)
+    figures |= summed
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
     state.unlink(missing_ok=True)

@@ -361,3 +361,7 @@ def _write_report(store: Store, run_id: str, path: Path) -> None:
     from prefloop.report import write_report
 
     console.print(f"report: {write_report(store, run_id, path)}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

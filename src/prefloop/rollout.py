@@ -241,6 +241,7 @@ def _finish(
     environment: Environment,
     provenance: Provenance,
 ) -> Rollout:
+    outcome = _outcome(record, episode)
     extra: JSONObject = {"stage": provenance.stage}
     if record.error:
         extra["error"] = record.error
@@ -260,7 +261,18 @@ def _finish(
         token_paths=paths,
         extra=extra,
     )
-    return Rollout(trajectory, None if record.error else episode.outcome())
+    return Rollout(trajectory, outcome)
+
+
+def _outcome(record: _Record, episode: Episode) -> Outcome | None:
+    """What the environment verifies; an episode that failed has no outcome, which is not a bad one."""
+    if record.error:
+        return None
+    try:
+        return episode.outcome()
+    except Exception as error:  # as in a step
+        record.ended, record.error = Ended.ERROR, f"environment raised {type(error).__name__}: {error}"
+        return None
 
 
 def _numbered(message: Message, turn: int) -> Message:
