@@ -164,7 +164,7 @@ def test_a_run_killed_in_its_second_iteration(store, tmp_path):
     text = _report(store, tmp_path)
     latest = share_with_interval(proportion(list(run.outcomes(1).values())).to_dict())
     assert f"the latest on {latest} on 16 guard tasks" in text
-    assert "iteration 2 has not finished: no train, evaluate yet" in text
+    assert "iteration 2 has not finished: no train yet" in text
     assert "the end policy has not been evaluated on all held-out tasks" in text
     assert "1 min 11 s" in text  # summed from the events of the stages that have finished: 70.7
 

@@ -1,8 +1,10 @@
 import io
+from dataclasses import replace
 
 from rich.console import Console
-from synthetic_run import RUN, SyntheticRun
+from synthetic_run import JUDGE, RUN, SyntheticRun
 
+from prefloop.records import Comparison, Rater, RaterKind, Status, Verdict
 from prefloop.report import final_table
 from prefloop.report.record import read_run
 from prefloop.report.summary import agreement_with_people, final_rows, verdict
@@ -71,7 +73,13 @@ def test_terminal_table_of_a_run_that_has_only_begun(store):
     assert "There is no evaluation yet" in out.getvalue()
 
 
-def test_agreement_with_people_in_words():
+def test_agreement_with_people_in_words(store):
+    SyntheticRun(store, num_tasks=4, num_iterations=1).build()
+    record = read_run(store, RUN)
+
+    def said(found):
+        return agreement_with_people(store, replace(record, finish={"agreement_with_people": found}))
+
     found = {
         "num": 40,
         "share": 0.85,
@@ -81,12 +89,37 @@ def test_agreement_with_people_in_words():
         "num_judge_ties": 0,
         "kappa": 0.7,
     }
-    said = agreement_with_people({"agreement_with_people": found})
-    assert said["sentence"] == (
+    assert said(found)["sentence"] == (
         "The judge orders 85.0 % [70.9, 92.9] of 40 decisive votes as people did; "
         "left out: 2 on pairs it did not score."
     )
-    assert said["others"] == {"Kappa": 0.7}
-    empty = {"num": 0, "share": None, "low": None, "high": None}
-    assert agreement_with_people({"agreement_with_people": empty})["sentence"] == "no human votes"
-    assert agreement_with_people({})["sentence"] == "no human votes"
+    assert said(found)["others"] == {"Kappa": 0.7}
+    assert said({"num": 0, "share": None, "low": None, "high": None})["sentence"] == "no human votes"
+    assert said(None)["sentence"] == "no human votes"
+
+
+def test_votes_that_came_after_the_run_count(store):
+    SyntheticRun(store, num_tasks=4, num_iterations=1).build()
+    person = Rater(RaterKind.HUMAN, "ada")
+    store.add_raters([person])
+    scores = {j.trajectory_id: j.score for j in store.judgements(rater_id=JUDGE.id)}
+    ranked = sorted(scores, key=scores.get)
+    votes = [(ranked[-1], ranked[0], Verdict.A), (ranked[0], ranked[-2], Verdict.B), (ranked[-1], ranked[1], Verdict.B)]
+    store.add_comparisons(
+        Comparison(a, b, person.id, Status.OK, verdict, f"vote {n}") for n, (a, b, verdict) in enumerate(votes)
+    )
+    sentence = agreement_with_people(store, read_run(store, RUN))["sentence"]
+    assert sentence.startswith("The judge orders 66.7 %") and "of 3 decisive votes" in sentence
+
+
+def test_where_nothing_is_verified_only_the_judge_is_quoted(store):
+    store.add_run(RUN, "x", "", {})
+    for iteration, score in ((-1, 0.4), (0, 0.7)):
+        sampled = {"success": None, "metrics": {"turns": 1.0}, "mean_judge_score": score, "kl_per_trajectory": 1.0}
+        detail = {"checkpoint_id": str(iteration), "num_tasks": 9, "sampled": sampled, "greedy": None, "guard": False}
+        store.add_event(RUN, iteration, "evaluate", detail)
+    found = verdict(read_run(store, RUN))
+    assert found.headline.startswith(
+        "Nothing is verified here; the training judge's mean score went from 0.400 to 0.700"
+    )
+    assert found.tone == "open"

@@ -51,7 +51,7 @@ def figures(record: RunRecord, calibration: Calibration | None) -> list[Figure]:
 
 
 def _success(record: RunRecord) -> Figure | None:
-    points = [(updates, detail["sampled"]["success"]) for updates, detail in record.evaluations()]
+    points = record.successes()
     if not points:
         return None
     full = _full_evaluations(record)
@@ -76,7 +76,8 @@ def _success(record: RunRecord) -> Figure | None:
 
 def _full_evaluations(record: RunRecord) -> list[tuple[int, Mapping[str, Any]]]:
     found = [(0, record.start_evaluation), (record.end_number, record.end_evaluation)]
-    return [(at, detail["sampled"]["success"]) for at, detail in found if detail and not detail.get("guard")]
+    full = [(at, detail["sampled"]["success"]) for at, detail in found if detail and not detail.get("guard")]
+    return [(at, success) for at, success in full if success]
 
 
 def _diamonds(axes: Axes, points: Sequence[tuple[int, Mapping[str, Any]]]) -> None:
@@ -115,11 +116,7 @@ def _judge_against_verified(turns: Sequence[Iteration]) -> Figure | None:
 
 
 def _kl(record: RunRecord) -> Figure | None:
-    points = [
-        (updates, detail["sampled"]["kl_per_trajectory"])
-        for updates, detail in record.evaluations()
-        if updates and detail["sampled"].get("kl_per_trajectory") is not None
-    ]
+    points = [(turn.number, turn.kl) for turn in record.iterations if turn.kl is not None]
     if not points:
         return None
     points.insert(0, (0, 0.0))  # the start policy is where the distance is measured from
@@ -250,7 +247,7 @@ def _loss(turns: Sequence[Iteration]) -> Figure | None:
     trained = [turn for turn in turns if turn.train.get("loss")]
     if not trained:
         return None
-    steps = [(turn.number, turn.train["loss"]) for turn in trained]
+    steps = [(turn.number, [loss for loss in turn.train["loss"] if loss is not None]) for turn in trained]
 
     def paint(axes: Axes) -> None:
         first = 0
@@ -268,7 +265,7 @@ def _loss(turns: Sequence[Iteration]) -> Figure | None:
 
 
 def _sft_loss(record: RunRecord) -> Figure | None:
-    loss = record.before.get("sft", {}).get("loss")
+    loss = [value for value in record.before.get("sft", {}).get("loss") or [] if value is not None]
     if not loss:
         return None
 

@@ -18,7 +18,7 @@ from prefloop.records import JSONObject, PrefloopError
 from prefloop.report import words
 from prefloop.report.examples import NAMES, calibration, examples
 from prefloop.report.figures import figures
-from prefloop.report.record import RunRecord, read_run, verified_rater
+from prefloop.report.record import BEFORE_LOOP, RunRecord, read_run, verified_rater
 from prefloop.report.summary import agreement_with_people, attempts, final_rows, verdict
 from prefloop.store import Store
 
@@ -79,7 +79,7 @@ def _context(store: Store, record: RunRecord) -> dict[str, Any]:
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     stages = record.seconds_by_stage()
     return {
-        "agreement": agreement_with_people(record.finish),
+        "agreement": agreement_with_people(store, record),
         "attempts": {turn.number: attempts(turn.train) for turn in record.iterations},
         "created": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(record.created_at)),
         "end": (record.end_evaluation.get("sampled") or {}),
@@ -111,8 +111,10 @@ def _statuses(record: RunRecord) -> Counter[str]:
 
 def _policies(record: RunRecord) -> list[JSONObject]:
     """The lineage of the policies: each iteration's checkpoint, what it came from and what it was trained on."""
-    sft = record.before.get("sft", {})
-    first = [{"stage": "start", "train": sft, "curate": {}}] if sft.get("checkpoint_id") else []
+    before = [checkpoint for checkpoint in record.checkpoints.values() if checkpoint.iteration == BEFORE_LOOP]
+    first = [
+        {"stage": "before the loop", "train": {"checkpoint_id": checkpoint.id}, "curate": {}} for checkpoint in before
+    ]
     turns = [{"stage": f"iteration {t.number}", "train": t.train, "curate": t.curate} for t in record.iterations]
     return [_policy(record, turn) for turn in [*first, *turns]]
 
@@ -120,7 +122,8 @@ def _policies(record: RunRecord) -> list[JSONObject]:
 def _policy(record: RunRecord, turn: JSONObject) -> JSONObject:
     checkpoint_id = turn["train"].get("checkpoint_id", "")
     checkpoint = record.checkpoints.get(checkpoint_id)
-    dataset_id = turn["curate"].get("dataset_id") or (checkpoint.dataset_id if checkpoint else "")
+    trained_on = checkpoint.dataset_id if checkpoint and not turn["train"].get("rolled_back") else ""
+    dataset_id = turn["train"].get("dataset_id") or turn["curate"].get("dataset_id") or trained_on
     return {
         "stage": turn["stage"],
         "checkpoint_id": checkpoint_id,

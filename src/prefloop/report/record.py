@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from sqlalchemy import select
@@ -29,9 +29,23 @@ class Iteration:
     train: JSONObject
     evaluate: JSONObject
 
+    @property
+    def success(self) -> JSONObject:
+        """Success after the update as an interval: of its evaluation where there is one, else on the guard tasks."""
+        sampled = self.evaluate.get("sampled") or {}
+        return dict(sampled.get("success") or self.train.get("guard_success") or {})
+
+    @property
+    def kl(self) -> float | None:
+        """KL to the start policy after the update, nats a trajectory; None where no update was accepted."""
+        sampled = self.evaluate.get("sampled") or {}
+        accepted = [attempt.get("kl") for attempt in self.train.get("attempts") or [] if attempt["accepted"]]
+        measured = [sampled.get("kl_per_trajectory"), *accepted[-1:]]
+        return next((float(kl) for kl in measured if kl is not None), None)
+
     def missing(self) -> list[str]:
         """The stages that left no event."""
-        return [stage for stage in ("rollout", "judge", "curate", "train", "evaluate") if not getattr(self, stage)]
+        return [stage for stage in ("rollout", "judge", "curate", "train") if not getattr(self, stage)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +72,10 @@ class RunRecord:
     @property
     def start_checkpoint(self) -> str:
         """The id of the start policy, or an empty text."""
-        return str(self.finish.get("start_checkpoint") or self.start_evaluation.get("checkpoint_id") or "")
+        return str(
+            self.finish.get("start_checkpoint")
+            or self.before.get("policy", self.start_evaluation).get("checkpoint_id", "")
+        )
 
     @property
     def end_checkpoint(self) -> str:
@@ -71,13 +88,16 @@ class RunRecord:
         made = {turn.train.get("checkpoint_id"): turn.number for turn in self.iterations}
         return made.get(self.end_checkpoint, len(self.iterations))
 
-    def evaluations(self) -> Iterator[tuple[int, JSONObject]]:
-        """(number of updates behind it, evaluation) of the start and of each iteration that has one."""
-        if self.start_evaluation:
-            yield 0, self.start_evaluation
-        for iteration in self.iterations:
-            if iteration.evaluate:
-                yield iteration.number, iteration.evaluate
+    def successes(self) -> list[tuple[int, JSONObject]]:
+        """(number of updates behind it, success as an interval) of the start and of each update, where measured.
+
+        All on the guard tasks where the run has measured the start on them too.
+        """
+        guard = self.before.get("guard", {}).get("guard_success")
+        start = guard or (self.start_evaluation.get("sampled") or {}).get("success") or {}
+        return [
+            (at, success) for at, success in [(0, start), *((t.number, t.success) for t in self.iterations)] if success
+        ]
 
     def seconds_by_stage(self) -> dict[str, float]:
         """Wall time of each stage in seconds: as the run recorded it, else summed from the stages' events."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from prefloop.feedback.votes import judge_agreement
 from prefloop.records import JSONObject
 from prefloop.report import words
 from prefloop.report.record import RunRecord
+from prefloop.store import Store
 
 # A metric whose rise is neither good nor bad in itself gets no arrow; what counts mistakes is better when it falls.
 NEUTRAL = {"turns"}
@@ -38,7 +40,9 @@ def verdict(record: RunRecord) -> Verdict:
     """What the run achieved, in plain words with intervals; says so when it cannot be said yet."""
     start, end = _success(record.start_evaluation), _success(record.end_evaluation)
     if not start or not end:
-        return Verdict(_unfinished_headline(start, record), "open", _details(record))
+        judged = record.start_evaluation and not start
+        headline = _judged_headline(record) if judged else _unfinished_headline(start, record)
+        return Verdict(headline, "open", _details(record))
     moved = _direction(start, end, record.finish.get("paired"))
     values = f"{words.share_with_interval(start)} to {words.share_with_interval(end)}"
     tasks = f"{record.end_evaluation.get('num_tasks', end['n']):,} held-out tasks"
@@ -51,11 +55,22 @@ def verdict(record: RunRecord) -> Verdict:
 def _unfinished_headline(start: Mapping[str, Any], record: RunRecord) -> str:
     if not start:
         return "There is no evaluation yet, so nothing can be said about success."
-    latest = [detail["sampled"]["success"] for updates, detail in record.evaluations() if updates]
+    latest = [success for updates, success in record.successes() if updates]
     if not latest:
         return f"The start policy succeeds on {words.share_with_interval(start)} of {start['n']} tasks; no update yet."
     so_far = f"{words.share_with_interval(latest[-1])} on {latest[-1]['n']} guard tasks"
     return f"Not finished: the start policy succeeds on {words.share_with_interval(start)}, the latest on {so_far}."
+
+
+def _judged_headline(record: RunRecord) -> str:
+    """Where the environment verifies nothing there is only the judge, whom the policy was trained to please."""
+    before, after = (
+        _sampled(detail).get("mean_judge_score") for detail in (record.start_evaluation, record.end_evaluation)
+    )
+    if before is None or after is None:
+        return "Nothing is verified here, so nothing can be said about success yet."
+    scores = f"the training judge's mean score went from {words.number(before)} to {words.number(after)}"
+    return f"Nothing is verified here; {scores}, which alone does not show that the policy is better."
 
 
 def _direction(start: Mapping[str, Any], end: Mapping[str, Any], paired: Mapping[str, Any] | None) -> str:
@@ -81,7 +96,7 @@ def _paired_words(paired: Mapping[str, Any] | None) -> str:
 
 
 def _kl_words(record: RunRecord) -> str:
-    kl = record.end_evaluation.get("sampled", {}).get("kl_per_trajectory")
+    kl = _sampled(record.end_evaluation).get("kl_per_trajectory")
     return "" if kl is None else f"The end policy is {words.number(kl)} nats a trajectory away from the start policy."
 
 
@@ -115,12 +130,16 @@ def final_rows(record: RunRecord) -> list[Row]:
     return rows + [_metric_row(name, before.get(name), after.get(name)) for name in (*first, *others)]
 
 
+def _sampled(evaluation: JSONObject) -> JSONObject:
+    return dict(evaluation.get("sampled") or {})
+
+
 def _success(evaluation: JSONObject, how: str = "sampled") -> JSONObject:
     return dict((evaluation.get(how) or {}).get("success") or {})
 
 
 def _metrics(evaluation: JSONObject) -> JSONObject:
-    return dict((evaluation.get("sampled") or {}).get("metrics") or {})
+    return dict(_sampled(evaluation).get("metrics") or {})
 
 
 def _success_row(name: str, start: JSONObject, end: JSONObject, how: str) -> Row:
@@ -131,7 +150,7 @@ def _success_row(name: str, start: JSONObject, end: JSONObject, how: str) -> Row
 
 
 def _kl_row(name: str, end: JSONObject, key: str) -> Row:
-    sampled = end.get("sampled") or {}
+    sampled = _sampled(end)
     error = sampled.get(f"{key}_se")
     note = f"± {words.number(error, 2)} (standard error)" if error is not None else ""
     return Row(name, "0" if end else words.NOTHING, words.number(sampled.get(key)), note)
@@ -143,12 +162,15 @@ def _metric_row(name: str, before: float | None, after: float | None) -> Row:
     return Row(words.title(name), words.number(before), words.number(after), better=better)
 
 
-def agreement_with_people(finish: JSONObject) -> JSONObject:
+def agreement_with_people(store: Store, record: RunRecord) -> JSONObject:
     """The judge's agreement with people's votes: a `sentence`, and `others` that the run recorded beside it.
 
-    Without decisive votes the sentence says so.
+    As the run recorded it, else from the votes that the store holds now. Without decisive votes the sentence says so.
     """
-    found = dict(finish.get("agreement_with_people") or {})
+    judges = [turn.judge["rater_id"] for turn in record.iterations if turn.judge.get("rater_id")]
+    found = dict(record.finish.get("agreement_with_people") or {})
+    if not found and judges:
+        found = asdict(judge_agreement(store, judges[-1]))
     if not found.get("num"):
         return {"sentence": "no human votes", "others": {}}
     share = words.share_with_interval({"value": found["share"], "low": found["low"], "high": found["high"]})
