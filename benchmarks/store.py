@@ -15,15 +15,28 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from _common import Measured, Options, Timing, parse_options, run_cells, versions
 from sqlalchemy import text
 
+from _common import Measured, Options, Timing, parse_options, run_cells, versions
 from prefloop.formats.importing import import_file
 from prefloop.records import Rater, RaterKind
 from prefloop.store import Store
 from prefloop.store.database import journal_mode
 
-WORDS = "flight hotel search book price direct cheap early late window aisle refund change baggage seat gate".split()
+WORDS = (
+    "flight",
+    "hotel",
+    "search",
+    "book",
+    "price",
+    "direct",
+    "cheap",
+    "window",
+    "aisle",
+    "refund",
+    "baggage",
+    "gate",
+)
 GROUP = 8
 JUDGE = Rater(RaterKind.JUDGE, "benchmark")
 
@@ -71,7 +84,10 @@ def topk_cell(options: Options) -> Measured:
             timing.wall.append(time.perf_counter() - wall)
         if len(best) != num_tasks * GROUP // 2:
             raise SystemExit(f"{len(best)} rows came back, not {num_tasks * GROUP // 2}")
-    row = {"what": f"best {GROUP // 2} of each of {num_tasks:,} tasks, {num_tasks * GROUP:,} judgements", **_times(timing)}
+    row = {
+        "what": f"best {GROUP // 2} of each of {num_tasks:,} tasks, {num_tasks * GROUP:,} judgements",
+        **_times(timing),
+    }
     return Measured({} if options.quick else {"topk_1m_s": timing.median_wall}, [row])
 
 

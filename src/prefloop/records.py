@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -304,7 +305,7 @@ class RaterKind(StrEnum):
     USERS = "users"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Rater:
     """Someone or something that judges. `specification` is all that decides what a judge would say."""
 
@@ -312,7 +313,7 @@ class Rater:
     name: str
     specification: JSONObject = field(default_factory=dict)
 
-    @property
+    @cached_property  # every judgement names its rater, and a specification can be long
     def spec_hash(self) -> str:
         """The identity of the rater."""
         return content_hash("rater", self.kind.value, self.name, self.specification)
