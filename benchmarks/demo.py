@@ -7,6 +7,7 @@ are the same 512.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import subprocess
 import sys
@@ -15,7 +16,6 @@ import time
 from pathlib import Path
 
 from _common import Measured, Options, parse_options, run_cells, versions
-
 from prefloop.stages.context import run_id
 from prefloop.store import Store
 
@@ -58,12 +58,23 @@ def _figures(path: Path, seed: int, wall: float, began: float) -> Measured:
         "success_start_greedy": start["greedy"]["success"]["value"],
         "success_end_greedy": end["greedy"]["success"]["value"],
         "kl": end["sampled"]["kl_per_trajectory"],
-        "worst_drop": max(before - after for before, after in zip(guards, guards[1:], strict=False)),
+        "worst_drop": max(before - after for before, after in itertools.pairwise(guards)),
         "before_first_rollout_s": ready,
         "wall_s": wall,
     }
-    row = {"seed": str(seed), **{name: f"{value:.3f}" for name, value in found.items()}}
+    row = {
+        "start": _shares(found, "success_start"),
+        "end": _shares(found, "success_end"),
+        "KL": f"{found['kl']:.2f}",
+        "worst drop": f"{found['worst_drop']:.3f}",
+        "ready s": f"{ready:.1f}",
+        "wall s": f"{wall:.1f}",
+    }
     return Measured({f"{name}_seed_{seed}": value for name, value in found.items()}, [row])
+
+
+def _shares(found: dict[str, float], name: str) -> str:
+    return f"{found[name]:.3f} (greedy {found[f'{name}_greedy']:.3f})"
 
 
 def main(options: Options) -> None:
@@ -72,7 +83,7 @@ def main(options: Options) -> None:
     run_cells("demo", cells, options, versions("prefloop", "torch", "transformers"), summary=_summary)
 
 
-def _cell(seed: int):  # noqa: ANN202
+def _cell(seed: int):
     return lambda options: measure(seed, options.quick)
 
 
