@@ -35,22 +35,20 @@ def test_the_end_policy_may_be_an_earlier_one(store):
     ]  # fmt: skip
 
 
-def test_success_and_kl_of_updates_may_come_from_the_guards(store):
-    def share(value):
-        return {"value": value, "low": value, "high": value, "n": 8}
-
+def test_success_and_kl_of_updates_may_come_from_the_guard_tasks(store):
     store.add_run(RUN, "x", "", {})
     store.add_event(RUN, -1, "policy", {"checkpoint_id": "c0"})
-    store.add_event(RUN, -1, "guard", {"guard_success": share(0.25)})
     store.add_event(RUN, -1, "evaluate", _evaluation("c0", 0.3, guard=False))
-    refused, accepted = {"accepted": False, "kl": 9.0}, {"accepted": True, "kl": 1.5}
-    for index, attempts in enumerate(([refused, accepted], [refused, refused])):
+    for index, value in ((-1, 0.25), (0, 0.5), (1, 0.75)):
+        guard = _evaluation(f"c{index + 1}", value, guard=True)
+        guard["sampled"]["kl_per_trajectory"] = index + 1.5
+        store.add_event(RUN, index, "guard", guard)
+    for index in range(3):
         store.add_event(RUN, index, "rollout", {"num": 1})
-        store.add_event(RUN, index, "train", {"attempts": attempts, "guard_success": share(0.5)})
     record = read_run(store, RUN)
     assert record.start_checkpoint == "c0"
-    assert [(updates, success["value"]) for updates, success in record.successes()] == [(0, 0.25), (1, 0.5), (2, 0.5)]
-    assert [turn.kl for turn in record.iterations] == [1.5, None]
+    assert [(updates, success["value"]) for updates, success in record.successes()] == [(0, 0.25), (1, 0.5), (2, 0.75)]
+    assert [turn.kl for turn in record.iterations] == [1.5, 2.5, None]
 
 
 def test_time_by_stage_is_summed_where_the_run_did_not_record_it(store):

@@ -26,7 +26,7 @@ def _share(value, low, high):
 
 
 def _paired(value, low, high):
-    return {"better": 9, "worse": 5, "same": 86, "difference": _share(value, low, high), "p_value": 0.42}
+    return {"better": 9, "worse": 5, "same": 86, "difference": _share(value, low, high), "p_value": 0.01}
 
 
 def test_a_rise_a_fall_and_no_measurable_change(store):
@@ -34,7 +34,7 @@ def test_a_rise_a_fall_and_no_measurable_change(store):
     found = verdict(record)
     assert found.tone == "open"
     assert found.headline.startswith("Success on 100 held-out tasks did not change measurably: 50.0 % [40.0, 60.0] to")
-    assert "9 won, 5 lost, 86 unchanged; +4.0 points [−4.0, +12.0], p = 0.42." in found.details[0]
+    assert "9 won, 5 lost, 86 unchanged; +4.0 points [−4.0, +12.0], p = 0.01." in found.details[0]
 
 
 def test_a_fall_is_called_a_fall(store):
@@ -47,14 +47,21 @@ def test_without_pairs_only_intervals_that_do_not_meet_tell(store):
     assert verdict(_run(_share(0.5, 0.4, 0.6), _share(0.65, 0.55, 0.75), None, store)).tone == "open"
 
 
+def test_both_the_interval_and_the_exact_test_must_agree(store):
+    paired = {**_paired(-0.094, -0.187, -0.003), "p_value": 0.064}
+    record = _run(_share(0.19, 0.12, 0.28), _share(0.09, 0.05, 0.17), paired, store)
+    assert "did not change measurably" in verdict(record).headline
+    assert final_rows(record)[0].better is None
+
+
 def test_rows_mark_what_got_better_and_dash_what_is_unknown(store):
     record = _run(_share(0.3, 0.2, 0.4), _share(0.6, 0.5, 0.7), None, store, kl_per_trajectory=2.5)
     rows = {row.name: row for row in final_rows(record)}
     assert rows["Success, sampled"].better is True
     assert (rows["Success, greedy"].start, rows["Success, greedy"].end) == ("–", "–")
     assert rows["KL from start, nats a trajectory"].end == "2.50"
-    assert rows["Invented ids"].better is False  # 0.1 → 0.2
-    assert rows["Turns"].better is None
+    assert (rows["Invented ids"].start, rows["Invented ids"].end) == ("0.100", "0.200")
+    assert rows["Invented ids"].better is None  # a mean without an interval moved nowhere for certain
 
 
 def test_terminal_table_of_a_finished_run(finished):

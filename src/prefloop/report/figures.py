@@ -253,7 +253,8 @@ def _loss(turns: Sequence[Iteration]) -> Figure | None:
         first = 0
         for number, loss in steps:
             axes.axvline(first, color=GRID, linewidth=1)
-            axes.plot(range(first, first + len(loss)), loss, color=FIRST, linewidth=1.4)
+            marker = "o" if len(loss) < 4 else ""  # a line needs more than a point or two to be seen
+            axes.plot(range(first, first + len(loss)), loss, marker=marker, color=FIRST, linewidth=1.4)
             axes.annotate(str(number), (first, 1), xycoords=("data", "axes fraction"), xytext=(3, -9),
                           textcoords="offset points", color=MUTED, fontsize=8)  # fmt: skip
             first += len(loss)

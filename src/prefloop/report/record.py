@@ -28,20 +28,21 @@ class Iteration:
     curate: JSONObject
     train: JSONObject
     evaluate: JSONObject
+    guard: JSONObject
 
     @property
     def success(self) -> JSONObject:
-        """Success after the update as an interval: of its evaluation where there is one, else on the guard tasks."""
-        sampled = self.evaluate.get("sampled") or {}
-        return dict(sampled.get("success") or self.train.get("guard_success") or {})
+        """Success of the policy that came out, an interval; of its evaluation, else on the guard tasks; may be empty."""
+        return dict(self._measured().get("success") or {})
 
     @property
     def kl(self) -> float | None:
-        """KL to the start policy after the update, nats a trajectory; None where no update was accepted."""
-        sampled = self.evaluate.get("sampled") or {}
-        accepted = [attempt.get("kl") for attempt in self.train.get("attempts") or [] if attempt["accepted"]]
-        measured = [sampled.get("kl_per_trajectory"), *accepted[-1:]]
-        return next((float(kl) for kl in measured if kl is not None), None)
+        """Its KL to the start policy in nats a trajectory; None where it was not measured."""
+        found = self._measured().get("kl_per_trajectory")
+        return None if found is None else float(found)
+
+    def _measured(self) -> JSONObject:
+        return dict((self.evaluate or self.guard).get("sampled") or {})
 
     def missing(self) -> list[str]:
         """The stages that left no event."""
@@ -93,8 +94,8 @@ class RunRecord:
 
         All on the guard tasks where the run has measured the start on them too.
         """
-        guard = self.before.get("guard", {}).get("guard_success")
-        start = guard or (self.start_evaluation.get("sampled") or {}).get("success") or {}
+        measured = self.before.get("guard") or self.start_evaluation
+        start = (measured.get("sampled") or {}).get("success") or {}
         return [
             (at, success) for at, success in [(0, start), *((t.number, t.success) for t in self.iterations)] if success
         ]
@@ -103,7 +104,8 @@ class RunRecord:
         """Wall time of each stage in seconds: as the run recorded it, else summed from the stages' events."""
         recorded = self.finish.get("seconds_by_stage")
         if recorded:
-            return {stage: float(seconds) for stage, seconds in recorded.items()}
+            known = [stage for stage in STAGES if stage in recorded]
+            return {stage: float(recorded[stage]) for stage in dict.fromkeys([*known, *recorded])}
         details = [*self.before.items()]
         details += [(stage, getattr(turn, stage)) for turn in self.iterations for stage in STAGES[2:]]
         found = {stage: [d["seconds"] for name, d in details if name == stage and "seconds" in d] for stage in STAGES}
@@ -158,7 +160,7 @@ def read_run(store: Store, run_id: str) -> RunRecord:
 def _iterations(details: Mapping[int, Mapping[str, JSONObject]]) -> tuple[Iteration, ...]:
     turns = [index for index, found in sorted(details.items()) if index > BEFORE_LOOP and "rollout" in found]
     return tuple(
-        Iteration(index, number, *(details[index].get(stage, {}) for stage in STAGES[2:]))
+        Iteration(index, number, *(details[index].get(stage, {}) for stage in (*STAGES[2:], "guard")))
         for number, index in enumerate(turns, 1)
     )
 

@@ -12,13 +12,10 @@ from prefloop.report import words
 from prefloop.report.record import RunRecord
 from prefloop.store import Store
 
-# A metric whose rise is neither good nor bad in itself gets no arrow; what counts mistakes is better when it falls.
-NEUTRAL = {"turns"}
-
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of the final table; `better` says whether the change is for the good, None where it is neither."""
+    """A line of the final table; `better` says which way it moved with 95 % confidence, None where that is open."""
 
     name: str
     start: str
@@ -74,9 +71,13 @@ def _judged_headline(record: RunRecord) -> str:
 
 
 def _direction(start: Mapping[str, Any], end: Mapping[str, Any], paired: Mapping[str, Any] | None) -> str:
-    """Whether success rose, fell or stayed the same: by the paired difference, else by intervals that do not meet."""
+    """Whether success rose, fell or stayed the same, with 95 % confidence.
+
+    By the paired comparison (both its interval and its exact test must say so), else by intervals that do not meet.
+    """
     if paired:
-        low, high = paired["difference"]["low"], paired["difference"]["high"]
+        difference = paired["difference"]
+        low, high = (difference["low"], difference["high"]) if paired["p_value"] < 0.05 else (0.0, 0.0)
     else:
         low, high = end["low"] - start["high"], end["high"] - start["low"]
     return "rose" if low > 0 else "fell" if high < 0 else "same"
@@ -119,7 +120,7 @@ def final_rows(record: RunRecord) -> list[Row]:
     """The final table: success, KL, turns, mistakes; start against end."""
     start, end = record.start_evaluation, record.end_evaluation
     rows = [
-        _success_row("Success, sampled", start, end, "sampled"),
+        _success_row("Success, sampled", start, end, "sampled", record.finish.get("paired")),
         _success_row("Success, greedy", start, end, "greedy"),
     ]
     rows += [_kl_row("KL from start, nats a trajectory", end, "kl_per_trajectory")]
@@ -127,7 +128,8 @@ def final_rows(record: RunRecord) -> list[Row]:
     before, after = _metrics(start), _metrics(end)
     first = [name for name in ("turns", "invented_ids") if name in before or name in after]
     others = sorted((set(before) | set(after)) - set(first))
-    return rows + [_metric_row(name, before.get(name), after.get(name)) for name in (*first, *others)]
+    means = [(name, words.number(before.get(name)), words.number(after.get(name))) for name in (*first, *others)]
+    return rows + [Row(words.title(name), start_mean, end_mean) for name, start_mean, end_mean in means]
 
 
 def _sampled(evaluation: JSONObject) -> JSONObject:
@@ -142,10 +144,11 @@ def _metrics(evaluation: JSONObject) -> JSONObject:
     return dict(_sampled(evaluation).get("metrics") or {})
 
 
-def _success_row(name: str, start: JSONObject, end: JSONObject, how: str) -> Row:
+def _success_row(name: str, start: JSONObject, end: JSONObject, how: str, paired: JSONObject | None = None) -> Row:
     before, after = _success(start, how), _success(end, how)
-    better = after["value"] > before["value"] if before and after and before["value"] != after["value"] else None
+    moved = _direction(before, after, paired) if before and after else "same"
     note = f"n = {after['n']:,}" if after else ""
+    better = {"rose": True, "fell": False, "same": None}[moved]
     return Row(name, words.share_with_interval(before), words.share_with_interval(after), note, better)
 
 
@@ -154,12 +157,6 @@ def _kl_row(name: str, end: JSONObject, key: str) -> Row:
     error = sampled.get(f"{key}_se")
     note = f"± {words.number(error, 2)} (standard error)" if error is not None else ""
     return Row(name, "0" if end else words.NOTHING, words.number(sampled.get(key)), note)
-
-
-def _metric_row(name: str, before: float | None, after: float | None) -> Row:
-    changed = before is not None and after is not None and round(before, 4) != round(after, 4)
-    better = after < before if changed and name not in NEUTRAL and before is not None and after is not None else None
-    return Row(words.title(name), words.number(before), words.number(after), better=better)
 
 
 def agreement_with_people(store: Store, record: RunRecord) -> JSONObject:
