@@ -32,7 +32,7 @@ class Iteration:
 
     @property
     def success(self) -> JSONObject:
-        """Success of the policy that came out, an interval; of its evaluation, else on the guard tasks; may be empty."""
+        """Success of the policy that came out, an interval: evaluated, else on the guard tasks, else empty."""
         return dict(self._measured().get("success") or {})
 
     @property
