@@ -1,0 +1,194 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from prefloop.chat import ChatRenderer, stop_ids
+from prefloop.clients.sampling import Reply, SamplingSettings
+from prefloop.environments.base import Environment, Episode, Outcome, Step
+from prefloop.environments.booking import BOOKED, Booking
+from prefloop.models.initial import initial_model, train_tokenizer
+from prefloop.models.sampler import LocalSampler
+from prefloop.models.settings import InitialModelSettings
+from prefloop.records import AuthorKind, Ended, Message, Role, Source, Split, Status, Task, ToolCall
+from prefloop.rollout import Attempt, LocalSpeaker, Provenance, RemoteSpeaker, derived_seed, open_episodes, roll_out
+
+ENVIRONMENT = Booking()
+FROM = Provenance(AuthorKind.CHECKPOINT, "checkpoint", "run", 0, "rollout")
+SETTINGS = SamplingSettings(max_new_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    tasks = ENVIRONMENT.tasks(Split.TRAIN, 200)
+    tokenizer = train_tokenizer(((ENVIRONMENT.demonstrate(t, 0)[0], t.tools) for t in tasks), 600)
+    model = initial_model(tokenizer, InitialModelSettings(hidden_size=32, intermediate_size=32, num_heads=2))
+    return model.eval(), ChatRenderer(tokenizer)
+
+
+def attempts(num_tasks: int, num_samples: int) -> list[Attempt]:
+    tasks = ENVIRONMENT.tasks(Split.TRAIN, num_tasks)
+    return [Attempt(task, sample, 0) for task in tasks for sample in range(num_samples)]
+
+
+def local(policy, tried, environment=ENVIRONMENT, seed=1):
+    model, renderer = policy
+    episodes = open_episodes(environment, tried)
+    sampler = LocalSampler(model, stop_ids(renderer))
+    return roll_out(environment, tried, episodes, LocalSpeaker(sampler, renderer, episodes, SETTINGS, seed), FROM)
+
+
+def test_a_unit_rolled_out_again_is_the_same_and_another_seed_is_not(policy):
+    first, again, other = (local(policy, attempts(4, 3), seed=seed) for seed in (1, 1, 2))
+    assert [r.trajectory.messages for r in first] == [r.trajectory.messages for r in again]
+    assert [r.trajectory.id for r in first] == [r.trajectory.id for r in again]
+    assert [r.trajectory.messages for r in first] != [r.trajectory.messages for r in other]
+
+
+def test_stored_log_probs_are_those_of_a_full_forward(policy):
+    import torch
+
+    model, _ = policy
+    for rollout in local(policy, attempts(2, 2)):
+        for path in rollout.trajectory.token_paths:
+            ids = torch.from_numpy(path.token.astype(np.int64))[None]
+            with torch.no_grad():
+                logprobs = model(ids).logits[0].log_softmax(-1)
+            own = np.flatnonzero(path.loss_mask)
+            assert len(own)
+            expected = logprobs[own - 1, ids[0, own]].numpy()
+            np.testing.assert_allclose(path.logprob[own], expected, atol=2e-5)
+
+
+def test_only_what_the_policy_sampled_is_its_own(policy):
+    for rollout in local(policy, attempts(3, 2)):
+        trajectory = rollout.trajectory
+        assistant = {i for i, m in enumerate(trajectory.messages) if m.role is Role.ASSISTANT}
+        for path in trajectory.token_paths:
+            sampled = path.source == Source.SAMPLED
+            assert set(path.message[sampled].tolist()) <= assistant
+            assert not np.isnan(path.logprob[sampled]).any()
+            assert np.isnan(path.logprob[~sampled]).all()
+
+
+def test_trajectories_of_a_group_share_the_world_and_have_their_own_ids(policy):
+    rollouts = local(policy, attempts(2, 4))
+    assert len({r.trajectory.id for r in rollouts}) == 8
+    assert {r.trajectory.seed for r in rollouts} == {0}
+    assert all(r.trajectory.group_seeded for r in rollouts)
+
+
+class Expert:
+    """A served policy that books as it should, but fails on one task."""
+
+    def __init__(self, failing: str = "") -> None:
+        self.failing = failing
+
+    def reply(self, conversations, settings, seed):
+        return [self._reply(c.messages) for c in conversations]
+
+    def _reply(self, messages):
+        if messages[0].content == self.failing:
+            return Reply(Status.TIMEOUT, detail="no answer within 1 s")
+        turn = sum(m.role is Role.ASSISTANT for m in messages)
+        calls = [
+            lambda: ToolCall("search_flights", {"city": _city(messages[0].content)}),
+            lambda: ToolCall("filter_results", {"max_price": _price(messages[0].content), "direct": _direct(messages)}),
+            lambda: ToolCall("book_flight", {"flight_id": json.loads(messages[-1].content)[0]["id"]}),
+        ]
+        if turn == len(calls):
+            return Reply(Status.OK, Message(Role.ASSISTANT, BOOKED))
+        return Reply(Status.OK, Message(Role.ASSISTANT, tool_calls=(calls[turn](),)))
+
+
+def _city(text: str) -> str:
+    from prefloop.environments.booking import CITIES
+
+    return next(city for city in CITIES if city in text)
+
+
+def _price(text: str) -> int:
+    return int(text.split("$")[1].split(",")[0].rstrip("."))
+
+
+def _direct(messages) -> bool:
+    return "direct only" in messages[0].content
+
+
+def test_a_served_policy_rolls_out_and_its_failures_are_data():
+    tried = attempts(5, 1)
+    failing = tried[2].task.messages[0].content
+    episodes = open_episodes(ENVIRONMENT, tried)
+    speaker = RemoteSpeaker(Expert(failing), episodes, SETTINGS, 0)
+    rollouts = roll_out(ENVIRONMENT, tried, episodes, speaker, FROM)
+    assert [r.outcome is not None and r.outcome.success for r in rollouts] == [True, True, False, True, True]
+    lost = rollouts[2]
+    assert lost.outcome is None
+    assert lost.trajectory.ended is Ended.ERROR
+    assert lost.trajectory.extra["error"] == "timeout: no answer within 1 s"
+    assert all(r.trajectory.token_paths == () for r in rollouts)
+
+
+class Moody(Environment):
+    """Raises in a step of every second task, and cannot say the outcome of every third."""
+
+    name = "moody"
+    max_turns = 2
+
+    def tasks(self, split, num, *, first=0):
+        return [Task("moody", {}, i, (Message(Role.USER, f"hello {i}"),)) for i in range(first, first + num)]
+
+    def reset(self, task, seed):
+        return MoodyEpisode(task)
+
+
+class MoodyEpisode(Episode):
+    def __init__(self, task):
+        self.messages, self.tools, self.seed = task.messages, (), task.seed
+
+    def step(self, message):
+        if self.seed % 2:
+            raise ValueError("not today")
+        return Step(done=True)
+
+    def outcome(self):
+        if self.seed % 3 == 2:
+            raise KeyError("lost")
+        return Outcome(1.0, 1.0, True)
+
+
+def test_what_an_environment_raises_belongs_to_its_episode(policy):
+    environment = Moody()
+    tried = [Attempt(task, 0, 0) for task in environment.tasks(Split.TRAIN, 4)]
+    episodes = open_episodes(environment, tried)
+    speaker = RemoteSpeaker(Talker(), episodes, SETTINGS, 0)
+    rollouts = roll_out(environment, tried, episodes, speaker, FROM)
+    assert [r.trajectory.ended for r in rollouts] == [Ended.DONE, Ended.ERROR, Ended.ERROR, Ended.ERROR]
+    assert [r.outcome is None for r in rollouts] == [False, True, True, True]
+    assert rollouts[1].trajectory.extra["error"] == "environment raised ValueError: not today"
+
+
+class Talker:
+    def reply(self, conversations, settings, seed):
+        return [Reply(Status.OK, Message(Role.ASSISTANT, "hi")) for _ in conversations]
+
+
+def test_a_turn_that_is_cut_ends_the_episode_by_length():
+    class Cut(Talker):
+        def reply(self, conversations, settings, seed):
+            return [Reply(Status.OK, Message(Role.ASSISTANT, "hi"), stopped="length") for _ in conversations]
+
+    environment = Moody()
+    tried = [Attempt(task, 0, 0) for task in environment.tasks(Split.TRAIN, 1)]
+    episodes = open_episodes(environment, tried)
+    (rollout,) = roll_out(environment, tried, episodes, RemoteSpeaker(Cut(), episodes, SETTINGS, 0), FROM)
+    assert rollout.trajectory.ended is Ended.LENGTH
+    assert rollout.trajectory.num_turns == 1
+
+
+def test_derived_seeds_differ_by_every_part_and_fit_63_bits():
+    seeds = {derived_seed(run, stage, step) for run in range(20) for stage in "ab" for step in range(20)}
+    assert len(seeds) == 800
+    assert all(0 <= seed < 2**63 for seed in seeds)
