@@ -211,7 +211,8 @@ def _masked(renderer: ChatRenderer) -> str:
     own = sum(int((path.source == int(Source.SAMPLED)).sum()) for path in paths)
     total = sum(len(path.token) for path in paths)
     shape = "one token path" if len(paths) == 1 else f"{len(paths)} token paths, because it rewrites earlier turns"
-    return f"masks a demonstration: {own} of {total} tokens are the policy's own, {len(stops)} that stop{"s" if len(stops) == 1 else ""}, {shape}"
+    ends = f"{len(stops)} stop token{'' if len(stops) == 1 else 's'}"
+    return f"masks a demonstration: {own} of {total} tokens are the policy's own, {ends}, {shape}"
 
 
 def _tools(renderer: ChatRenderer) -> Finding:
