@@ -18,7 +18,7 @@ UNSAFE_ATTRIBUTES = {
     ("torch", "load"), ("torch", "save"), ("yaml", "load"), ("yaml", "unsafe_load"), ("os", "system"), ("os", "popen"),
     ("pandas", "read_pickle"), ("numpy", "load"), ("np", "load"),
 }  # fmt: skip
-UNSAFE_KEYWORDS = {"shell": True, "trust_remote_code": None, "allow_pickle": True}  # None: whatever its value
+UNSAFE_KEYWORDS = {"shell", "trust_remote_code", "allow_pickle"}  # unless they are plainly switched off
 SQL = re.compile(r"\b(SELECT\b.+\bFROM|INSERT\s+INTO|UPDATE\b.+\bSET|DELETE\s+FROM|CREATE\s+TABLE)\b", re.S | re.I)
 
 # Written in two parts, so that this file does not hold what it looks for.
@@ -63,10 +63,9 @@ def unsafe_call(node: ast.Call) -> Iterator[str]:
         if name in UNSAFE_ATTRIBUTES:
             yield ".".join(name)
     for keyword in node.keywords:
-        if keyword.arg in UNSAFE_KEYWORDS:
-            forbidden = UNSAFE_KEYWORDS[keyword.arg]
-            if forbidden is None or (isinstance(keyword.value, ast.Constant) and keyword.value.value is forbidden):
-                yield keyword.arg
+        off = isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+        if keyword.arg in UNSAFE_KEYWORDS and not off:
+            yield keyword.arg
 
 
 def test_nothing_runs_what_it_reads():
@@ -83,11 +82,11 @@ def test_the_search_for_unsafe_code_finds_it():
         "eval('1')": "eval",
         "torch.load('x')": "torch.load",
         "run('ls', shell=True)": "shell",
-        "f(trust_remote_code=False)": "trust_remote_code",
+        "f(trust_remote_code=ask)": "trust_remote_code",
     }
     for source, name in planted.items():
         assert [what for node in ast.walk(ast.parse(source)) for what in unsafe(node)] == [name]
-    harmless = "model.eval()\nsafetensors.load('x')\nrun(['ls'], shell=False)"
+    harmless = "model.eval()\nsafetensors.load('x')\nrun(['ls'], shell=False)\nf(trust_remote_code=False)"
     assert not [what for node in ast.walk(ast.parse(harmless)) for what in unsafe(node)]
 
 
