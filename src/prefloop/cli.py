@@ -86,8 +86,9 @@ def rollout(
     from prefloop.stages.start import start_policy
 
     with _stage(file, store, overrides) as opened:
+        number = _iteration(opened, iteration)
         start_policy(opened)
-        rollout_stage(opened, _iteration(opened, iteration))
+        rollout_stage(opened, number)
 
 
 @app.command
@@ -125,13 +126,25 @@ def curate(
 
 @app.command
 def train(
-    file: RunFile, *, iteration: IterationOption = None, store: StoreOption = None, overrides: SetOption = None
+    file: RunFile,
+    *,
+    dataset: Annotated[str, Parameter(help="id (or its beginning) of a dataset of the store to train on instead")] = "",
+    iteration: IterationOption = None,
+    store: StoreOption = None,
+    overrides: SetOption = None,
 ) -> None:
     """Update the policy on an iteration's dataset, guarded."""
+    from prefloop.stages.curating import adopt_dataset
+    from prefloop.stages.looking import find_dataset
+    from prefloop.stages.start import start_policy
     from prefloop.stages.updating import train_stage
 
     with _stage(file, store, overrides) as opened:
-        train_stage(opened, _iteration(opened, iteration))
+        start_policy(opened)
+        number = _iteration(opened, iteration)
+        if dataset:
+            adopt_dataset(opened, number, find_dataset(opened.store, dataset))
+        train_stage(opened, number)
 
 
 @app.command
@@ -345,6 +358,10 @@ def _progress(run: Run) -> Iterator[None]:
 def _iteration(run: Run, number: int | None) -> int:
     if number is not None and not 1 <= number <= run.settings.iterations:
         raise PrefloopError(f"--iteration {number}: the run file has iterations 1 to {run.settings.iterations}")
+    if number is None and run.current_iteration() == run.settings.iterations:
+        raise PrefloopError(
+            f"run {run.settings.name} has finished its {run.settings.iterations} iterations: name one with --iteration"
+        )
     return run.current_iteration() if number is None else number - 1
 
 

@@ -25,6 +25,7 @@ from prefloop.records import (
 from prefloop.store import Store
 
 CHUNK = 500
+SUFFIXES = (".jsonl", ".json", ".parquet")
 TRL_PREFERENCE, TRL_UNPAIRED, OPENAI_CHAT = "trl-preference", "trl-unpaired", "openai-chat"
 
 Rows = Callable[[], Iterator[JSONObject]]
@@ -70,6 +71,8 @@ def export_trajectories(store: Store, ids: Iterable[str], path: str | Path, *, f
 
 
 def _write(rows: Rows, path: Path, force: bool) -> int:
+    if path.suffix not in SUFFIXES:
+        raise PrefloopError(f"{path} should end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     with whole_file(path, force=force) as temporary:
         write = write_parquet if path.suffix == ".parquet" else _write_lines
         num_rows = write(rows, temporary)

@@ -113,6 +113,20 @@ class Run:
         """What a finished stage found, or None."""
         return self.store.event(self.id, iteration, stage)
 
+    def require(self, iteration: int, stage: str) -> JSONObject:
+        """What a finished stage found.
+
+        Raises:
+            PrefloopError: that stage of the iteration is not finished.
+        """
+        found = self.found(iteration, stage)
+        if found is None:
+            raise PrefloopError(
+                f"run {self.settings.name}: the stage {stage!r} of iteration {iteration + 1} is not finished; "
+                f"run `prefloop {stage}` first"
+            )
+        return found
+
     def verified(self, trajectory_id: str, outcome: Outcome) -> Judgement:
         """The judgement of the test rater."""
         criteria = {**outcome.metrics, "success": float(outcome.success)}
@@ -129,11 +143,11 @@ class Run:
         Raises:
             PrefloopError: the iteration before is not finished.
         """
-        stage = "policy" if iteration == 0 else "train"
-        found = self.found(iteration - 1, stage)
+        if iteration > 0:
+            return str(self.require(iteration - 1, "train")["checkpoint_id"])
+        found = self.found(BEFORE, "policy")
         if found is None:
-            what = "the start policy" if iteration == 0 else f"iteration {iteration - 1}"
-            raise PrefloopError(f"run {self.settings.name}: {what} is not trained yet; run `prefloop train` first")
+            raise PrefloopError(f"run {self.settings.name} has no start policy yet; run `prefloop rollout` first")
         return str(found["checkpoint_id"])
 
     def current_iteration(self) -> int:
@@ -194,8 +208,14 @@ def _differences(before: JSONObject, after: JSONObject, prefix: str = "") -> lis
         if isinstance(old, dict) and isinstance(new, dict):
             changed += _differences(old, new, f"{prefix}{key}.")
         elif old != new:
-            changed.append(f"{prefix}{key}: {old} → {new}")
+            changed.append(f"{prefix}{key}: {_shown(old)} → {_shown(new)}")
     return changed
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return "a table"
+    return "nothing" if value is None else str(value)
 
 
 def _circumstances(settings: RunSettings) -> JSONObject:

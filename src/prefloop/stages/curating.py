@@ -17,9 +17,17 @@ STAGE = "curate"
 
 
 def curate_stage(run: Run, iteration: int) -> None:
-    """Curate an iteration's rollouts; dataset and record are committed together."""
+    """Curate an iteration's rollouts; dataset and record are committed together.
+
+    Raises:
+        PrefloopError: the iteration is not rolled out, or nobody has judged or compared anything yet.
+    """
     if run.found(iteration, STAGE) is not None:
         return
+    run.require(iteration, "rollout")
+    comparisons = run.store.comparisons()
+    if not comparisons:  # people's votes may stand for the judge's scores
+        run.require(iteration, "judge")
     trajectories = iteration_rollouts(run, iteration)
     ids = [t.id for t in trajectories]
     rater_id = run.judge.rater.id
@@ -30,7 +38,7 @@ def curate_stage(run: Run, iteration: int) -> None:
             run.settings.curation,
             rater_id=rater_id,
             num_replicates=1,
-            comparisons=run.store.comparisons(),
+            comparisons=comparisons,
             verified={i: verdict.value for i, verdict in run.verdicts(ids).items() if verdict.value is not None},
             rejudge=lambda wanted, replicates: rejudge(run, wanted, replicates),
             seed=derived_seed(run.settings.seed, STAGE, iteration),
@@ -40,6 +48,24 @@ def curate_stage(run: Run, iteration: int) -> None:
         run.store.add_dataset(curated.dataset)
         run.store.add_dataset(curated.demonstrations)
         detail |= {**curated.report, "kept_dataset_id": curated.demonstrations.id}
+
+
+def adopt_dataset(run: Run, iteration: int, dataset_id: str) -> None:
+    """Let an iteration train on a dataset that is in the store already, such as one made of imported preferences.
+
+    Raises:
+        PrefloopError: the iteration has another dataset, or the dataset is not there.
+    """
+    dataset = run.store.dataset(dataset_id)
+    found = run.found(iteration, STAGE)
+    if found is not None and found["dataset_id"] != dataset_id:
+        raise PrefloopError(
+            f"run {run.settings.name}: iteration {iteration + 1} trains on dataset {found['dataset_id'][:12]} already"
+        )
+    tasks = {pair.task_id for pair in dataset.pairs}
+    detail = {"dataset_id": dataset_id, "kept_dataset_id": dataset_id, "adopted": True}
+    counts = {"num_pairs": len(dataset.pairs), "num_tasks": len(tasks), "num_tasks_without_pair": 0}
+    run.store.add_event(run.id, iteration, STAGE, {**detail, **counts, "num_scored": len(dataset.trajectory_ids)})
 
 
 def dataset_of(run: Run, iteration: int, kind: str) -> Dataset:

@@ -16,9 +16,14 @@ STAGE = "judge"
 
 
 def judge_stage(run: Run, iteration: int) -> None:
-    """Judge every rollout of an iteration that this judge has not judged yet."""
+    """Judge every rollout of an iteration that this judge has not judged yet.
+
+    Raises:
+        PrefloopError: the iteration is not rolled out yet, or the judge fails.
+    """
     if run.found(iteration, STAGE) is not None:
         return
+    run.require(iteration, "rollout")
     trajectories = iteration_rollouts(run, iteration)
     with run.recorded(iteration, STAGE, len(trajectories)) as detail:
         judge(run, trajectories)

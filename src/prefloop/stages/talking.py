@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from prefloop.models.load import Policy
 
 MAX_TOOL_TURNS = 8
+_LIKE_AN_ID = re.compile(r"[0-9a-f]+")  # no model on a hub is named so
 
 
 def talk(store: Store, name: str, temperature: float, console: Console) -> None:
@@ -31,6 +33,8 @@ def talk(store: Store, name: str, temperature: float, console: Console) -> None:
     from prefloop.models.load import load_policy
 
     checkpoint = None if Path(name).exists() else find_checkpoint(store, name)
+    if checkpoint is None and not Path(name).exists() and _LIKE_AN_ID.fullmatch(name):
+        raise PrefloopError(f"there is no checkpoint {name} in {store.location}: see `prefloop status`")
     episode = None
     if checkpoint is not None:
         episode = _episode(store, checkpoint.run_id)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefloop.evaluation.guard import Decision, evaluation_guard, kl_guard
-from prefloop.records import Checkpoint, Dataset, JSONObject, PrefloopError
+from prefloop.records import Checkpoint, Dataset, JSONObject
 from prefloop.rollout import derived_seed
 from prefloop.stages.context import BEFORE, Run
 from prefloop.stages.curating import dataset_of
@@ -55,9 +55,8 @@ def train_stage(run: Run, iteration: int) -> None:
     from prefloop.training.trainer import forget_state
 
     settings = run.settings.train
-    if run.found(iteration, "curate") is None:
-        raise PrefloopError(f"run {run.settings.name}: iteration {iteration} is not curated; run `prefloop curate`")
     before = run.checkpoint_before(iteration)
+    run.require(iteration, "curate")
     dataset = dataset_of(run, iteration, "pairs" if settings.algorithm == "dpo" else "demonstrations")
     with run.recorded(iteration, STAGE) as detail:
         detail |= {"algorithm": settings.algorithm, "dataset_id": dataset.id}
