@@ -202,6 +202,11 @@ def open_episodes(environment: Environment, attempts: Sequence[Attempt]) -> list
     return [environment.reset(attempt.task, attempt.seed) for attempt in attempts]
 
 
+def unit_seed(seed: int, provenance: Provenance, attempts: Sequence[Attempt]) -> int:
+    """The seed of a unit's draws: a function of the run's seed and of what the unit is."""
+    return derived_seed(seed, provenance.stage, provenance.iteration, attempts[0].task.id)
+
+
 def derived_seed(*parts: object) -> int:
     """A 63-bit seed that is a function of the parts."""
     return int(content_hash("seed", *parts)[:16], 16) >> 1

@@ -8,8 +8,8 @@ from annotation_page import chromium, running_page, vote_by_taste
 from prefloop.clients.sampling import SamplingSettings
 from prefloop.config import parse_settings
 from prefloop.feedback.queue import QueueSettings
-from prefloop.records import Split, Trajectory
-from prefloop.rollout import Attempt
+from prefloop.records import AuthorKind, Split, Trajectory
+from prefloop.rollout import Attempt, Provenance
 from prefloop.stages.context import BEFORE, Run, opened
 from prefloop.stages.curating import curate_stage
 from prefloop.stages.rollouts import rollout_stage
@@ -42,7 +42,8 @@ def share_that_filters(run: Run, checkpoint_id: str) -> float:
     policy = run.policies.get(checkpoint_id)
     attempts = [Attempt(task, 0, 0) for task in run.environment.tasks(Split.HELD_OUT, 200)]
     sampling = SamplingSettings(max_new_tokens=48)
-    rollouts = run.policies.roll_out(policy, checkpoint_id, attempts, sampling, iteration=BEFORE, stage="taste")
+    provenance = Provenance(AuthorKind.CHECKPOINT, checkpoint_id, run.id, BEFORE, "taste")
+    rollouts = run.policies.roll_out(policy, attempts, sampling, provenance)
     return sum(filters(rollout.trajectory) for rollout in rollouts) / len(rollouts)
 
 

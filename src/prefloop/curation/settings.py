@@ -22,11 +22,11 @@ class CurationSettings(Settings):
     """
 
     scope: Literal["group", "batch"] = "group"
-    fraction: float = Field(0.3, gt=0, le=1)
+    fraction: float = Field(default=0.3, gt=0, le=1)
     rejected: Literal["lowest", "random", "moderate"] = "lowest"
-    margin: float = Field(0.1, ge=0)
+    margin: float = Field(default=0.1, ge=0)
     margin_unit: Literal["score", "noise"] = "score"
-    confirm: int = Field(0, ge=0)
+    confirm: int = Field(default=0, ge=0)
     prefer_people: bool = True
-    vote_reliability: float = Field(0.9, gt=0.5, lt=1)
-    precision_sample: int = Field(200, ge=1)
+    vote_reliability: float = Field(default=0.9, gt=0.5, lt=1)
+    precision_sample: int = Field(default=200, ge=1)

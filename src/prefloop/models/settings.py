@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from prefloop.clients.openai_sampler import ServerSettings
 from prefloop.config import Settings
 
 
@@ -36,16 +37,20 @@ class LoraSettings(Settings):
 
 
 class PolicySettings(Settings):
-    """What is trained: a model by path or hub id, or a tiny one made from nothing for the demonstrations."""
+    """Who acts: a model by path or hub id, a tiny one made from nothing, or one behind a server.
+
+    A served model has no weights here: it can be rolled out, judged, curated and exported, not trained.
+    """
 
     model: str | None = None
     initial: InitialModelSettings | None = None
+    server: ServerSettings | None = None
     lora: LoraSettings | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "cpu"
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> PolicySettings:
-        if (self.model is None) == (self.initial is None):
-            raise ValueError("exactly one of 'model' (a path or hub id) and the table 'initial'")
+    def _exactly_one(self) -> PolicySettings:
+        if sum(source is not None for source in (self.model, self.initial, self.server)) != 1:
+            raise ValueError("exactly one of 'model' (a path or hub id) and the tables 'initial' and 'server'")
         return self

@@ -12,8 +12,8 @@ from prefloop.clients.sampling import SamplingSettings
 from prefloop.evaluation.compare import compare_on_tasks, outcomes_by_task
 from prefloop.evaluation.kl import KLSummary, kl_summary
 from prefloop.evaluation.success import success_summary
-from prefloop.records import JSONObject, Source, Split, Task, Trajectory
-from prefloop.rollout import Attempt
+from prefloop.records import AuthorKind, JSONObject, Source, Split, Task, Trajectory
+from prefloop.rollout import Attempt, Provenance
 from prefloop.stages.context import BEFORE, Run
 from prefloop.stages.judging import judge
 from prefloop.stages.rollouts import roll_out_in_units
@@ -38,7 +38,8 @@ def guard_evaluation(run: Run, policy: Policy, checkpoint_id: str) -> Evaluated:
     tasks = run.environment.tasks(Split.TRAIN, run.settings.guard.num_tasks)
     attempts = [Attempt(task, 0, run.settings.seed) for task in tasks]
     sampling = _sampling(run, temperature=1.0)
-    rollouts = run.policies.roll_out(policy, checkpoint_id, attempts, sampling, iteration=BEFORE, stage="guard")
+    provenance = Provenance(AuthorKind.CHECKPOINT, checkpoint_id, run.id, BEFORE, "guard")
+    rollouts = run.policies.roll_out(policy, attempts, sampling, provenance)
     verified = [rollout.outcome.success for rollout in rollouts if rollout.outcome is not None]
     kl = _kl_to_start(run, [rollout.trajectory for rollout in rollouts])
     return Evaluated(proportion(verified) if verified else None, kl)
@@ -71,7 +72,8 @@ def _evaluate(run: Run, checkpoint_id: str, tasks: Sequence[Task], iteration: in
     sampling = _sampling(run, 1.0 if stage == SAMPLED else 0.0)
     trajectories = roll_out_in_units(run, checkpoint_id, tasks, 1, sampling, iteration, stage)
     ids = [t.id for t in trajectories]
-    kl = _kl_to_start(run, trajectories) if stage == SAMPLED else None
+    has_tokens = any(trajectory.token_paths for trajectory in trajectories)
+    kl = _kl_to_start(run, trajectories) if stage == SAMPLED and has_tokens else None
     verdicts = list(run.verdicts(ids).values())
     if verdicts:
         return success_summary(trajectories, verdicts, kl=kl)

@@ -13,7 +13,6 @@ from prefloop.clients.sampling import SamplingSettings
 from prefloop.models.load import Policy, load_policy
 from prefloop.models.sampler import LocalSampler
 from prefloop.records import (
-    AuthorKind,
     Checkpoint,
     JSONObject,
     PrefloopError,
@@ -22,7 +21,7 @@ from prefloop.records import (
     Trajectory,
     content_hash,
 )
-from prefloop.rollout import Attempt, LocalSpeaker, Provenance, Rollout, derived_seed, open_episodes, roll_out
+from prefloop.rollout import Attempt, LocalSpeaker, Provenance, Rollout, open_episodes, roll_out, unit_seed
 from prefloop.training.checkpoint import save_atomically, verify
 
 if TYPE_CHECKING:
@@ -120,24 +119,16 @@ class Policies:
         return found
 
     def roll_out(
-        self,
-        policy: Policy,
-        checkpoint_id: str,
-        attempts: Sequence[Attempt],
-        sampling: SamplingSettings,
-        *,
-        iteration: int,
-        stage: str,
+        self, policy: Policy, attempts: Sequence[Attempt], sampling: SamplingSettings, provenance: Provenance
     ) -> list[Rollout]:
         """Roll a policy out on a unit of attempts."""
-        run = self._run
+        environment = self._run.environment
         renderer = self.renderer(policy)
         sampler = LocalSampler(policy.model, stop_ids(renderer))
-        episodes = open_episodes(run.environment, attempts)
-        seed = derived_seed(run.settings.seed, stage, iteration, attempts[0].task.id)
+        episodes = open_episodes(environment, attempts)
+        seed = unit_seed(self._run.settings.seed, provenance, attempts)
         speaker = LocalSpeaker(sampler, renderer, episodes, sampling, seed)
-        provenance = Provenance(AuthorKind.CHECKPOINT, checkpoint_id, run.id, iteration, stage)
-        return roll_out(run.environment, attempts, episodes, speaker, provenance)
+        return roll_out(environment, attempts, episodes, speaker, provenance)
 
 
 Paths = tuple[TokenPath, ...]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from prefloop.clients.openai_sampler import OpenAISampler
 from prefloop.clients.sampling import SamplingSettings
 from prefloop.records import AuthorKind, Ended, PrefloopError, Source, Split, Task, Trajectory
-from prefloop.rollout import Attempt, Provenance, Rollout
+from prefloop.rollout import Attempt, Provenance, RemoteSpeaker, Rollout, open_episodes, roll_out, unit_seed
 from prefloop.stages.context import Run
 
 STAGE = "rollout"
@@ -82,15 +83,29 @@ def _unit(
     iteration: int,
     stage: str,
 ) -> list[Trajectory]:
-    provenance = Provenance(AuthorKind.CHECKPOINT, checkpoint_id, run.id, iteration, stage)
+    served = run.settings.policy.server is not None
+    kind = AuthorKind.REMOTE_MODEL if served else AuthorKind.CHECKPOINT
+    provenance = Provenance(kind, checkpoint_id, run.id, iteration, stage)
     ids = [provenance.trajectory_id(attempt) for attempt in attempts]
     known = run.store.trajectories(ids, with_paths=True)
     if len(known) == len(ids):
         return known
-    policy = run.policies.get(checkpoint_id)
-    rollouts = run.policies.roll_out(policy, checkpoint_id, attempts, sampling, iteration=iteration, stage=stage)
+    if served:
+        rollouts = _roll_out_served(run, attempts, sampling, provenance)
+    else:
+        rollouts = run.policies.roll_out(run.policies.get(checkpoint_id), attempts, sampling, provenance)
     save_rollouts(run, rollouts, [attempt.task for attempt in attempts])
     return [rollout.trajectory for rollout in rollouts]
+
+
+def _roll_out_served(
+    run: Run, attempts: Sequence[Attempt], sampling: SamplingSettings, provenance: Provenance
+) -> list[Rollout]:
+    assert run.settings.policy.server is not None
+    sampler = OpenAISampler(run.settings.policy.server)
+    episodes = open_episodes(run.environment, attempts)
+    speaker = RemoteSpeaker(sampler, episodes, sampling, unit_seed(run.settings.seed, provenance, attempts))
+    return roll_out(run.environment, attempts, episodes, speaker, provenance)
 
 
 def save_rollouts(run: Run, rollouts: Sequence[Rollout], tasks: Iterable[Task]) -> None:

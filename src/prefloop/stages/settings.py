@@ -76,7 +76,9 @@ class RunSettings(Settings):
     evaluation: EvaluationSettings = EvaluationSettings()
 
     @model_validator(mode="after")
-    def _initial_needs_demonstrations(self) -> RunSettings:
+    def _start_can_be_made(self) -> RunSettings:
         if self.policy.initial is not None and self.sft is None:
             raise ValueError("a table 'sft': a policy made from nothing must first learn from demonstrations")
+        if self.policy.server is not None and self.sft is not None:
+            raise ValueError("no table 'sft': the weights of a served policy are not here")
         return self

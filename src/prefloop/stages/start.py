@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from prefloop.models.load import Policy
 
 STAGE = "demonstration"
+SERVED = "served"  # the "algorithm" of a checkpoint whose weights are behind a server
 
 
 def start_policy(run: Run) -> str:
@@ -87,7 +88,10 @@ def _demonstration(task: Task, messages: Sequence[Message], provenance: Provenan
 def _base(run: Run, demonstrations: Dataset | None) -> Checkpoint:
     """The untrained policy as a checkpoint."""
     settings = run.settings.policy
-    if settings.model is not None:
+    if settings.server is not None:
+        served_id = content_hash("checkpoint", run.id, "served", settings.server.base_url, settings.server.model)
+        checkpoint = Checkpoint(served_id, settings.server.model, "", SERVED, run_id=run.id)
+    elif settings.model is not None:
         loaded_id = content_hash("checkpoint", run.id, "load", settings.model)
         checkpoint = Checkpoint(loaded_id, settings.model, "", "load", run_id=run.id)
     else:
