@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefloop.evaluation.guard import Decision, evaluation_guard, kl_guard
-from prefloop.records import Checkpoint, Dataset, JSONObject
+from prefloop.records import Checkpoint, Dataset, JSONObject, PrefloopError
 from prefloop.rollout import derived_seed
 from prefloop.stages.context import BEFORE, Run
 from prefloop.stages.curating import dataset_of
@@ -47,10 +47,15 @@ def train_stage(run: Run, iteration: int) -> None:
     """Train on the iteration's dataset; an update that the guards refuse is tried again more gently.
 
     Raises:
-        PrefloopError: the iteration is not curated yet.
+        PrefloopError: the iteration is not curated yet, or the policy is served and has no weights here.
     """
     if run.found(iteration, STAGE) is not None:
         return
+    if run.settings.policy.server is not None:
+        raise PrefloopError(
+            f"run {run.settings.name}: the weights of a served policy are not here to be trained; "
+            "`prefloop export` writes its pairs for another trainer"
+        )
 
     from prefloop.training.trainer import forget_state
 
