@@ -28,6 +28,9 @@ class Policy:
 
     def save(self, directory: Path) -> None:
         """Write the model (of an adapter only the adapter) and the tokenizer in Hugging Face's layout."""
+        for adapter in getattr(self.model, "peft_config", {}).values():
+            if isinstance(adapter.target_modules, set):  # written in an order that differs between processes
+                adapter.target_modules = sorted(adapter.target_modules)
         self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
 
@@ -41,6 +44,7 @@ def load_policy(
 ) -> Policy:
     """Load a policy from a directory or a hub id; with `lora`, add a fresh adapter where it has none.
 
+    A fresh adapter is a function of the model and `lora`: loaded anew, by another process too, it is the same.
     A directory that holds an adapter is loaded on top of the model that the adapter names.
 
     Raises:
@@ -82,4 +86,6 @@ def _with_adapter(model: PreTrainedModel, lora: LoraSettings) -> Any:
     config = peft.LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    return peft.get_peft_model(model, config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(lora.seed)
+        return peft.get_peft_model(model, config)

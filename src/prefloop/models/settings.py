@@ -30,10 +30,11 @@ class InitialModelSettings(Settings):
 
 
 class LoraSettings(Settings):
-    """A LoRA adapter on all linear layers (Hu et al. 2021, arXiv:2106.09685)."""
+    """A LoRA adapter on all linear layers (Hu et al. 2021, arXiv:2106.09685); `seed` draws its first weights."""
 
     rank: int = Field(default=32, ge=1)
     alpha: int = Field(default=64, ge=1)
+    seed: int = Field(default=0, ge=0)
 
 
 class PolicySettings(Settings):

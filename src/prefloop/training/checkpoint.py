@@ -8,8 +8,10 @@ nothing is unpickled: safetensors and JSON only.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -17,45 +19,79 @@ from pathlib import Path
 
 from prefloop.records import PrefloopError
 
+log = logging.getLogger(__name__)
+
 MANIFEST = "MANIFEST.json"
+DISK_ERROR = "(os error "  # how libraries written in Rust, which raise no OSError, end their messages
 
 
 def save_atomically(target: Path, write: Callable[[Path], None]) -> str:
     """Let `write` fill a directory, then publish it as `target`; returns the SHA-256 of its manifest.
 
-    A target that is there already, whole, is left as it is (its content is a function of its name).
+    A target that is there already, whole, is left as it is (its content is a function of its name); a damaged one
+    is set aside and written anew. Only one process at a time may save under a name.
 
     Raises:
         PrefloopError: the disk is full or not writable; the target is then not there, and nothing else changed.
     """
-    if target.exists():
-        return verify(target)
+    try:
+        if target.exists() and (saved := _whole(target)) is not None:
+            _fsync(target.parent)  # who was killed may not have come to it
+            return saved
+        return _publish(target, write)
+    except OSError as error:
+        raise PrefloopError(f"cannot save {target}: {error.strerror or error}; free space and run again") from error
+
+
+def _publish(target: Path, write: Callable[[Path], None]) -> str:
+    _make_directories(target.parent)
+    for leftover in target.parent.glob(f".tmp-{glob.escape(target.name)}-*"):
+        shutil.rmtree(leftover)
     temporary = target.parent / f".tmp-{target.name}-{os.getpid()}"
     try:
-        temporary.mkdir(parents=True, exist_ok=False)
-        write(temporary)
+        temporary.mkdir()
+        _fill(temporary, write)
         manifest_hash = _write_manifest(temporary)
         for path in [*_files(temporary), *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
             _fsync(path)
         temporary.rename(target)
-        _fsync(target.parent)
-    except OSError as error:
-        raise PrefloopError(f"cannot save {target}: {error.strerror or error}; free space and run again") from error
+        try:
+            _fsync(target.parent)
+        except OSError:
+            shutil.rmtree(target, ignore_errors=True)  # a later fsync could succeed without the rename on disk
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return manifest_hash
+
+
+def _fill(directory: Path, write: Callable[[Path], None]) -> None:
+    try:
+        write(directory)
+    except Exception as error:
+        if isinstance(error, OSError | PrefloopError) or DISK_ERROR not in str(error):
+            raise
+        raise OSError(str(error)) from error
+
+
+def _make_directories(directory: Path) -> None:
+    """Make a directory and those above it, each of them durable."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        _fsync(path.parent)
 
 
 def verify(directory: Path) -> str:
     """Check every file of a saved directory against its manifest; returns the manifest's SHA-256.
 
     Raises:
-        PrefloopError: naming the first file that is missing, added, cut short or changed.
+        PrefloopError: naming the first file that is missing, added, cut short, changed or unreadable.
     """
     try:
         text = (directory / MANIFEST).read_bytes()
-        listed: dict[str, list[object]] = json.loads(text)
-    except (OSError, ValueError):
+        listed = {str(name): (size, digest) for name, (size, digest) in json.loads(text).items()}
+    except (OSError, ValueError, TypeError, AttributeError):
         raise PrefloopError(f"{directory} has no readable {MANIFEST}: it was not saved whole") from None
     present = {str(path.relative_to(directory)) for path in _files(directory)} - {MANIFEST}
     if present != set(listed):
@@ -63,7 +99,11 @@ def verify(directory: Path) -> str:
         raise PrefloopError(f"{directory}: file {odd} is {'not listed' if odd in present else 'missing'}")
     for name, (size, digest) in listed.items():
         path = directory / name
-        if path.stat().st_size != size or _sha256(path) != digest:
+        try:
+            whole = path.stat().st_size == size and _sha256(path) == digest
+        except OSError as error:
+            raise PrefloopError(f"{directory}: file {name} cannot be read: {error.strerror}") from None
+        if not whole:
             raise PrefloopError(f"{directory}: file {name} is damaged")
     return hashlib.sha256(text).hexdigest()
 
@@ -75,14 +115,18 @@ def newest_whole(parent: Path) -> Path | None:
     for leftover in parent.glob(".tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     candidates = (path for path in parent.iterdir() if path.is_dir() and not path.name.startswith("bad-"))
-    for path in sorted(candidates, reverse=True):
-        try:
-            verify(path)
-        except PrefloopError:
-            path.rename(_free_name(path))
-        else:
-            return path
-    return None
+    return next((path for path in sorted(candidates, reverse=True) if _whole(path) is not None), None)
+
+
+def _whole(directory: Path) -> str | None:
+    """The hash of a directory's manifest; None where it is damaged, and set aside."""
+    try:
+        return verify(directory)
+    except PrefloopError as error:
+        aside = _free_name(directory)
+        log.warning("%s; it is set aside as %s", error, aside.name)
+        directory.rename(aside)
+        return None
 
 
 def _free_name(path: Path) -> Path:

@@ -159,6 +159,7 @@ class _SavedState:
         tensors = load_file(newest / "state.safetensors")
         for name, parameter in self.parameters.items():
             parameter.data.copy_(tensors[f"weight.{name}"])
-            moments = ("step", "exp_avg", "exp_avg_sq")
-            self.optimizer.state[parameter] = {m: tensors[f"{m}.{name}"].to(parameter.device) for m in moments}
+            keys = {moment: f"{moment}.{name}" for moment in ("step", "exp_avg", "exp_avg_sq")}
+            if keys["step"] in tensors:  # no moments where no step was taken yet, all being skipped
+                self.optimizer.state[parameter] = {m: tensors[k].to(parameter.device) for m, k in keys.items()}
         return _State(**json.loads((newest / "state.json").read_text()))
