@@ -356,13 +356,16 @@ def _progress(run: Run) -> Iterator[None]:
 
 
 def _iteration(run: Run, number: int | None) -> int:
-    if number is not None and not 1 <= number <= run.settings.iterations:
-        raise PrefloopError(f"--iteration {number}: the run file has iterations 1 to {run.settings.iterations}")
-    if number is None and run.current_iteration() == run.settings.iterations:
-        raise PrefloopError(
-            f"run {run.settings.name} has finished its {run.settings.iterations} iterations: name one with --iteration"
-        )
-    return run.current_iteration() if number is None else number - 1
+    there_are = run.settings.iterations
+    if number is None:
+        number = run.current_iteration() + 1
+        if number > there_are:
+            raise PrefloopError(
+                f"all {there_are} iterations of run {run.settings.name} are done: name one by --iteration"
+            )
+    if not 1 <= number <= there_are:
+        raise PrefloopError(f"--iteration {number}: the run file has iterations 1 to {there_are}")
+    return number - 1
 
 
 def _print_curated(detail: dict[str, object]) -> None:
