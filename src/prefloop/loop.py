@@ -6,6 +6,8 @@ killed goes on where it was and ends the same.
 
 from __future__ import annotations
 
+import shutil
+
 from prefloop.records import JSONObject
 from prefloop.stages.context import BEFORE, Run, opened
 from prefloop.stages.curating import curate_stage
@@ -23,6 +25,7 @@ def run_loop(run: Run) -> JSONObject:
         PrefloopError: another process holds the run, its settings changed, or a stage cannot be done.
     """
     with opened(run):
+        run.check_judge()  # one without a key should not fail after an hour of rollouts
         start = start_policy(run)
         evaluate_stage(run, BEFORE, start)
         for iteration in range(run.settings.iterations):
@@ -35,6 +38,7 @@ def run_loop(run: Run) -> JSONObject:
 
 def finish(run: Run) -> JSONObject:
     """Evaluate the end policy and compare it with the start."""
+    shutil.rmtree(run.directory / "training", ignore_errors=True)  # what a kill right after an update left
     last = run.settings.iterations
     start, end = run.checkpoint_before(0), run.checkpoint_before(last)
     evaluate_stage(run, last, end)

@@ -87,6 +87,14 @@ class Run:
             return LLMJudge(settings.llm, self.store)
         return RuleJudge(self.verifier, settings.rules)
 
+    def check_judge(self) -> None:
+        """Make the judge now.
+
+        Raises:
+            PrefloopError: it cannot be asked: no key, no package, or a wrong rubric.
+        """
+        _ = self.judge
+
     @cached_property
     def policies(self) -> Policies:
         """The models in memory; needs torch."""
