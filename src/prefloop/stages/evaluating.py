@@ -33,12 +33,12 @@ class Evaluated:
     kl: KLSummary
 
 
-def guard_evaluation(run: Run, policy: Policy, checkpoint_id: str) -> Evaluated:
+def guard_evaluation(run: Run, policy: Policy) -> Evaluated:
     """Success and KL on the guard tasks, always with the same draws: what differs is the policy. Nothing is stored."""
     tasks = run.environment.tasks(Split.TRAIN, run.settings.guard.num_tasks)
     attempts = [Attempt(task, 0, run.settings.seed) for task in tasks]
     sampling = _sampling(run, temperature=1.0)
-    provenance = Provenance(AuthorKind.CHECKPOINT, checkpoint_id, run.id, BEFORE, "guard")
+    provenance = Provenance(AuthorKind.CHECKPOINT, "", run.id, BEFORE, "guard")
     rollouts = run.policies.roll_out(policy, attempts, sampling, provenance)
     verified = [rollout.outcome.success for rollout in rollouts if rollout.outcome is not None]
     kl = _kl_to_start(run, [rollout.trajectory for rollout in rollouts])

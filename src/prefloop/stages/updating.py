@@ -27,7 +27,7 @@ STAGE, GUARD = "train", "guard"
 class _Attempt:
     """One try of an update, and whether the guards accept it."""
 
-    checkpoint: Checkpoint
+    number: int
     policy: Policy
     learning_rate: float
     history: list[dict[str, float]]
@@ -75,12 +75,11 @@ def train_stage(run: Run, iteration: int) -> None:
         accepted = last.decision.accepted
         guarded = _guarded(run, iteration - 1)
         if accepted:
-            run.store.add_checkpoint(last.checkpoint)
-            run.policies.keep(last.checkpoint.id, last.policy)
-            guarded = _guard_detail(run, last.checkpoint.id, last.evaluated)
+            checkpoint = _save(run, iteration, before, dataset, last)
+            guarded = _guard_detail(run, checkpoint.id, last.evaluated)
         run.store.add_event(run.id, iteration, GUARD, guarded)
         detail |= {
-            "checkpoint_id": last.checkpoint.id if accepted else before,
+            "checkpoint_id": checkpoint.id if accepted else before,
             "steps": len(last.history),
             "loss": [metrics.get("loss") for metrics in last.history],
             "metrics": _means(last.history),
@@ -130,17 +129,23 @@ def _attempt(
         state_directory=_states(run, iteration),
         on_step=lambda step, _, metrics: run.progress.advance(step, f"loss {metrics.get('loss', 0):.3f}"),
     )
-    checkpoint = policies.save(
-        policy,
-        algorithm=settings.algorithm,
+    evaluated = guard_evaluation(run, policy)
+    decision = _decide(run, success_before, evaluated)
+    return _Attempt(number, policy, settings.learning_rate, history, evaluated, decision)
+
+
+def _save(run: Run, iteration: int, before: str, dataset: Dataset, accepted: _Attempt) -> Checkpoint:
+    checkpoint = run.policies.save(
+        accepted.policy,
+        algorithm=run.settings.train.algorithm,
         iteration=iteration,
         parent_id=before,
         dataset_id=dataset.id,
-        attempt=number,
+        attempt=accepted.number,
     )
-    evaluated = guard_evaluation(run, policy, checkpoint.id)
-    decision = _decide(run, success_before, evaluated)
-    return _Attempt(checkpoint, policy, settings.learning_rate, history, evaluated, decision)
+    run.store.add_checkpoint(checkpoint)
+    run.policies.keep(checkpoint.id, accepted.policy)
+    return checkpoint
 
 
 def _states(run: Run, iteration: int) -> Path:
@@ -190,7 +195,7 @@ def _guarded(run: Run, iteration: int) -> JSONObject:
     found = run.found(iteration, GUARD)
     if found is None:
         start = run.checkpoint_before(0)
-        found = _guard_detail(run, start, guard_evaluation(run, run.policies.get(start), start))
+        found = _guard_detail(run, start, guard_evaluation(run, run.policies.get(start)))
         run.store.add_event(run.id, BEFORE, GUARD, found)
     return found
 
