@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from prefloop.clients.sampling import SamplingSettings
 from prefloop.config import parse_settings
 from prefloop.environments import make_environment
 from prefloop.environments.base import Episode
-from prefloop.records import JSONObject, Message, PrefloopError, Role, Split
+from prefloop.records import Message, PrefloopError, Role, Split
 from prefloop.stages.looking import find_checkpoint
 from prefloop.stages.settings import RunSettings
 from prefloop.store import Store
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from prefloop.models.load import Policy
 
 MAX_TOOL_TURNS = 8
+
+OpenEpisode = Callable[[], Episode | None]
 _LIKE_AN_ID = re.compile(r"[0-9a-f]+")  # no model on a hub is named so
 
 
@@ -35,17 +38,18 @@ def talk(store: Store, name: str, temperature: float, console: Console) -> None:
     checkpoint = None if Path(name).exists() else find_checkpoint(store, name)
     if checkpoint is None and not Path(name).exists() and _LIKE_AN_ID.fullmatch(name):
         raise PrefloopError(f"there is no checkpoint {name} in {store.location}: see `prefloop status`")
-    episode = None
-    if checkpoint is not None:
-        episode = _episode(store, checkpoint.run_id)
-        name = checkpoint.path
-    policy = load_policy(name)
-    tools = episode.tools if episode is not None else ()
-    if tools:
-        names = ", ".join(tool["function"]["name"] for tool in tools)
-        console.print(f"[dim]tools: {names}; e.g. “{episode.messages[-1].content if episode else ''}”[/dim]")
+
+    def open_episode() -> Episode | None:
+        """A new episode of the checkpoint's environment; a model of its own has none."""
+        return None if checkpoint is None else _episode(store, checkpoint.run_id)
+
+    policy = load_policy(name if checkpoint is None else checkpoint.path)
+    example = open_episode()
+    if example is not None:
+        names = ", ".join(tool["function"]["name"] for tool in example.tools)
+        console.print(f"[dim]tools: {names}; e.g. “{example.messages[-1].content}”[/dim]")
     console.print("[dim]an empty line begins anew, Ctrl-D ends[/dim]")
-    conversation = _Conversation(policy, tools, episode, temperature, console)
+    conversation = _Conversation(policy, open_episode, temperature, console)
     while True:
         try:
             line = console.input("[bold]you:[/bold] ")
@@ -75,8 +79,7 @@ class _Conversation:
     def __init__(
         self,
         policy: Policy,
-        tools: tuple[JSONObject, ...],
-        episode: Episode | None,
+        open_episode: OpenEpisode,
         temperature: float,
         console: Console,
     ) -> None:
@@ -86,13 +89,15 @@ class _Conversation:
         self._renderer = ChatRenderer(policy.tokenizer)
         self._parser = AssistantParser(self._renderer)
         self._sampler = LocalSampler(policy.model, stop_ids(self._renderer))
-        self._tools, self._episode, self._console = tools, episode, console
+        self._open_episode, self._console = open_episode, console
         self._settings = SamplingSettings(temperature=temperature)
         self._messages: list[Message] = []
+        self._episode = open_episode()
 
     def clear(self) -> None:
-        """Forget what was said."""
+        """Forget what was said and done."""
         self._messages.clear()
+        self._episode = self._open_episode()
         self._console.print("[dim]— begun anew —[/dim]")
 
     def say(self, text: str) -> None:
@@ -113,7 +118,8 @@ class _Conversation:
         raise PrefloopError(f"the policy called tools {MAX_TOOL_TURNS} times in a row; begin anew")
 
     def _answer(self) -> Message:
-        prompt = self._renderer.render_prompt(self._messages, self._tools).token
+        tools = self._episode.tools if self._episode is not None else ()
+        prompt = self._renderer.render_prompt(self._messages, tools).token
         session = self._sampler.session()
         (sampled,) = session.generate([prompt], [0], self._settings, seed=len(self._messages))
         return self._parser.parse_assistant(sampled.token.tolist(), prompt.tolist())
