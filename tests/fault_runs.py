@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -9,6 +10,7 @@ import os
 import re
 import resource
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -141,6 +143,16 @@ class MiniatureRun:
         kept = [path for path in files if path.name not in ("lock", "report.html")]
         digests = {str(path.relative_to(self.directory)): _sha256(path.read_bytes()) for path in kept}
         return Outcome(_sha256(weights), rows, digests)
+
+    def wait_for_events(self, number: int, process: subprocess.Popen[str]) -> None:
+        """Wait until so many events are recorded, or the process has ended."""
+        database = self.folder / "runs" / "prefloop.db"
+        while process.poll() is None:
+            with contextlib.suppress(sqlite3.OperationalError):  # it is not made yet
+                with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+                    if connection.execute("SELECT count(*) FROM event").fetchone()[0] >= number:
+                        return
+            time.sleep(0.01)
 
     def finished_stages(self) -> set[tuple[int, str]]:
         """The (iteration, kind) of what is recorded as finished; empty before there is a store."""

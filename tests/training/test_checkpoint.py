@@ -264,7 +264,9 @@ def test_damage_is_found_and_the_one_before_is_used(saved, damage, caplog):
     assert str(caught.value) in caplog.text  # nothing silent
 
 
-def test_each_flipped_bit_of_a_manifest_is_found(saved):
+def test_each_flipped_bit_of_a_manifest_is_found(tmp_path):
+    saved = tmp_path / "small"
+    save_atomically(saved, lambda directory: (directory / "config.json").write_bytes(b"{}"))
     text = (saved / MANIFEST).read_bytes()
     for position in range(len(text)):
         for bit in range(8):

@@ -1,0 +1,83 @@
+"""kill -9 at any moment: the same command goes on and ends with the same weights and the same rows."""
+
+from __future__ import annotations
+
+import random
+import signal
+
+import pytest
+
+from fault_runs import MiniatureRun, kill
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+# A process of each chain dies at its point, and the next goes on from there. Points of one stage that follow each
+# other are kills during the recovery from a kill.
+BEFORE_THE_LOOP = [
+    "demonstrations/-1:commit:1",
+    "demonstrations/-1:commit:1:after",
+    "sft/-1:step:7",
+    "sft/-1:fsync:2",
+    "sft/-1:rename:1",
+    "sft/-1:rename:1:after",
+    "sft/-1:step:15",
+    "sft/-1:verify:1",
+    "sft/-1:verify:1:after",
+    "sft/-1:rename:2:after",
+    "sft/-1:commit:1:after",
+    "evaluate/-1:turn:3",
+    "evaluate/-1:commit:3",
+    "evaluate/-1:commit:3:after",
+]
+IN_THE_LOOP = [
+    "rollout/0:turn:6",
+    "rollout/0:commit:1:after",
+    "rollout/0:commit:2",
+    "judge/0:commit:2",
+    "judge/0:commit:2:after",
+    "curate/0:commit:1:after",
+    "curate/0:commit:2",
+    "train/0:step:3",
+    "train/0:verify:1:after",
+    "train/0:rename:2:after",
+    "train/0:turn:5",
+    "train/0:commit:3",
+    "train/0:commit:3:after",
+    "rollout/1:commit:3",
+    "train/1:commit:2:after",
+    "train/1:commit:3:after",
+    "evaluate/2:turn:5",
+    "evaluate/2:commit:4:after",
+]
+
+
+@pytest.mark.parametrize("points", [BEFORE_THE_LOOP, IN_THE_LOOP], ids=["before-the-loop", "in-the-loop"])
+def test_kills_at_exact_points_of_every_stage(tmp_path, undisturbed, points):
+    run = MiniatureRun(tmp_path)
+    for point in points:
+        assert run.go(point=point).code == -signal.SIGKILL, f"{point} was never reached"
+    run.finish().assert_same(undisturbed)
+
+
+NUM_RUNS, KILLS_A_RUN = 10, 3
+NUM_EVENTS = 18  # what an undisturbed run records; its report comes after the last
+
+
+@pytest.mark.parametrize("seed", range(NUM_RUNS))
+def test_kills_at_random_moments(tmp_path, undisturbed, seed):
+    """Moments are drawn over the stages first, and then over seconds: most of the time goes into a few stages."""
+    draw = random.Random(seed)
+    moments = sorted(draw.randint(1, NUM_EVENTS) for _ in range(KILLS_A_RUN))
+    run, killed_in = MiniatureRun(tmp_path / "0"), []
+    while len(killed_in) < KILLS_A_RUN:
+        process = run.start()
+        num_events = moments[len(killed_in)]
+        run.wait_for_events(num_events, process)
+        if kill(process, draw.uniform(0.0, 5.0 if num_events == 2 else 1.0)):  # imitation begins with imports
+            killed_in.append(run.stage_at_work())
+        else:  # it was done before: another one
+            run.outcome().assert_same(undisturbed)
+            run = MiniatureRun(tmp_path / str(len(list(tmp_path.iterdir()))))
+    print("killed in", killed_in)
+    run.finish().assert_same(undisturbed)
+    assert len(run.finished_stages()) == NUM_EVENTS
