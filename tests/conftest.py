@@ -4,3 +4,5 @@ import os
 
 # Workers of xdist would fight over the cores. Read when torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No test asks a hub. Read when huggingface_hub is imported, which may be before a test could set it.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")

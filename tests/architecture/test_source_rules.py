@@ -4,6 +4,7 @@ import ast
 import re
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +33,12 @@ def test_files_are_short():
     folders = [ROOT / name for name in ("src", "tests", "benchmarks")]
     lengths = {path: len(path.read_text().splitlines()) for folder in folders for path in source_files(folder)}
     assert not [f"{shown(path)} has {length} lines" for path, length in lengths.items() if length >= MAX_FILE]
+
+
+def test_names_of_test_files_differ():
+    """Folders of tests are no packages: pytest cannot tell two modules of one name apart."""
+    names = Counter(path.name for path in source_files(ROOT / "tests") if path.name != "conftest.py")
+    assert not [name for name, number in names.items() if number > 1]
 
 
 def test_functions_are_short():

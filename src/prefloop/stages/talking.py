@@ -31,13 +31,16 @@ def talk(store: Store, name: str, temperature: float, console: Console) -> None:
     """Read lines from standard input and answer them, until it ends.
 
     Raises:
-        PrefloopError: there is no such checkpoint or model, or it has no chat template.
+        PrefloopError: there is no such checkpoint or model, it is damaged, or it has no chat template.
     """
     from prefloop.models.load import load_policy
+    from prefloop.training.checkpoint import verify
 
     checkpoint = None if Path(name).exists() else find_checkpoint(store, name)
     if checkpoint is None and not Path(name).exists() and _LIKE_AN_ID.fullmatch(name):
         raise PrefloopError(f"there is no checkpoint {name} in {store.location}: see `prefloop status`")
+    if checkpoint is not None and checkpoint.manifest_hash:
+        verify(Path(checkpoint.path))
 
     def open_episode() -> Episode | None:
         """A new episode of the checkpoint's environment; a model of its own has none."""
