@@ -50,6 +50,8 @@ def load_policy(
     Raises:
         PrefloopError: nothing is there, or it is not a causal language model; peft is missing.
     """
+    if _is_path(name) and not Path(name).is_dir():
+        raise PrefloopError(f"model {name!r} cannot be loaded: there is no such directory")
     adapter = (Path(name) / ADAPTER_CONFIG).is_file()
     base = _adapter_base(name) if adapter else name
     try:
@@ -67,6 +69,11 @@ def load_policy(
     elif lora is not None:
         wrapped = _with_adapter(model, lora)
     return Policy(wrapped.to(device).eval(), tokenizer)
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name can only be a path: a hub id is a name, or an owner and a name."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def _peft() -> Any:
