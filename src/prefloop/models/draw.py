@@ -18,6 +18,10 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _WORD = (1 << 64) - 1
 
 
+class DivergedError(PrefloopError):
+    """A model's numbers are no longer finite: training went too far."""
+
+
 def _mix(word: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The output function of SplitMix64; uint64 [N] to uint64 [N]."""
     word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -59,11 +63,11 @@ def draw(logits: Tensor, uniform: NDArray[np.float32], settings: SamplingSetting
         token int64 [B] and logprob float32 [B], in nats after temperature and truncation (0 when greedy).
 
     Raises:
-        PrefloopError: logits that are not finite, as those of weights that have diverged.
+        DivergedError: logits that are not finite, as those of weights that have diverged.
     """
     logits = logits.float()
     if not logits.amax(-1).isfinite().all():
-        raise PrefloopError("the model's logits are not finite: its weights have diverged, go back to a checkpoint")
+        raise DivergedError("the model's logits are not finite: its weights have diverged, go back to a checkpoint")
     if settings.temperature == 0:
         token = logits.argmax(-1)
         return token, torch.zeros_like(token, dtype=torch.float32)

@@ -25,20 +25,20 @@ STAGE, GUARD = "train", "guard"
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
-    """One try of an update, and whether the guards accept it."""
+    """One try of an update, and whether the guards accept it; one that diverged could not be evaluated."""
 
     number: int
     policy: Policy
     learning_rate: float
     history: list[dict[str, float]]
-    evaluated: Evaluated
+    evaluated: Evaluated | None
     decision: Decision
 
     def to_dict(self) -> JSONObject:
         return {
             "learning_rate": self.learning_rate,
-            "kl": self.evaluated.kl.per_trajectory,
-            "success": _plain(self.evaluated.success),
+            "kl": self.evaluated.kl.per_trajectory if self.evaluated else None,
+            "success": _plain(self.evaluated.success) if self.evaluated else None,
             **self.decision.to_dict(),
         }
 
@@ -74,7 +74,7 @@ def train_stage(run: Run, iteration: int) -> None:
         last = attempts[-1]
         accepted = last.decision.accepted
         guarded = _guarded(run, iteration - 1)
-        if accepted:
+        if accepted and last.evaluated is not None:
             checkpoint = _save(run, iteration, before, dataset, last)
             guarded = _guard_detail(run, checkpoint.id, last.evaluated)
         run.store.add_event(run.id, iteration, GUARD, guarded)
@@ -113,24 +113,28 @@ def _attempt(
     number: int,
     success_before: Interval | None,
 ) -> _Attempt:
+    from prefloop.models.draw import DivergedError
     from prefloop.training.trainer import train
 
-    policies = run.policies
-    policy = policies.take(before)
-    algorithm = _algorithm(settings)
-    history = train(
-        policy.model,
-        None,
-        algorithm,
-        _examples(run, policy, before, dataset, settings),
-        settings,
-        seed=derived_seed(run.settings.seed, STAGE, iteration),
-        identity=f"{before} {dataset.id}",
-        state_directory=_states(run, iteration),
-        on_step=lambda step, _, metrics: run.progress.advance(step, f"loss {metrics.get('loss', 0):.3f}"),
-    )
-    evaluated = guard_evaluation(run, policy)
-    decision = _decide(run, success_before, evaluated)
+    policy = run.policies.take(before)
+    history: list[dict[str, float]] = []
+    evaluated = None
+    try:
+        history = train(
+            policy.model,
+            None,
+            _algorithm(settings),
+            _examples(run, policy, before, dataset, settings),
+            settings,
+            seed=derived_seed(run.settings.seed, STAGE, iteration),
+            identity=f"{before} {dataset.id}",
+            state_directory=_states(run, iteration),
+            on_step=lambda step, _, metrics: run.progress.advance(step, f"loss {metrics.get('loss', 0):.3f}"),
+        )
+        evaluated = guard_evaluation(run, policy)
+        decision = _decide(run, success_before, evaluated)
+    except DivergedError as error:
+        decision = Decision(False, str(error))
     return _Attempt(number, policy, settings.learning_rate, history, evaluated, decision)
 
 

@@ -23,6 +23,7 @@ from prefloop.batch.layout import Layout
 from prefloop.batch.packed import PackedBatch, pack
 from prefloop.batch.packing import micro_batches, split_examples
 from prefloop.models.attention import sharing, why_not_shared
+from prefloop.models.draw import DivergedError
 from prefloop.models.forward import LOGIT_BUDGET, forward, layout_for
 from prefloop.records import PrefloopError
 from prefloop.training.algorithms import Algorithm
@@ -87,8 +88,9 @@ class TrainingStep:
         and no loss.
 
         Raises:
-            PrefloopError: examples of the wrong kind, no reference where one is needed, weights that sum to 0,
-                more than `max_skipped` steps in a row that are not finite; and as `pack`.
+            PrefloopError: examples of the wrong kind, no reference where one is needed, weights that sum to 0; and
+                as `pack`.
+            DivergedError: more than `max_skipped` steps in a row are not finite.
         """
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
@@ -163,7 +165,7 @@ class TrainingStep:
         self.num_skipped += 1
         self._num_skipped_in_a_row += 1
         if self._num_skipped_in_a_row > self.settings.max_skipped:
-            raise PrefloopError(
+            raise DivergedError(
                 f"{self._num_skipped_in_a_row} steps in a row were not finite (loss {loss}, gradient norm "
                 f"{grad_norm}); the weights are those before; lower the learning rate"
             )
