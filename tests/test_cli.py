@@ -383,4 +383,4 @@ def test_the_stages_one_by_one_are_the_loop(run_file: Path, capsys: pytest.Captu
 @pytest.mark.slow
 def test_a_finished_run_asks_which_iteration(run_file: Path, fails: Fails):
     assert main(["run", str(run_file)]) == 0
-    assert "has finished its 1 iterations: name one with --iteration" in fails("rollout", run_file)
+    assert "all 1 iterations of run tiny are done: name one by --iteration" in fails("rollout", run_file)
