@@ -24,6 +24,7 @@ from prefloop.records import (
     Rater,
     RaterKind,
     Role,
+    Split,
     Status,
     Task,
     ToolCall,
@@ -207,3 +208,11 @@ def test_failed_judgements_are_not_scores(store):
 
 def test_a_pair_has_one_id_in_either_order():
     assert pair_id("a", "b") == pair_id("b", "a") != pair_id("a", "c")
+
+
+def test_nobody_is_asked_about_held_out_tasks(store):
+    held_out = Task("prompt", messages=(Message(Role.USER, "Later"),), split=Split.HELD_OUT)
+    store.add_tasks([held_out])
+    for task in (TASK, held_out):
+        store.add_trajectories(reply(f"{task.id[:4]}-{text}", text, task=task) for text in ("yes", "no"))
+    assert [pair.task_id for pair in build_queue(store, QueueSettings())] == [TASK.id]

@@ -25,6 +25,7 @@ from prefloop.records import (
     Rater,
     RaterKind,
     Role,
+    Split,
     Trajectory,
     canonical_json,
     content_hash,
@@ -72,14 +73,16 @@ def pair_id(one: str, other: str) -> str:
 
 
 def build_queue(store: Store, settings: QueueSettings) -> list[AskedPair]:
-    """The pairs to ask about, in order; the same for the same store and settings.
+    """The pairs of training tasks to ask about, in order; the same for the same store and settings.
 
     Raises:
         PrefloopError: there is no such run or judge.
     """
     if settings.run_id and store.run(settings.run_id) is None:
         raise PrefloopError(f"there is no run {settings.run_id} in {store.location}")
-    groups = comparable(store.trajectories(run_id=settings.run_id or None))
+    trained_on = store.tasks(split=Split.TRAIN)  # a vote on a held-out task could train nothing
+    found = store.trajectories(run_id=settings.run_id or None)
+    groups = comparable(trajectory for trajectory in found if trajectory.task_id in trained_on)
     ids = [trajectory_id for group in groups.values() for trajectory_id in group]
     judge = find_judge(store, settings.judge, ids)
     scores = {} if judge is None else mean_scores(store, judge.id, ids)

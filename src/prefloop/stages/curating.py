@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from prefloop.config import apply_overrides, parse_settings
 from prefloop.curation import CurationSettings, curate
-from prefloop.records import Dataset, JSONObject, PrefloopError
+from prefloop.records import Dataset, JSONObject, PrefloopError, Split
 from prefloop.rollout import derived_seed
 from prefloop.stages.context import Run
 from prefloop.stages.judging import rejudge
@@ -76,7 +76,7 @@ def dataset_of(run: Run, iteration: int, kind: str) -> Dataset:
 
 
 def curate_store(store: Store, rater: str, overrides: Sequence[str]) -> JSONObject:
-    """Curate all trajectories of a store, such as imported ones; returns the report.
+    """Curate a store's trajectories of training tasks, such as imported ones; returns the report.
 
     `rater` is the id or name of the rater whose scores count; it may be left out when there is only one with scores.
     `overrides` set keys of the curation settings.
@@ -85,9 +85,12 @@ def curate_store(store: Store, rater: str, overrides: Sequence[str]) -> JSONObje
         PrefloopError: no trajectories, no such rater or several, an unknown key, or nothing was judged.
     """
     settings = parse_settings(CurationSettings, apply_overrides({}, overrides), "--set")
-    trajectories = store.trajectories()
+    trained_on = store.tasks(split=Split.TRAIN)
+    trajectories = [trajectory for trajectory in store.trajectories() if trajectory.task_id in trained_on]
     if not trajectories:
-        raise PrefloopError(f"there are no trajectories in {store.location}: `prefloop import` or `rollout` first")
+        raise PrefloopError(
+            f"there are no trajectories in {store.location} to train on: `prefloop import` or `rollout` first"
+        )
     judgements = store.judgements()
     chosen = _rater(store, {j.rater_id for j in judgements}, rater)
     curated = curate(
