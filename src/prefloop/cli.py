@@ -175,11 +175,11 @@ def annotate(
 ) -> None:
     """Open a local page on which a person compares pairs of trajectories."""
     from prefloop.feedback.queue import QueueSettings
-    from prefloop.stages.context import run_id
+    from prefloop.stages.looking import find_run
     from prefloop.web.app import serve
 
     with _store(store) as opened:
-        settings = QueueSettings(run_id=run_id(run) if run else "", judge=judge)
+        settings = QueueSettings(run_id=find_run(opened, run)["id"] if run else "", judge=judge)
         serve(opened, settings, rater, port=port, announce=console.print)
 
 

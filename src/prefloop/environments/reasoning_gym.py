@@ -31,7 +31,7 @@ class ReasoningGymSettings(Settings):
     name: Literal["reasoning-gym"] = "reasoning-gym"
     dataset: str
     config: JSONObject = Field(default_factory=dict)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     instruction: str = INSTRUCTION
 

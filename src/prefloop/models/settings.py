@@ -14,9 +14,9 @@ class InitialModelSettings(Settings):
     """The shape of a model made from nothing (see `prefloop.models.initial`), and the seed of its weights."""
 
     architecture: Literal["llama", "qwen3"] = "llama"
-    hidden_size: int = Field(default=96, ge=8)
-    intermediate_size: int = Field(default=256, ge=8)
-    num_layers: int = Field(default=2, ge=1)
+    hidden_size: int = Field(default=96, ge=8, le=8192)
+    intermediate_size: int = Field(default=256, ge=8, le=32768)
+    num_layers: int = Field(default=2, ge=1, le=128)
     num_heads: int = Field(default=6, ge=1)
     max_length: int = Field(default=1024, ge=16)
     vocab_size: int = Field(default=1024, ge=300)

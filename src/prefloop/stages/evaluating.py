@@ -12,7 +12,7 @@ from prefloop.clients.sampling import SamplingSettings
 from prefloop.evaluation.compare import compare_on_tasks, outcomes_by_task
 from prefloop.evaluation.kl import KLSummary, kl_summary
 from prefloop.evaluation.success import success_summary
-from prefloop.records import AuthorKind, JSONObject, Source, Split, Task, Trajectory
+from prefloop.records import AuthorKind, JSONObject, PrefloopError, Source, Split, Task, Trajectory
 from prefloop.rollout import Attempt, Provenance
 from prefloop.stages.context import BEFORE, Run
 from prefloop.stages.judging import judge
@@ -65,6 +65,11 @@ def evaluate_stage(run: Run, iteration: int, checkpoint_id: str) -> JSONObject:
 
 def _held_out(run: Run) -> Sequence[Task]:
     wanted, there_are = run.settings.evaluation.num_tasks, run.environment.num_tasks(Split.HELD_OUT)
+    if there_are == 0:
+        raise PrefloopError(
+            f"environment {run.environment.name} has no held-out tasks to evaluate on: "
+            "give it more tasks, or a greater share to hold out"
+        )
     return run.environment.tasks(Split.HELD_OUT, wanted if there_are is None else min(wanted, there_are))
 
 

@@ -60,7 +60,7 @@ class RunSettings(Settings):
     """A run file. `directory` holds checkpoints, the lock and the report; `store` is a path or a database URL."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)  # what a database's integer holds
     iterations: int = Field(default=12, ge=0)
     num_threads: int = Field(default=2, ge=1)
     directory: str = "runs"

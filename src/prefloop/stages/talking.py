@@ -16,9 +16,13 @@ from prefloop.environments.base import Episode
 from prefloop.records import Message, PrefloopError, Role, Split
 from prefloop.stages.looking import find_checkpoint
 from prefloop.stages.settings import RunSettings
+from prefloop.stages.start import SERVED
 from prefloop.store import Store
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from prefloop.models.load import Policy
 
 MAX_TOOL_TURNS = 8
@@ -31,14 +35,18 @@ def talk(store: Store, name: str, temperature: float, console: Console) -> None:
     """Read lines from standard input and answer them, until it ends.
 
     Raises:
-        PrefloopError: there is no such checkpoint or model, it is damaged, or it has no chat template.
+        PrefloopError: there is no such checkpoint or model, it is damaged or behind a server, or it has no chat
+            template; a temperature below 0.
     """
     from prefloop.models.load import load_policy
     from prefloop.training.checkpoint import verify
 
+    settings = parse_settings(SamplingSettings, {"temperature": temperature}, "chat")
     checkpoint = None if Path(name).exists() else find_checkpoint(store, name)
     if checkpoint is None and not Path(name).exists() and _LIKE_AN_ID.fullmatch(name):
         raise PrefloopError(f"there is no checkpoint {name} in {store.location}: see `prefloop status`")
+    if checkpoint is not None and checkpoint.algorithm == SERVED:
+        raise PrefloopError(f"checkpoint {name} is {checkpoint.path} behind a server: its weights are not here")
     if checkpoint is not None and checkpoint.manifest_hash:
         verify(Path(checkpoint.path))
 
@@ -52,7 +60,7 @@ def talk(store: Store, name: str, temperature: float, console: Console) -> None:
         names = ", ".join(tool["function"]["name"] for tool in example.tools)
         console.print(f"[dim]tools: {names}; e.g. “{example.messages[-1].content}”[/dim]")
     console.print("[dim]an empty line begins anew, Ctrl-D ends[/dim]")
-    conversation = _Conversation(policy, open_episode, temperature, console)
+    conversation = _Conversation(policy, open_episode, settings, console)
     while True:
         try:
             line = console.input("[bold]you:[/bold] ")
@@ -83,7 +91,7 @@ class _Conversation:
         self,
         policy: Policy,
         open_episode: OpenEpisode,
-        temperature: float,
+        settings: SamplingSettings,
         console: Console,
     ) -> None:
         from prefloop.chat import AssistantParser, ChatRenderer, stop_ids
@@ -93,7 +101,7 @@ class _Conversation:
         self._parser = AssistantParser(self._renderer)
         self._sampler = LocalSampler(policy.model, stop_ids(self._renderer))
         self._open_episode, self._console = open_episode, console
-        self._settings = SamplingSettings(temperature=temperature)
+        self._settings = settings
         self._messages: list[Message] = []
         self._episode = open_episode()
 
@@ -109,8 +117,8 @@ class _Conversation:
         for _ in range(MAX_TOOL_TURNS):
             answer = self._answer()
             self._messages.append(answer)
-            if answer.content:
-                self._console.print(f"assistant: {answer.content}", markup=False, highlight=False)
+            if answer.content or not answer.tool_calls:
+                self._console.print(f"assistant: {answer.content or self._silence()}", markup=False, highlight=False)
             if not answer.tool_calls or self._episode is None:
                 return
             for call in answer.tool_calls:
@@ -118,11 +126,18 @@ class _Conversation:
             for result in self._episode.step(answer).messages:
                 self._messages.append(result)
                 self._console.print(f"  ← {result.content}", markup=False, style="dim", highlight=False)
-        raise PrefloopError(f"the policy called tools {MAX_TOOL_TURNS} times in a row; begin anew")
+        self._console.print(f"[dim]it called tools {MAX_TOOL_TURNS} times in a row: say something, or begin anew[/dim]")
+
+    def _silence(self) -> str:
+        full = len(self._prompt()) >= self._sampler.max_context
+        return "(the conversation is as long as the model can read: begin anew)" if full else "(nothing)"
+
+    def _prompt(self) -> NDArray[np.int32]:
+        tools = self._episode.tools if self._episode is not None else ()
+        return self._renderer.render_prompt(self._messages, tools).token
 
     def _answer(self) -> Message:
-        tools = self._episode.tools if self._episode is not None else ()
-        prompt = self._renderer.render_prompt(self._messages, tools).token
+        prompt = self._prompt()
         session = self._sampler.session()
         (sampled,) = session.generate([prompt], [0], self._settings, seed=len(self._messages))
         return self._parser.parse_assistant(sampled.token.tolist(), prompt.tolist())

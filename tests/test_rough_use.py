@@ -1,0 +1,110 @@
+"""What people do that nobody meant them to: each time one line that helps, and nothing that is quietly wrong."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from prefloop.cli import main
+from prefloop.records import Split
+from prefloop.store import Store
+
+PROMPTS_RUN = """
+name = "few"
+[environment]
+name = "prompts"
+path = "prompts.jsonl"
+[policy]
+model = "m"
+[judge.rules]
+noise_sd = 0.1
+[train]
+learning_rate = 1e-4
+"""
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PREFLOOP_STORE", raising=False)
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]):
+    """Runs a command that must fail; returns what it says on standard error."""
+
+    def run(*arguments: str) -> str:
+        assert main(arguments) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        return error
+
+    return run
+
+
+def preferences(path: Path, num: int) -> None:
+    rows = [
+        {"prompt": f"Question {i}: what is {i} + 1?", "chosen": f"It is {i + 1}.", "rejected": "?"} for i in range(num)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_what_was_held_out_is_not_curated(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    preferences(tmp_path / "p.jsonl", 60)
+    assert main(["import", "p.jsonl", "--held-out", "0.5"]) == 0
+    assert main(["curate"]) == 0
+    with Store("runs/prefloop.db") as store:
+        splits = {task.id: task.split for task in store.tasks().values()}
+        pairs = store.dataset(store.datasets()[-1]["id"]).pairs
+    num_train = sum(split is Split.TRAIN for split in splits.values())
+    assert 10 < num_train < 50
+    assert len(pairs) == num_train
+    assert {splits[pair.task_id] for pair in pairs} == {Split.TRAIN}
+
+
+@pytest.mark.parametrize("share", ["-0.1", "1", "2", "nan"])
+def test_a_share_that_is_none(share: str, tmp_path: Path, fails):
+    preferences(tmp_path / "p.jsonl", 2)
+    assert "expected a share of the prompts" in fails("import", "p.jsonl", "--held-out", share)
+
+
+@pytest.mark.parametrize("num", [0, 3])
+def test_a_prompt_dataset_without_held_out_tasks(num: int, tmp_path: Path, fails):
+    preferences(tmp_path / "prompts.jsonl", num)
+    (tmp_path / "run.toml").write_text(PROMPTS_RUN)
+    assert main(["init-model", "m", "--set", "hidden_size=48"]) == 0
+    share = "environment.held_out=0.001"
+    assert "no held-out tasks to evaluate on" in fails("run", "run.toml", "--set", share)
+
+
+@pytest.mark.parametrize("seed", [2**63, -1])
+def test_a_seed_that_no_database_holds(seed: int, tmp_path: Path, fails):
+    (tmp_path / "run.toml").write_text(PROMPTS_RUN)
+    assert "seed should be" in fails("run", "run.toml", "--set", f"seed={seed}")
+
+
+def test_a_model_that_no_memory_holds(fails):
+    assert "hidden_size should be less than or equal to 8192" in fails(
+        "init-model", "m", "--set", "hidden_size=200000000"
+    )
+
+
+def test_a_run_to_annotate_that_is_not_there(tmp_path: Path, fails):
+    preferences(tmp_path / "p.jsonl", 2)
+    assert main(["import", "p.jsonl"]) == 0
+    assert "there is no run" in fails("annotate", "--run", "nosuch")
+
+
+@pytest.mark.parametrize("temperature", ["-1", "nan"])
+def test_a_temperature_below_zero(temperature: str, fails):
+    assert main(["init-model", "m", "--set", "hidden_size=48"]) == 0
+    assert "temperature should be" in fails("chat", "m", "--temperature", temperature)
+
+
+def test_a_conversation_that_is_too_long_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    assert main(["init-model", "m", "--set", "hidden_size=48", "--set", "max_length=64"]) == 0
+    monkeypatch.setattr("sys.stdin", io.StringIO("word " * 200 + "\n"))
+    assert main(["chat", "m"]) == 0
+    assert "begin anew" in capsys.readouterr().out.split("you:")[1].replace("\n", " ")
