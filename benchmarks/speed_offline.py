@@ -10,18 +10,12 @@ peer on a CPU. The engines take turns; the ratio is of medians of process CPU ti
 
 from __future__ import annotations
 
-import argparse
 import copy
-import fnmatch
-import json
 import os
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -34,10 +28,9 @@ import torch
 import transformers
 import trl
 import trl.trainer.utils
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
+from _common import Measured, Options, Timing, interleaved, parse_options, run_cells, versions
 from prefloop.batch.examples import PreferencePair
 from prefloop.records import Source, TokenPath
 from prefloop.training.algorithms import DPO
@@ -180,29 +173,12 @@ def new_trainer(model: nn.Module, reference: nn.Module) -> Any:
 # --- measuring ------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Timing:
-    """Seconds of one engine, one value for each repetition."""
-
-    cpu: list[float]
-    wall: list[float]
-
-    def text(self, values: list[float]) -> str:
-        return f"{statistics.median(values):.2f} [{min(values):.2f}–{max(values):.2f}]"
-
-
-def timed(step: Callable[[], float], timing: Timing) -> None:
-    wall, cpu = time.perf_counter(), time.process_time()
-    step()
-    timing.cpu.append(time.process_time() - cpu)
-    timing.wall.append(time.perf_counter() - wall)
-
-
-def measure(prompt: int, completion: int, pairs: int, repetitions: int, seed: int) -> dict[str, Any]:
+def measure(prompt: int, completion: int, options: Options) -> Measured:
     """One cell: losses at equal weights, then interleaved timings of the three engines."""
-    data = new_pairs(prompt, completion, pairs, seed)
-    model = new_model(seed)
-    reference = another_model(model, seed)
+    num_pairs, repetitions = (2, 1) if options.quick else (NUM_PAIRS, 5 if prompt == 64 else 3)
+    data = new_pairs(prompt, completion, num_pairs, options.seed)
+    model = new_model(options.seed)
+    reference = another_model(model, options.seed)
 
     def fresh() -> tuple[nn.Module, nn.Module]:
         return copy.deepcopy(model), copy.deepcopy(reference)
@@ -213,98 +189,36 @@ def measure(prompt: int, completion: int, pairs: int, repetitions: int, seed: in
         "compact": Theirs(*fresh(), data, compact=True),
     }
     exact = installed.loss_in_double()
-    losses = {name: step() for name, step in engines.items()}  # the warm-up, at equal weights
+    losses = {name: step() for name, step in engines.items()}
     difference, reported = (abs(theirs / losses["ours"] - 1) for theirs in (exact, losses["installed"]))
     assert difference < TOLERANCE, f"{prompt}:{completion}: losses differ: TRL {exact}, ours {losses['ours']}"
-    timings = {name: Timing([], []) for name in engines}
-    for _ in range(repetitions):
-        for name, step in engines.items():
-            timed(step, timings[name])
-    medians = {name: statistics.median(timing.cpu) for name, timing in timings.items()}
-    return {
-        "cpu": {name: timing.text(timing.cpu) for name, timing in timings.items()},
-        "wall": {name: timing.text(timing.wall) for name, timing in timings.items()},
-        "figures": {
-            f"dpo_installed_{prompt}_{completion}": medians["installed"] / medians["ours"],
-            f"dpo_compact_{prompt}_{completion}": medians["compact"] / medians["ours"],
-            f"dpo_loss_rel_diff_{prompt}_{completion}": difference,
-            f"dpo_reported_loss_rel_diff_{prompt}_{completion}": reported,
-        },
+    timings = interleaved(engines, repetitions)
+    ratios = {name: timings[name].median_cpu / timings["ours"].median_cpu for name in ("installed", "compact")}
+    figures = {
+        **{f"dpo_{name}_{prompt}_{completion}": ratio for name, ratio in ratios.items()},
+        f"dpo_loss_rel_diff_{prompt}_{completion}": difference,
+        f"dpo_reported_loss_rel_diff_{prompt}_{completion}": reported,
     }
+    clocks = {
+        clock: {name: Timing.text(getattr(timing, clock)) for name, timing in timings.items()}
+        for clock in ("cpu", "wall")
+    }
+    rows = [{"clock": clock, **times} for clock, times in clocks.items()]
+    rows[0] |= {f"× {name}": f"{ratio:.2f}" for name, ratio in ratios.items()}
+    return Measured(figures, rows)
 
 
-class Cells:
-    """Cells already measured, kept beside the JSON file until the run is complete."""
-
-    def __init__(self, path: Path | None, identity: dict[str, Any]) -> None:
-        self.path = path and path.with_name(path.name + ".partial")
-        self.state: dict[str, Any] = {"identity": identity, "cells": {}}
-        if self.path and self.path.exists():
-            stored = json.loads(self.path.read_text())
-            if stored["identity"] == identity:
-                self.state = stored
-
-    def get(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        cells: dict[str, dict[str, Any]] = self.state["cells"]
-        if name not in cells:
-            cells[name] = compute()
-            if self.path:
-                self.path.write_text(json.dumps(self.state))
-        return cells[name]
-
-    def done(self) -> None:
-        if self.path:
-            self.path.unlink(missing_ok=True)
-
-
-def show(cells: dict[str, dict[str, Any]], num_pairs: int, console: Console) -> None:
-    table = Table(title=f"DPO step, {num_pairs} pairs, float32, one thread: seconds, median [min–max]")
-    for column in (
-        "prompt:completion",
-        "clock",
-        "prefloop",
-        "TRL installed",
-        "TRL compact",
-        "× installed",
-        "× compact",
-    ):
-        table.add_column(column, justify="right")
-    for name, cell in cells.items():
-        installed, compact, *_ = cell["figures"].values()
-        for clock, ratios in (("cpu", (f"{installed:.2f}", f"{compact:.2f}")), ("wall", ("", ""))):
-            table.add_row(name, clock, *(cell[clock][e] for e in ("ours", "installed", "compact")), *ratios)
-    console.print(table)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write figures to this file")
-    parser.add_argument("--only", default="*", help="pattern of cells, such as '512:*'")
-    parser.add_argument("--quick", action="store_true", help="two regimes, two pairs, one repetition: under a minute")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+def main(options: Options) -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    versions = {name: version(name) for name in ("prefloop", "trl", "torch", "transformers")}
-    console = Console(width=140)
-    console.print(", ".join(f"{name} {number}" for name, number in versions.items()))
-    num_pairs, repetitions = (2, 1) if arguments.quick else (NUM_PAIRS, 3)
-    cells = Cells(arguments.json, {**versions, "seed": arguments.seed, "quick": arguments.quick})
-    results = {}
-    for prompt, completion in QUICK_REGIMES if arguments.quick else REGIMES:
-        name = f"{prompt}:{completion}"
-        if fnmatch.fnmatch(name, arguments.only):
-            console.print(f"measuring {name} …")
-            more = 2 if prompt == 64 and not arguments.quick else 0
-            sizes = (prompt, completion, num_pairs, repetitions + more, arguments.seed)
-            results[name] = cells.get(name, lambda sizes=sizes: measure(*sizes))
-    show(results, num_pairs, console)
-    if arguments.json:
-        figures = {key: value for cell in results.values() for key, value in cell["figures"].items()}
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
-    cells.done()
+    cells = {
+        f"{prompt}:{completion}": partial(measure, prompt, completion)
+        for prompt, completion in (QUICK_REGIMES if options.quick else REGIMES)
+    }
+    caption = "DPO step in seconds, median [min-max], float32, one thread; prompt:completion tokens; "
+    run_cells("speed_offline", cells, options, caption + versions("prefloop", "trl", "torch", "transformers"))
 
 
 if __name__ == "__main__":
-    main()
+    main(parse_options(__doc__))
