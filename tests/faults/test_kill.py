@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from fault_runs import MiniatureRun, kill
+from fault_runs import MiniatureRun, kill, miniature
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -81,3 +81,21 @@ def test_kills_at_random_moments(tmp_path, undisturbed, seed):
     print("killed in", killed_in)
     run.finish().assert_same(undisturbed)
     assert len(run.finished_stages()) == NUM_EVENTS
+
+
+def lora_run(folder) -> MiniatureRun:
+    """A fresh adapter, of which nothing was trained before the loop: each process has to draw it the same."""
+    settings = miniature(policy={"model": "model", "lora": {"rank": 4, "alpha": 8}}, train__learning_rate=2e-2)
+    del settings["sft"]
+    run = MiniatureRun(folder, settings)
+    assert run.go("init-model", "model", "--set", "hidden_size=32", "--set", "num_heads=4").code == 0
+    return run
+
+
+def test_kills_of_a_run_that_trains_an_adapter(tmp_path):
+    undisturbed = lora_run(tmp_path / "undisturbed").finish()
+    run = lora_run(tmp_path / "killed")
+    for point in ("evaluate/-1:commit:2:after", "train/0:step:3", "rollout/1:turn:2", "train/1:step:3"):
+        assert run.go(point=point).code == -signal.SIGKILL, f"{point} was never reached"
+    run.finish().assert_same(undisturbed)
+    assert len(undisturbed.rows["checkpoint"]) > 1

@@ -246,6 +246,20 @@ def test_other_settings_under_the_same_name_are_named():
     assert "give the run file another name, or set them back" in message
 
 
+def test_a_run_is_not_gone_on_with_in_another_directory():
+    with tiny_run(iterations=0) as run:
+        run_loop(run)
+    elsewhere = pytest.raises(PrefloopError, match=r"run mini lies in runs/mini, not in elsewhere/mini: set the key")
+    with tiny_run(iterations=0, directory="elsewhere") as run, elsewhere:
+        run_loop(run)
+
+
+def test_one_task_is_too_few_to_measure_kl_on():
+    for key in ("guard__num_tasks", "evaluation__num_tasks"):
+        with pytest.raises(PrefloopError, match="greater than or equal to 2"), tiny_run(**{key: 1}):
+            pass
+
+
 # --- other environments and policies ------------------------------------------------------------------------------
 
 

@@ -179,6 +179,11 @@ def opened(run: Run) -> Iterator[Run]:
     with _locked(run.directory / "lock", run.settings.name):
         settings = run.settings.model_dump(mode="json", exclude={"store", "directory"})
         known = run.store.run(run.id)
+        if known is not None and known["directory"] != str(run.directory):
+            raise PrefloopError(  # its lock and its checkpoints are there
+                f"run {run.settings.name} lies in {known['directory']}, not in {run.directory}: set the key directory "
+                "back, or give the run file another name"
+            )
         changed = _differences(known["settings"], settings) if known is not None else []
         if changed:
             raise PrefloopError(

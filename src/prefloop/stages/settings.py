@@ -18,9 +18,13 @@ from prefloop.training.settings import GuardSettings, TrainingSettings, UpdateSe
 
 
 class JudgeSettings(JudgingSettings):
-    """Which judge scores trajectories; the table of its kind holds its own settings."""
+    """Which judge scores trajectories, each `num_replicates` times; the table of its kind holds its own settings.
+
+    The mean of the replicates counts, and two or more tell the judge's noise.
+    """
 
     kind: Literal["rules", "llm"] = "rules"
+    num_replicates: int = Field(default=1, ge=1)
     rules: RuleJudgeSettings = RuleJudgeSettings()
     llm: LLMJudgeSettings | None = None
 
@@ -52,7 +56,7 @@ class RolloutSettings(Settings):
 class EvaluationSettings(Settings):
     """How the start and the end policy are compared on held-out tasks: sampled at temperature 1, and greedily."""
 
-    num_tasks: int = Field(default=512, ge=1)
+    num_tasks: int = Field(default=512, ge=2)
     greedy: bool = True
 
 
@@ -81,4 +85,10 @@ class RunSettings(Settings):
             raise ValueError("a table 'sft': a policy made from nothing must first learn from demonstrations")
         if self.policy.server is not None and self.sft is not None:
             raise ValueError("no table 'sft': the weights of a served policy are not here")
+        return self
+
+    @model_validator(mode="after")
+    def _noise_can_be_measured(self) -> RunSettings:
+        if self.curation.margin_unit == "noise" and self.judge.num_replicates < 2:
+            raise ValueError("with judge.num_replicates of at least 2, which a margin in units of noise needs")
         return self

@@ -56,7 +56,7 @@ class GuardSettings(Settings):
     policy stays as it was.
     """
 
-    num_tasks: int = Field(default=256, ge=1)
+    num_tasks: int = Field(default=256, ge=2)
     max_drop: float = Field(default=0.10, gt=0)
     max_kl: float = Field(default=5.0, gt=0)
     max_retries: int = Field(default=2, ge=0)
