@@ -40,6 +40,7 @@ BETA = 0.1
 LEARNING_RATE = 1e-6
 MAX_GRAD_NORM = 1.0
 NUM_PAIRS = 8
+SCRATCH = tempfile.TemporaryDirectory(prefix="prefloop-speed-")  # TRL wants a folder; removed at exit
 TOLERANCE = 1e-5
 REGIMES = ((64, 64), (512, 128), (1024, 64), (128, 512))
 QUICK_REGIMES = ((64, 64), (512, 128))
@@ -155,7 +156,7 @@ def new_trainer(model: nn.Module, reference: nn.Module) -> Any:
         tokenizer_object=plain, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     )
     arguments = trl.DPOConfig(
-        output_dir=tempfile.mkdtemp(prefix="prefloop-speed-"),
+        output_dir=SCRATCH.name,
         beta=BETA,
         max_length=None,
         bf16=False,
