@@ -37,7 +37,7 @@ def curate_stage(run: Run, iteration: int) -> None:
             run.store.judgements(trajectory_ids=ids, rater_id=rater_id),
             run.settings.curation,
             rater_id=rater_id,
-            num_replicates=1,
+            num_replicates=run.settings.judge.num_replicates,
             comparisons=comparisons,
             verified={i: verdict.value for i, verdict in run.verdicts(ids).items() if verdict.value is not None},
             rejudge=lambda wanted, replicates: rejudge(run, wanted, replicates),

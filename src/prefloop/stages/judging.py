@@ -26,7 +26,8 @@ def judge_stage(run: Run, iteration: int) -> None:
     run.require(iteration, "rollout")
     trajectories = iteration_rollouts(run, iteration)
     with run.recorded(iteration, STAGE, len(trajectories)) as detail:
-        judge(run, trajectories)
+        for replicate in range(run.settings.judge.num_replicates):
+            judge(run, trajectories, replicate)
         rater_id = run.judge.rater.id
         ids = [t.id for t in trajectories]
         judgements = run.store.judgements(trajectory_ids=ids, rater_id=rater_id)
