@@ -110,7 +110,8 @@ def test_a_rule_over_several_keys_says_what_it_wants():
 
 def test_a_discriminated_kind_that_is_unknown_lists_the_known_ones():
     text = problem({"name": "a", "judge": {"kind": "dice"}})
-    assert "judge" in text and "'rules'" in text and "'llm'" in text
+    assert text == "run.toml: judge.kind should be one of 'rules', 'llm', not \"dice\""
+    assert problem({"name": "a", "judge": {"model": "m"}}) == "run.toml: the key judge.kind is missing"
 
 
 def test_several_problems_are_all_told_one_a_line():

@@ -23,6 +23,32 @@ noise_sd = 0.1
 learning_rate = 1e-4
 """
 
+BOOKING_RUN = """
+name = "noise"
+iterations = 1
+num_threads = 1
+[environment]
+name = "booking"
+[policy.initial]
+hidden_size = 48
+[sft]
+num_demonstrations = 200
+num_steps = 20
+learning_rate = 6e-3
+[rollout]
+num_tasks = 4
+samples_per_task = 4
+sampling = { max_new_tokens = 24 }
+[judge.rules]
+noise_sd = 0.2
+lowest = -3.0
+highest = 1.2
+[train]
+learning_rate = 1e-4
+[guard]
+num_tasks = 4
+"""
+
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,3 +134,34 @@ def test_a_conversation_that_is_too_long_says_so(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("sys.stdin", io.StringIO("word " * 200 + "\n"))
     assert main(["chat", "m"]) == 0
     assert "begin anew" in capsys.readouterr().out.split("you:")[1].replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("environment.name=bokking", "environment.name should be one of 'booking', 'prompts', 'reasoning-gym'"),
+        ("name=ünï", "name should be text that matches ^[A-Za-z0-9]"),
+        ("policy.server={base_url='ftp://x', model='m'}", "base_url should be a base URL that begins with http"),
+        ("judge.rules.lowest=3", "judge.rules should be a range: lowest (3.0) below highest (1.0)"),
+        ("curation.margin_unit=noise", "with judge.num_replicates of at least 2"),
+    ],
+)
+def test_what_a_value_should_be_reads_as_a_sentence(change: str, expected: str, tmp_path: Path, fails):
+    (tmp_path / "run.toml").write_text(PROMPTS_RUN)
+    assert expected in fails("run", "run.toml", "--set", change)
+
+
+def test_a_margin_in_units_of_the_judges_noise(tmp_path: Path):
+    preferences(tmp_path / "prompts.jsonl", 40)
+    (tmp_path / "run.toml").write_text(BOOKING_RUN)
+    changes = ("curation.margin_unit=noise", "curation.margin=0.5", "judge.num_replicates=2")
+    for stage in ("rollout", "judge", "curate"):
+        assert main([stage, "run.toml", *(part for change in changes for part in ("--set", change))]) == 0
+    with Store("runs/prefloop.db") as store:
+        judged = [j for j in store.judgements() if "rules:" in store.raters()[j.rater_id].name]
+        assert {j.replicate for j in judged} == {0, 1}
+        (curated,) = (event["detail"] for event in store.events(store.runs()[0]["id"], kind="curate"))
+        assert 0.02 < curated["noise_sd"] < 0.08
+        assert curated["num_pairs"] > 0
+        least = min(pair.gap for pair in store.dataset(curated["dataset_id"]).pairs)
+        assert least >= 0.5 * curated["noise_sd"]

@@ -107,8 +107,12 @@ def _problems(model: type[Settings], data: Mapping[str, Any], where: str, error:
         if problem["type"] == "extra_forbidden":
             unknown.append(f"{where}: unknown key {key}{_suggestion(model, location)}")
             continue
-        found.setdefault(key, _shown(problem["input"]))
-        expected.setdefault(key, []).append(_expectation(problem["type"], problem["msg"]))
+        value = problem["input"]
+        if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):  # pydantic blames the table, not its key
+            tag = problem["ctx"]["discriminator"].strip("'")
+            key, value = f"{key}.{tag}".lstrip("."), value.get(tag) if isinstance(value, dict) else None
+        found.setdefault(key, _shown(value))
+        expected.setdefault(key, []).append(_expectation(problem["type"], problem["msg"], problem.get("ctx", {})))
     wrong = [_wrong(where, key, list(dict.fromkeys(wants)), found[key]) for key, wants in expected.items()]
     return unknown + wrong
 
@@ -120,11 +124,16 @@ def _wrong(where: str, key: str, wants: Sequence[str], found: str) -> str:
     return f"{subject} should be {' or '.join(wants)}, not {found}"
 
 
-def _expectation(kind: str, message: str) -> str:
-    if kind == "missing":
-        return MISSING
-    if kind in ("model_type", "dict_type", "model_attributes_type"):
-        return "a table"
+def _expectation(kind: str, message: str, context: Mapping[str, Any]) -> str:
+    match kind:
+        case "missing" | "union_tag_not_found":
+            return MISSING
+        case "model_type" | "dict_type" | "model_attributes_type":
+            return "a table"
+        case "union_tag_invalid":
+            return f"one of {context['expected_tags']}"
+        case "string_pattern_mismatch":
+            return f"text that matches {context['pattern']}"
     return message.removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("should be ")
 
 

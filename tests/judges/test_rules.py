@@ -88,5 +88,5 @@ def test_every_setting_and_the_verifier_are_part_of_the_identity():
 
 
 def test_an_empty_range_is_refused():
-    with pytest.raises(ValueError, match="must be below"):
+    with pytest.raises(ValueError, match="below highest"):
         RuleJudgeSettings(lowest=1.0, highest=1.0)

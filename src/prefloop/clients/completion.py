@@ -108,9 +108,9 @@ def checked_base_url(url: str) -> str:
     """
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("a base URL must begin with http:// or https://")
+        raise ValueError("a base URL that begins with http:// or https://")
     if parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError("a base URL must hold no credentials, query or fragment")
+        raise ValueError("a base URL without credentials, query or fragment")
     return url.rstrip("/")
 
 

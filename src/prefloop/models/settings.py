@@ -25,7 +25,9 @@ class InitialModelSettings(Settings):
     @model_validator(mode="after")
     def _divisible(self) -> InitialModelSettings:
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of num_heads {self.num_heads}")
+            raise ValueError(
+                f"a shape whose hidden_size ({self.hidden_size}) is a multiple of num_heads ({self.num_heads})"
+            )
         return self
 
 
