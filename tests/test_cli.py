@@ -209,7 +209,7 @@ def test_runs_datasets_and_checkpoints_that_are_not_there(store: str, fails: Fai
 
 
 def test_a_checkpoint_whose_files_are_gone(store: str, fails: Fails):
-    assert "checkpoints/0c0ffee0 has no readable MANIFEST.json" in fails("chat", "0c0f", "--store", store)
+    assert "there is no checkpoint at checkpoints/0c0ffee0" in fails("chat", "0c0f", "--store", store)
 
 
 def test_curating_an_empty_store(tmp_path: Path, fails: Fails):

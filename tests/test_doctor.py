@@ -70,7 +70,7 @@ def test_a_checkpoint_that_is_gone_is_named(store_path: Path):
     (store_path.parent / "checkpoints" / "c0").rename(store_path.parent / "elsewhere")
     healthy, text = examined(store_path)
     assert not healthy
-    assert "was not saved whole" in text
+    assert "there is no checkpoint at" in text
 
 
 def test_a_dataset_that_was_changed_is_named(store_path: Path):

@@ -165,3 +165,37 @@ def test_a_margin_in_units_of_the_judges_noise(tmp_path: Path):
         assert curated["num_pairs"] > 0
         least = min(pair.gap for pair in store.dataset(curated["dataset_id"]).pairs)
         assert least >= 0.5 * curated["noise_sd"]
+
+
+def test_a_run_from_another_directory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails):
+    (tmp_path / "run.toml").write_text(BOOKING_RUN)
+    run_file, store = str(tmp_path / "run.toml"), str(tmp_path / "s.db")
+    assert main(["rollout", run_file, "--store", store]) == 0
+    with Store(store) as opened:
+        (checkpoint, *_) = opened.checkpoints()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for stage in ("judge", "run"):
+        assert "its directory runs/noise is not here" in fails(stage, run_file, "--store", store)
+    assert "a relative path counts from where its run was started" in fails("chat", checkpoint.id, "--store", store)
+    assert not list(Path().iterdir())
+    monkeypatch.chdir(tmp_path)
+    assert main(["judge", run_file, "--store", store]) == 0
+
+
+@pytest.mark.parametrize("url", ["postgresql://me:secret@nohost/db", "nonsense://me:secret@nohost/db"])
+def test_a_password_is_not_shown(url: str, fails):
+    assert "secret" not in fails("status", "--store", url)
+
+
+def test_ids_are_whole_in_a_narrow_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from rich.console import Console
+
+    from prefloop.stages.looking import status_table
+
+    (tmp_path / "run.toml").write_text(BOOKING_RUN)
+    assert main(["rollout", "run.toml"]) == 0
+    with Store("runs/prefloop.db") as store:
+        console = Console(width=40, file=io.StringIO())
+        console.print(status_table(store))
+        assert store.checkpoints()[-1].id[:12] in console.file.getvalue()

@@ -173,17 +173,13 @@ def opened(run: Run) -> Iterator[Run]:
     """Lock the run, record it, and check that it is the same run as before.
 
     Raises:
-        PrefloopError: another process holds the run, or the run was started with other settings.
+        PrefloopError: another process holds the run, it lies elsewhere, or it was started with other settings.
     """
+    _check_place(run)
     run.directory.mkdir(parents=True, exist_ok=True)
     with _locked(run.directory / "lock", run.settings.name):
         settings = run.settings.model_dump(mode="json", exclude={"store", "directory"})
         known = run.store.run(run.id)
-        if known is not None and known["directory"] != str(run.directory):
-            raise PrefloopError(  # its lock and its checkpoints are there
-                f"run {run.settings.name} lies in {known['directory']}, not in {run.directory}: set the key directory "
-                "back, or give the run file another name"
-            )
         changed = _differences(known["settings"], settings) if known is not None else []
         if changed:
             raise PrefloopError(
@@ -194,6 +190,23 @@ def opened(run: Run) -> Iterator[Run]:
         run.store.add_raters([run.verifier])
         run.store.add_event(run.id, BEFORE, "start", _circumstances(run.settings))
         yield run
+
+
+def _check_place(run: Run) -> None:
+    """A lock made anew in another place would hold nobody off, and the run's checkpoints are not there."""
+    known = run.store.run(run.id)
+    if known is None:
+        return
+    if known["directory"] != str(run.directory):
+        raise PrefloopError(
+            f"run {run.settings.name} lies in {known['directory']}, not in {run.directory}: set the key directory "
+            "back, or give the run file another name"
+        )
+    if not (run.directory / "lock").exists():
+        raise PrefloopError(
+            f"run {run.settings.name} is in {run.store.location}, but its directory {run.directory} is not here: "
+            "run this where it was started, or restore the directory"
+        )
 
 
 @contextmanager

@@ -86,8 +86,12 @@ def verify(directory: Path) -> str:
     """Check every file of a saved directory against its manifest; returns the manifest's SHA-256.
 
     Raises:
-        PrefloopError: naming the first file that is missing, added, cut short, changed or unreadable.
+        PrefloopError: it is not there; naming the first file that is missing, added, cut short, changed or unreadable.
     """
+    if not directory.is_dir():
+        raise PrefloopError(
+            f"there is no checkpoint at {directory}: a relative path counts from where its run was started"
+        )
     try:
         text = (directory / MANIFEST).read_bytes()
         listed = {str(name): (size, digest) for name, (size, digest) in json.loads(text).items()}
