@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -125,11 +124,3 @@ def initial_model(tokenizer: PreTrainedTokenizerFast, settings: InitialModelSett
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         return model_class(config)
-
-
-def write_initial_model(directory: Path, conversations: Iterable[Conversation], settings: InitialModelSettings) -> None:
-    """Train a tokenizer, draw a model and save both in Hugging Face's layout."""
-    tokenizer = train_tokenizer(conversations, settings.vocab_size)
-    model = initial_model(tokenizer, settings)
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)

@@ -12,6 +12,8 @@ from prefloop.records import Checkpoint, PrefloopError
 from prefloop.stages.context import run_id
 from prefloop.store import Store
 
+ID_LENGTH = 12  # of an id as people see it
+
 
 def find_run(store: Store, name: str) -> RowMapping:
     """The run of this name, or the newest.
@@ -64,14 +66,15 @@ def status_table(store: Store) -> Group:
     held = Table("what", "rows", title=f"store {store.location}", title_justify="left")
     for name, number in counts.items():
         held.add_row(name.replace("_", " "), f"{number:,}")
-    runs = Table("run", "iterations done", "last stage", "checkpoint", title="runs", title_justify="left")
+    runs = Table("run", "iterations done", "last stage", title="runs", title_justify="left")
+    runs.add_column("checkpoint", no_wrap=True, min_width=ID_LENGTH)  # to be copied whole from a narrow terminal too
     for run in store.runs():
         runs.add_row(run["name"], *_how_far(store, run))
     datasets = Table("dataset", "members", "iteration", title="datasets of pairs", title_justify="left")
     for row in store.datasets():
         if row["recipe"].get("of") != "kept" and "curation" in row["recipe"]:
             iteration = "" if row["iteration"] < 0 else str(row["iteration"] + 1)
-            datasets.add_row(row["id"][:12], f"{row['num_members']:,}", iteration)
+            datasets.add_row(row["id"][:ID_LENGTH], f"{row['num_members']:,}", iteration)
     return Group(held, *([runs] if runs.row_count else []), *([datasets] if datasets.row_count else []))
 
 
@@ -84,5 +87,5 @@ def _how_far(store: Store, run: RowMapping) -> tuple[str, str, str]:
         newest = max(events, key=lambda event: event["created_at"])
         last = newest["kind"] if newest["iteration"] < 0 else f"{newest['kind']} of {newest['iteration'] + 1}"
     checkpoints = store.checkpoints(run_id=run["id"])
-    newest_id = checkpoints[-1].id[:12] if checkpoints else "–"
+    newest_id = checkpoints[-1].id[:ID_LENGTH] if checkpoints else "–"
     return f"{kinds['train']} of {run['settings']['iterations']}", last, newest_id

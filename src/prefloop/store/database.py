@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,10 +48,12 @@ def open_engine(location: str, *, must_exist: bool = False) -> Engine:
             _prepare_file(url.database, must_exist)
         engine = create_engine(url)
     except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
+        location = re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", location)
         raise PrefloopError(f"store {location!r} is neither a path nor a database URL: {error}") from None
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _configure_sqlite)
         event.listen(engine, "begin", _begin_immediate)
+    location = url.render_as_string(hide_password=True) if url.password else location
     try:
         _migrate(engine, location)
     except OperationalError as error:
