@@ -148,10 +148,12 @@ class MiniatureRun:
         """Wait until so many events are recorded, or the process has ended."""
         database = self.folder / "runs" / "prefloop.db"
         while process.poll() is None:
-            with contextlib.suppress(sqlite3.OperationalError):  # it is not made yet
-                with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
-                    if connection.execute("SELECT count(*) FROM event").fetchone()[0] >= number:
-                        return
+            with (
+                contextlib.suppress(sqlite3.OperationalError),  # it is not made yet
+                contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection,
+            ):
+                if connection.execute("SELECT count(*) FROM event").fetchone()[0] >= number:
+                    return
             time.sleep(0.01)
 
     def finished_stages(self) -> set[tuple[int, str]]:
@@ -164,7 +166,7 @@ class MiniatureRun:
     def stage_at_work(self) -> str:
         """The stage that comes after the last one that is finished."""
         finished = self.finished_stages()
-        order = ["start", "demonstrations", "sft", "policy", "evaluate"]
+        order = ["demonstrations", "sft", "start", "policy", "evaluate"]
         steps = [(-1, kind) for kind in order]
         for iteration in range(self.settings["iterations"]):
             steps += [(iteration, kind) for kind in ("rollout", "judge", "curate", "train")]

@@ -86,7 +86,7 @@ def rollout(
     from prefloop.stages.start import start_policy
 
     with _stage(file, store, overrides) as opened:
-        number = _iteration(opened, iteration)
+        number = _iteration(opened, iteration, "rollout")
         start_policy(opened)
         rollout_stage(opened, number)
 
@@ -99,7 +99,7 @@ def judge(
     from prefloop.stages.judging import judge_stage
 
     with _stage(file, store, overrides) as opened:
-        judge_stage(opened, _iteration(opened, iteration))
+        judge_stage(opened, _iteration(opened, iteration, "judge"))
 
 
 @app.command
@@ -119,7 +119,7 @@ def curate(
             _print_curated(curate_store(opened_store, rater, overrides or []))
         return
     with _stage(file, store, overrides) as opened:
-        number = _iteration(opened, iteration)
+        number = _iteration(opened, iteration, "curate")
         curate_stage(opened, number)
         _print_curated(opened.found(number, "curate") or {})
 
@@ -141,7 +141,7 @@ def train(
 
     with _stage(file, store, overrides) as opened:
         start_policy(opened)
-        number = _iteration(opened, iteration)
+        number = _iteration(opened, iteration, "train")
         if dataset:
             adopt_dataset(opened, number, find_dataset(opened.store, dataset))
         train_stage(opened, number)
@@ -355,7 +355,8 @@ def _progress(run: Run) -> Iterator[None]:
         yield
 
 
-def _iteration(run: Run, number: int | None) -> int:
+def _iteration(run: Run, number: int | None, stage: str) -> int:
+    """The iteration whose stage is to be done, from 0 on; says so where that is done already."""
     there_are = run.settings.iterations
     if number is None:
         number = run.current_iteration() + 1
@@ -365,6 +366,8 @@ def _iteration(run: Run, number: int | None) -> int:
             )
     if not 1 <= number <= there_are:
         raise PrefloopError(f"--iteration {number}: the run file has iterations 1 to {there_are}")
+    if run.found(number - 1, stage) is not None:
+        console.print(f"{stage} of iteration {number} was done before; nothing is done again", highlight=False)
     return number - 1
 
 

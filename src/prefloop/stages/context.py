@@ -181,14 +181,15 @@ def opened(run: Run) -> Iterator[Run]:
         settings = run.settings.model_dump(mode="json", exclude={"store", "directory"})
         known = run.store.run(run.id)
         changed = _differences(known["settings"], settings) if known is not None else []
-        if changed:
+        if changed and run.store.events(run.id):
             raise PrefloopError(
                 f"run {run.settings.name} was started with other settings ({', '.join(changed)}): "
                 "give the run file another name, or set them back"
             )
+        if changed:  # nothing was done under the settings before, such as a model that is not there
+            run.store.change_settings(run.id, settings)
         run.store.add_run(run.id, run.settings.name, str(run.directory), settings)
         run.store.add_raters([run.verifier])
-        run.store.add_event(run.id, BEFORE, "start", _circumstances(run.settings))
         yield run
 
 
@@ -244,7 +245,7 @@ def _shown(value: object) -> str:
     return "nothing" if value is None else str(value)
 
 
-def _circumstances(settings: RunSettings) -> JSONObject:
+def circumstances(settings: RunSettings) -> JSONObject:
     """What a result depends on besides the settings of the components."""
     found: JSONObject = {}
     for package in ("prefloop", "torch", "transformers", "numpy"):

@@ -25,11 +25,11 @@ def curate_stage(run: Run, iteration: int) -> None:
     if run.found(iteration, STAGE) is not None:
         return
     run.require(iteration, "rollout")
-    comparisons = run.store.comparisons()
-    if not comparisons:  # people's votes may stand for the judge's scores
-        run.require(iteration, "judge")
     trajectories = iteration_rollouts(run, iteration)
     ids = [t.id for t in trajectories]
+    known, comparisons = set(ids), run.store.comparisons()
+    if not any(vote.trajectory_a in known for vote in comparisons):  # votes may stand for the judge's scores
+        run.require(iteration, "judge")
     rater_id = run.judge.rater.id
     with run.recorded(iteration, STAGE, 1) as detail:
         curated = curate(

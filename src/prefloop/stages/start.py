@@ -19,7 +19,7 @@ from prefloop.records import (
     content_hash,
 )
 from prefloop.rollout import Attempt, Provenance, derived_seed
-from prefloop.stages.context import BEFORE, Run
+from prefloop.stages.context import BEFORE, Run, circumstances
 
 if TYPE_CHECKING:
     from prefloop.models.load import Policy
@@ -37,7 +37,11 @@ def start_policy(run: Run) -> str:
     checkpoint = _base(run, demonstrations)
     if demonstrations is not None:
         checkpoint = _learn(run, checkpoint, demonstrations)
-    run.store.add_event(run.id, BEFORE, "policy", {"checkpoint_id": checkpoint.id})
+    elif run.settings.policy.server is None:
+        run.policies.get(checkpoint.id)  # a model that is not there is said now, while the run can still be changed
+    with run.store.transaction():
+        run.store.add_event(run.id, BEFORE, "start", circumstances(run.settings))
+        run.store.add_event(run.id, BEFORE, "policy", {"checkpoint_id": checkpoint.id})
     return checkpoint.id
 
 

@@ -155,6 +155,18 @@ class Store:
         }
         self.insert(schema.run, [row])
 
+    def change_settings(self, run_id: str, settings: JSONObject) -> None:
+        """Replace the settings of a run that has not done anything yet.
+
+        Raises:
+            PrefloopError: the run has recorded what it did.
+        """
+        if self.events(run_id):
+            raise PrefloopError(f"run {run_id} has begun: its settings stay")
+        values = {"settings": settings, "settings_hash": content_hash(settings)}
+        with self.transaction() as connection:
+            connection.execute(update(schema.run).where(schema.run.c.id == run_id).values(**values))
+
     def add_tasks(self, tasks: Iterable[Task]) -> int:
         """Record tasks; returns how many were new."""
         return self.insert(schema.task, (rows.task_row(task) for task in tasks))
