@@ -20,6 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 STATE = Path(__file__).resolve().parents[1] / "out" / "benchmarks"
@@ -163,11 +164,11 @@ def _save(state: Path, caption: str, done: Mapping[str, Measured]) -> None:
 def _print(console: Console, name: str, found: Mapping[str, Measured], caption: str) -> None:
     rows = [{"": key, **row} for key, measured in found.items() for row in measured.rows or _plain(measured)]
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    table = Table(title=name, caption=caption)
+    table = Table(title=name, caption=escape(caption))
     for column in columns:
         table.add_column(column, justify="right" if column else "left")
     for row in rows:
-        table.add_row(*(row.get(column, "") for column in columns))
+        table.add_row(*(escape(row.get(column, "")) for column in columns))
     console.print(table)
 
 

@@ -73,7 +73,7 @@ def test_kills_at_random_moments(tmp_path, undisturbed, seed):
         process = run.start()
         num_events = moments[len(killed_in)]
         run.wait_for_events(num_events, process)
-        if kill(process, draw.uniform(0.0, 5.0 if num_events == 2 else 1.0)):  # imitation begins with imports
+        if kill(process, draw.uniform(0.0, 5.0 if num_events == 1 else 1.0)):  # imitation begins with imports
             killed_in.append(run.stage_at_work())
         else:  # it was done before: another one
             run.outcome().assert_same(undisturbed)
