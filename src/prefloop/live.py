@@ -27,6 +27,12 @@ _STAGES = {
 }
 
 
+# Of the rollouts, of the pairs made of them, and of the policy after the update (on the guard tasks).
+_COLUMNS = (
+    "iteration", "success", "judge's score", "true score", "pairs", "precision", "KL after", "success after", "seconds",
+)  # fmt: skip
+
+
 class LiveProgress(Quiet):
     """Shows a run's progress; use as a context manager around it."""
 
@@ -83,7 +89,7 @@ class LiveProgress(Quiet):
 
     def _view(self) -> RenderableType:
         table = Table(box=None, header_style="bold", pad_edge=False)
-        for column in ("iteration", "success", "judge", "verified", "pairs", "precision", "KL", "guard", "seconds"):
+        for column in _COLUMNS:
             table.add_column(column, justify="right")
         for iteration, stages in sorted(self._rows.items()):
             table.add_row(str(iteration + 1), *_cells(stages))
