@@ -116,11 +116,11 @@ def test_a_split_marker_of_the_text_is_no_control_token_where_the_template_keeps
     [
         (
             "{{ messages[0].content | replace('a', 'b') }}{{ messages[0].content | upper }}{{ messages[1].content }}",
-            "role user",
+            "roles? user",
         ),
         ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}", "role tool"),
         ("{{ raise_exception('no tools here') }}", "no tools here"),
-        ("{{ messages[0].content[::-1] }}{{ messages[1].content }}", "role user"),
+        ("{{ messages[0].content[::-1] }}{{ messages[1].content }}", "roles? user"),
     ],
 )
 def test_templates_that_drop_or_refuse_say_so(make_renderer, template, words):
