@@ -256,6 +256,8 @@ def import_(
     """Read trajectories, preferences and labels from a file into the store."""
     from prefloop.formats import import_file
 
+    if not file.exists():  # before a store is made
+        raise PrefloopError(f"there is no file {file}")
     with _store(store, must_exist=False) as opened:
         done = import_file(opened, file, format=format, on_error=on_error, held_out=held_out)
     for error in done.errors:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from prefloop.evaluation.success import is_success
-from prefloop.judges.base import JudgeItem, JudgingSettings, judge_all
+from prefloop.judges import judge_all, judge_items
 from prefloop.records import Judgement, Status, Trajectory
 from prefloop.stages.context import Run
 from prefloop.stages.rollouts import iteration_rollouts
@@ -47,17 +47,11 @@ def judge_stage(run: Run, iteration: int) -> None:
 
 def judge(run: Run, trajectories: Sequence[Trajectory], replicate: int = 0) -> None:
     """Judge trajectories; the judgements are in the store when this returns."""
-    tasks = run.store.tasks({t.task_id for t in trajectories})
-    verdicts = run.verdicts([t.id for t in trajectories])
-    items = [JudgeItem(tasks[t.task_id], t, verdicts.get(t.id)) for t in trajectories]
-    settings = JudgingSettings(
-        failure_budget=run.settings.judge.failure_budget, group_size=run.settings.judge.group_size
-    )
     judge_all(
         run.judge,
-        items,
+        judge_items(run.store, trajectories, run.verifier),
         run.store,
-        settings,
+        run.settings.judge,
         replicate=replicate,
         on_progress=lambda done, _: run.progress.advance(done),
     )

@@ -47,7 +47,9 @@ def open_engine(location: str, *, must_exist: bool = False) -> Engine:
         if url.get_backend_name() == "sqlite":
             _prepare_file(url.database, must_exist)
         engine = create_engine(url)
-    except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as error:
+    except ModuleNotFoundError as error:
+        raise PrefloopError(f"that kind of store needs the package {error.name}: pip install {error.name}") from None
+    except (ArgumentError, NoSuchModuleError) as error:
         location = re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", location)
         raise PrefloopError(f"store {location!r} is neither a path nor a database URL: {error}") from None
     if engine.dialect.name == "sqlite":

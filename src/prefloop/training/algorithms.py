@@ -126,7 +126,3 @@ def sum_by_sample(batch: PackedBatch, stream_V: Tensor) -> Tensor:
     visit_U = batch.loss_visits
     total_S = stream_V.new_zeros(batch.num_samples, dtype=torch.float64)
     return total_S.index_add(0, batch.visit_sample_V[visit_U], stream_V[visit_U].double())
-
-
-ALGORITHMS: dict[str, type[SFT] | type[DPO]] = {SFT.name: SFT, DPO.name: DPO}
-"""Algorithms by name."""
