@@ -17,7 +17,7 @@ STAGE = "curate"
 
 
 def curate_stage(run: Run, iteration: int) -> None:
-    """Curate an iteration's rollouts; dataset and record are committed together.
+    """Curate an iteration's rollouts; done again after a crash, it freezes the same datasets.
 
     Raises:
         PrefloopError: the iteration is not rolled out, or nobody has judged or compared anything yet.
