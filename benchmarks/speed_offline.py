@@ -33,7 +33,7 @@ from torch import nn
 from _common import Measured, Options, Timing, interleaved, parse_options, run_cells, versions
 from prefloop.batch.examples import PreferencePair
 from prefloop.records import Source, TokenPath
-from prefloop.training.algorithms import DPO
+from prefloop.training.algorithms import make_algorithm
 from prefloop.training.step import StepSettings, TrainingStep
 
 BETA = 0.1
@@ -104,7 +104,7 @@ def ours(model: nn.Module, reference: nn.Module, pairs: list[Ids]) -> Callable[[
     examples = [PreferencePair((path(p.prompt, p.chosen),), (path(p.prompt, p.rejected),)) for p in pairs]
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     settings = StepSettings(max_grad_norm=MAX_GRAD_NORM)
-    step = TrainingStep(model, reference, DPO(beta=BETA), optimizer, settings)
+    step = TrainingStep(model, reference, make_algorithm("dpo", beta=BETA), optimizer, settings)
     return lambda: step(examples)["loss"]
 
 

@@ -9,7 +9,7 @@ import torch
 
 from packed_examples import VOCAB, gradient, paths_of, random_pairs, relative_error, tiny_model
 from prefloop.batch.examples import Demonstration
-from prefloop.training.algorithms import DPO, SFT
+from prefloop.training.algorithms import make_algorithm
 from prefloop.training.step import StepSettings, TrainingStep
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -92,7 +92,7 @@ def dpo_batch(trainer, pairs):
 def test_dpo_loss_gradient_and_metrics(pairs, tmp_path):
     model = tiny_model()
     reference = noisy(model)
-    metrics, ours = our_gradient(model, reference, DPO(beta=0.2), pairs)
+    metrics, ours = our_gradient(model, reference, make_algorithm("dpo", beta=0.2), pairs)
     trainer = dpo_trainer(model, reference, tmp_path, beta=0.2)
     loss, theirs = their_gradient(trainer, model, dpo_batch(trainer, pairs))
     assert abs(metrics["loss"] - np.log(2)) > 0.01
@@ -115,7 +115,7 @@ def test_dpo_with_the_likelihood_of_the_chosen(pairs, tmp_path):
     pairs = [replace(pair, chosen=(cut(pair.chosen[0]),)) for pair in pairs]
     model = tiny_model()
     reference = noisy(model)
-    metrics, ours = our_gradient(model, reference, DPO(nll_coef=0.3), pairs)
+    metrics, ours = our_gradient(model, reference, make_algorithm("dpo", nll_coef=0.3), pairs)
     trainer = dpo_trainer(model, reference, tmp_path, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.3])
     loss, theirs = their_gradient(trainer, model, dpo_batch(trainer, pairs))
     assert metrics["loss"] == pytest.approx(loss, rel=1e-5)
@@ -125,7 +125,7 @@ def test_dpo_with_the_likelihood_of_the_chosen(pairs, tmp_path):
 def test_sft_loss_and_gradient(pairs, tmp_path):
     model = tiny_model()
     examples = [Demonstration(pair.chosen) for pair in pairs]
-    metrics, ours = our_gradient(model, None, SFT(), examples)
+    metrics, ours = our_gradient(model, None, make_algorithm("sft"), examples)
     rows = [split(one) for one in paths_of(examples)]
     row = {"prompt": ["w4 w5"], "completion": [" w6"]}
     trainer = trl.SFTTrainer(

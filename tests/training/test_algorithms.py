@@ -7,7 +7,7 @@ from packed_examples import path, random_demonstrations, random_pairs
 from prefloop.batch.examples import PreferencePair
 from prefloop.batch.packed import pack
 from prefloop.records import PrefloopError
-from prefloop.training.algorithms import DPO, SFT, sum_by_sample
+from prefloop.training.algorithms import make_algorithm, sum_by_sample
 
 
 def scored_pair():
@@ -27,8 +27,8 @@ def test_sums_are_over_the_loss_tokens_of_all_paths_of_a_sample():
 
 def test_dpo_values_metrics_and_the_credit_of_a_shared_token():
     batch, logprob_T = scored_pair()
-    loss = DPO(beta=0.2).loss(batch, logprob_T[batch.visit_token_V])
-    assert float(loss.value_U) == pytest.approx(math.log(1 + math.exp(0.2 * 4.25)))
+    loss = make_algorithm("dpo", beta=0.2).loss(batch, logprob_T[batch.visit_token_V])
+    assert float(loss.terms[0].value_U) == pytest.approx(math.log(1 + math.exp(0.2 * 4.25)))
     metrics = {name: float(value) for name, value in loss.metric_U.items()}
     assert metrics == pytest.approx(
         {
@@ -40,7 +40,7 @@ def test_dpo_values_metrics_and_the_credit_of_a_shared_token():
             "logps/rejected": -1.75,
         }
     )
-    loss.value_U.sum().backward()
+    loss.terms[0].value_U.sum().backward()
     slope = 0.2 / (1 + math.exp(-0.2 * 4.25))
     by_token = dict(zip(batch.token_T.tolist(), logprob_T.grad.tolist(), strict=True))
     assert by_token == pytest.approx({1: 0.0, 2: 0.0, 3: -slope, 4: -slope, 5: slope, 6: slope})
@@ -48,37 +48,38 @@ def test_dpo_values_metrics_and_the_credit_of_a_shared_token():
 
 def test_the_likelihood_term_is_the_chosen_mean_per_token():
     batch, logprob_T = scored_pair()
-    plain = DPO().loss(batch, logprob_T[batch.visit_token_V]).value_U
-    with_nll = DPO(nll_coef=0.5).loss(batch, logprob_T[batch.visit_token_V])
-    assert float(with_nll.value_U - plain) == pytest.approx(0.5 * 2.0)
+    plain = make_algorithm("dpo").loss(batch, logprob_T[batch.visit_token_V]).terms[0].value_U
+    with_nll = make_algorithm("dpo", nll_coef=0.5).loss(batch, logprob_T[batch.visit_token_V])
+    assert torch.equal(with_nll.terms[0].value_U, plain)
+    assert (with_nll.terms[1].unit, with_nll.terms[1].coef, with_nll.terms[1].value_U.tolist()) == ("pair", 0.5, [2.0])
     assert float(with_nll.metric_U["nll_loss"]) == 2.0
 
 
 def test_sft_has_one_value_for_each_loss_token():
     batch = pack(random_demonstrations(5))
     logprob_V = torch.randn(len(batch.visit_token_V))
-    assert torch.equal(SFT().loss(batch, logprob_V).value_U, -logprob_V[batch.loss_mask_V])
+    assert torch.equal(make_algorithm("sft").loss(batch, logprob_V).terms[0].value_U, -logprob_V[batch.loss_mask_V])
 
 
 def test_every_algorithm_gives_one_value_and_metric_for_each_of_its_units():
-    for algorithm in (SFT, DPO):
+    for algorithm in (make_algorithm("sft"), make_algorithm("dpo")):
         examples = random_pairs(4) if algorithm.records == "pairs" else random_demonstrations(4)
         batch = pack(examples)
         object.__setattr__(batch, "ref_logprob_V", torch.zeros(len(batch.visit_token_V)))
-        loss = algorithm().loss(batch, torch.randn(len(batch.visit_token_V)))
-        for values in (loss.value_U, *loss.metric_U.values()):
-            assert values.shape == batch.weight(algorithm.unit).shape
+        loss = algorithm.loss(batch, torch.randn(len(batch.visit_token_V)))
+        for values in (loss.terms[0].value_U, *loss.metric_U.values()):
+            assert values.shape == batch.weight(loss.terms[0].unit).shape
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"beta": 0.0}, "beta must be above 0"),
-        ({"beta": math.nan}, "beta must be above 0"),
-        ({"label_smoothing": 0.5}, "label_smoothing must be in"),
-        ({"nll_coef": -1.0}, "nll_coef must be at least 0"),
+        ({"beta": 0.0}, "beta should be"),
+        ({"beta": math.nan}, "beta should be"),
+        ({"label_smoothing": 0.5}, "label_smoothing should be"),
+        ({"nll_coef": -1.0}, "nll_coef should be"),
     ],
 )
 def test_settings_outside_their_range_are_refused(settings, message):
     with pytest.raises(PrefloopError, match=message):
-        DPO(**settings)
+        make_algorithm("dpo", **settings)

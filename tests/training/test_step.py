@@ -16,7 +16,7 @@ from packed_examples import (
     tiny_model,
 )
 from prefloop.records import PrefloopError
-from prefloop.training.algorithms import DPO, SFT
+from prefloop.training.algorithms import make_algorithm
 from prefloop.training.step import StepSettings, TrainingStep, with_reference
 
 
@@ -56,7 +56,7 @@ def padded_dpo_loss(model, reference, pairs, beta):
 def test_dpo_loss_and_gradient_equal_plain_padded_sequences(kind):
     model = tiny_model(kind, num_key_value_heads=4)
     reference, pairs = perturbed(model), random_pairs(6)
-    metrics, ours = gradient_of(model, DPO(beta=0.3), pairs, reference)
+    metrics, ours = gradient_of(model, make_algorithm("dpo", beta=0.3), pairs, reference)
     model.zero_grad()
     loss = padded_dpo_loss(model, reference, pairs, 0.3)
     loss.backward()
@@ -65,7 +65,7 @@ def test_dpo_loss_and_gradient_equal_plain_padded_sequences(kind):
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gpt_neox"])
-@pytest.mark.parametrize("algorithm", [SFT(), DPO(nll_coef=0.2)], ids=["sft", "dpo"])
+@pytest.mark.parametrize("algorithm", [make_algorithm("sft"), make_algorithm("dpo", nll_coef=0.2)], ids=["sft", "dpo"])
 def test_micro_batches_change_neither_loss_nor_gradient(kind, algorithm):
     model = tiny_model(kind, torch.float64, num_key_value_heads=4)
     examples = random_demonstrations(11) if algorithm.name == "sft" else random_pairs(11)
@@ -82,7 +82,7 @@ def test_micro_batches_change_neither_loss_nor_gradient(kind, algorithm):
 def test_sft_is_the_weighted_mean_over_loss_tokens():
     model, examples = tiny_model(), branching_demonstrations()
     examples = [replace(e, weight=w) for e, w in zip(examples, (1.0, 2.0, 0.5, 1.0, 3.0), strict=True)]
-    metrics, ours = gradient_of(model, SFT(), examples)
+    metrics, ours = gradient_of(model, make_algorithm("sft"), examples)
     model.zero_grad()
     total, count = 0.0, 0.0
     for example in examples:
@@ -97,10 +97,10 @@ def test_sft_is_the_weighted_mean_over_loss_tokens():
 def test_a_reference_computed_once_gives_the_same_step():
     model = tiny_model()
     reference, pairs = perturbed(model), random_pairs(9)
-    online, expected = gradient_of(model, DPO(), pairs, reference)
+    online, expected = gradient_of(model, make_algorithm("dpo"), pairs, reference)
     scored = with_reference(reference, pairs, max_tokens=50)
     assert [pair.name for pair in scored] == [pair.name for pair in pairs]
-    stored, ours = gradient_of(model, DPO(), scored)
+    stored, ours = gradient_of(model, make_algorithm("dpo"), scored)
     assert stored == pytest.approx(online, rel=1e-5)
     assert relative_error(ours, expected) < 1e-5
 
@@ -109,15 +109,15 @@ def test_a_reference_computed_once_gives_the_same_step():
 def test_the_same_step_twice_is_equal_bit_for_bit(max_tokens):
     model, pairs = tiny_model(), random_pairs(9)
     reference = perturbed(model)
-    first, one = gradient_of(model, DPO(), pairs, reference, max_tokens=max_tokens)
-    second, two = gradient_of(model, DPO(), pairs, reference, max_tokens=max_tokens)
+    first, one = gradient_of(model, make_algorithm("dpo"), pairs, reference, max_tokens=max_tokens)
+    second, two = gradient_of(model, make_algorithm("dpo"), pairs, reference, max_tokens=max_tokens)
     assert first == second
     assert torch.equal(one, two)
 
 
 def test_steps_learn_the_preference():
     model, pairs = tiny_model(initializer_range=0.1), random_pairs(8, completion=(5, 9))
-    step = step_of(model, DPO(), copy.deepcopy(model))
+    step = step_of(model, make_algorithm("dpo"), copy.deepcopy(model))
     first = step(pairs)
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-6)
@@ -130,10 +130,10 @@ def test_steps_learn_the_preference():
 
 def test_gradients_are_clipped_to_the_norm():
     model, examples = tiny_model(), random_demonstrations(4)
-    _, raw = gradient_of(model, SFT(), examples)
+    _, raw = gradient_of(model, make_algorithm("sft"), examples)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
-    step = TrainingStep(model, None, SFT(), optimizer, StepSettings(max_grad_norm=0.01))
+    step = TrainingStep(model, None, make_algorithm("sft"), optimizer, StepSettings(max_grad_norm=0.01))
     metrics = step(examples)
     moved = before - torch.cat([p.detach().flatten() for p in model.parameters()])
     assert metrics["grad_norm"] == pytest.approx(float(raw.norm()), rel=1e-5)
@@ -142,7 +142,7 @@ def test_gradients_are_clipped_to_the_norm():
 
 def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted():
     model, examples = tiny_model(), random_demonstrations(3)
-    step = step_of(model, SFT(), max_skipped=2)
+    step = step_of(model, make_algorithm("sft"), max_skipped=2)
     step(examples)
     before = copy.deepcopy(model.state_dict())
     broken = [replace(examples[0], weight=math.inf), *examples[1:]]
@@ -162,7 +162,7 @@ def test_a_lora_step_moves_only_the_adapter():
     model = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    TrainingStep(model, tiny_model(), DPO(), optimizer)(random_pairs(4))
+    TrainingStep(model, tiny_model(), make_algorithm("dpo"), optimizer)(random_pairs(4))
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed
     assert all("lora_" in name for name in changed)
@@ -171,27 +171,27 @@ def test_a_lora_step_moves_only_the_adapter():
 def test_wrong_examples_and_a_missing_reference_are_refused():
     model = tiny_model()
     with pytest.raises(PrefloopError, match="dpo learns from pairs, row demo-0 is none"):
-        step_of(model, DPO(), tiny_model())(random_demonstrations(1))
+        step_of(model, make_algorithm("dpo"), tiny_model())(random_demonstrations(1))
     with pytest.raises(PrefloopError, match="the reference must be another module"):
-        step_of(model, DPO(), model)
+        step_of(model, make_algorithm("dpo"), model)
     with pytest.raises(PrefloopError, match="dpo needs a reference"):
-        step_of(model, DPO())(random_pairs(1))
+        step_of(model, make_algorithm("dpo"))(random_pairs(1))
     with pytest.raises(PrefloopError, match="weights of the examples sum to 0"):
-        step_of(model, SFT())([replace(e, weight=0.0) for e in random_demonstrations(2)])
+        step_of(model, make_algorithm("sft"))([replace(e, weight=0.0) for e in random_demonstrations(2)])
 
 
 def test_gradient_checkpointing_gives_the_same_gradient():
     model, pairs = tiny_model(), random_pairs(5)
     reference = perturbed(model)
-    _, expected = gradient_of(model, DPO(), pairs, reference)
+    _, expected = gradient_of(model, make_algorithm("dpo"), pairs, reference)
     model.train().gradient_checkpointing_enable()
-    _, ours = gradient_of(model, DPO(), pairs, reference)
+    _, ours = gradient_of(model, make_algorithm("dpo"), pairs, reference)
     assert relative_error(ours, expected) < 1e-6
 
 
 def test_a_policy_that_cannot_share_says_so(caplog):
-    step_of(tiny_model("mistral", sliding_window=8), SFT())
+    step_of(tiny_model("mistral", sliding_window=8), make_algorithm("sft"))
     assert "computed once for each path: its attention has a sliding window" in caplog.text
     caplog.clear()
-    step_of(tiny_model(), SFT())
+    step_of(tiny_model(), make_algorithm("sft"))
     assert caplog.text == ""

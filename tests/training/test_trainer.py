@@ -13,7 +13,7 @@ import torch
 from packed_examples import random_demonstrations, random_pairs, tiny_model
 from prefloop.records import PrefloopError
 from prefloop.training import trainer
-from prefloop.training.algorithms import DPO, SFT
+from prefloop.training.algorithms import make_algorithm
 from prefloop.training.settings import TrainingSettings
 from prefloop.training.step import with_reference
 from prefloop.training.trainer import batch_at, count_steps, learning_rate_at, train
@@ -36,7 +36,10 @@ def small_model():
 def examples():
     """Ten pairs make three steps an epoch, the last of them of two pairs."""
     pairs = random_pairs(10)
-    return {"sft": (SFT(), random_demonstrations(10)), "dpo": (DPO(nll_coef=0.2), with_reference(tiny_model(), pairs))}
+    return {
+        "sft": (make_algorithm("sft"), random_demonstrations(10)),
+        "dpo": (make_algorithm("dpo", nll_coef=0.2), with_reference(tiny_model(), pairs)),
+    }
 
 
 def trained(directory, algorithm, rows, settings=SETTINGS, *, seed=1, identity="a on b", stop_at=None, model=None):
@@ -137,7 +140,7 @@ def test_the_state_of_another_training_is_not_used(tmp_path, examples, change):
 def test_the_state_of_another_algorithm_is_not_used(tmp_path, examples):
     algorithm, rows = examples["dpo"]
     trained(tmp_path, algorithm, rows, stop_at=7)
-    assert trained(tmp_path, DPO(beta=0.3), rows, stop_at=1)[2] == [1]
+    assert trained(tmp_path, make_algorithm("dpo", beta=0.3), rows, stop_at=1)[2] == [1]
     assert trained(tmp_path, algorithm, rows)[2][0] == 7
 
 
@@ -219,7 +222,7 @@ def test_a_loss_that_stays_not_finite_ends_the_training(tmp_path, examples):
 
 def test_no_examples(tmp_path):
     with pytest.raises(PrefloopError, match="sft: there are no examples to train on"):
-        trained(tmp_path, SFT(), [])
+        trained(tmp_path, make_algorithm("sft"), [])
 
 
 # --- schedules and order ------------------------------------------------------------------------------------------

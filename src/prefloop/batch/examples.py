@@ -1,9 +1,9 @@
-"""What a batch is made of: demonstrations and preference pairs of token paths."""
+"""What a batch is made of: demonstrations, preference pairs, labelled samples and samples with labelled steps."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,20 +11,21 @@ from numpy.typing import NDArray
 from prefloop.records import TokenPath
 
 Paths: TypeAlias = tuple[TokenPath, ...]
+Logprobs: TypeAlias = tuple[NDArray[np.floating[Any]], ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Demonstration:
     """A sample to imitate: the paths of one trajectory.
 
-    `name` says in errors which row it is. `ref_logprob` holds the reference model's log-probs (nats, float32, one
-    array per path, aligned with its tokens), empty when not computed.
+    `name` says in errors which row it is. `ref_logprob` holds the reference model's log-probs (nats, one array
+    per path, aligned with its tokens, in the precision of the model), empty when not computed.
     """
 
     paths: Paths
     weight: float = 1.0
     name: str = ""
-    ref_logprob: tuple[NDArray[np.float32], ...] = ()
+    ref_logprob: Logprobs = ()
 
     @property
     def samples(self) -> tuple[Paths, ...]:
@@ -36,16 +37,20 @@ class Demonstration:
 class PreferencePair:
     """Two samples of one task, of which the first is preferred.
 
-    `probability` is the belief that chosen really is better; `weight` scales the pair in the loss. `name` says in
-    errors which row it is. `ref_logprob` as in `Demonstration`, the chosen paths before the rejected.
+    `probability` is the belief that chosen really is better, a tie counting half; `tied` says that neither is
+    (the probability is then 0.5). `margin` is by how much chosen is better, in the unit of a reward model's score.
+    `weight` scales the pair in the loss. `name` and `ref_logprob` as in `Demonstration`, the chosen paths before
+    the rejected.
     """
 
     chosen: Paths
     rejected: Paths
     probability: float = 1.0
+    margin: float = 0.0
+    tied: bool = False
     weight: float = 1.0
     name: str = ""
-    ref_logprob: tuple[NDArray[np.float32], ...] = ()
+    ref_logprob: Logprobs = ()
 
     @property
     def samples(self) -> tuple[Paths, ...]:
@@ -53,4 +58,45 @@ class PreferencePair:
         return (self.chosen, self.rejected)
 
 
-Example: TypeAlias = Demonstration | PreferencePair
+@dataclass(frozen=True, slots=True, eq=False)
+class LabelledSample:
+    """A sample that was found good (`desirable`) or bad; `weight`, `name` and `ref_logprob` as in `Demonstration`."""
+
+    paths: Paths
+    desirable: bool
+    weight: float = 1.0
+    name: str = ""
+    ref_logprob: Logprobs = ()
+
+    @property
+    def samples(self) -> tuple[Paths, ...]:
+        """The one sample."""
+        return (self.paths,)
+
+
+class Step(NamedTuple):
+    """The label in [0, 1] of one step of a sample, read at its last token: `token` counts within path `path`."""
+
+    path: int
+    token: int
+    label: float
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SteppedSample:
+    """A sample whose steps were labelled, each on its own; `name` as in `Demonstration`."""
+
+    paths: Paths
+    steps: tuple[Step, ...]
+    weight: float = 1.0
+    name: str = ""
+    ref_logprob: Logprobs = ()
+
+    @property
+    def samples(self) -> tuple[Paths, ...]:
+        """The one sample."""
+        return (self.paths,)
+
+
+Example: TypeAlias = Demonstration | PreferencePair | LabelledSample | SteppedSample

@@ -1,10 +1,11 @@
 """The one batch that every algorithm trains on.
 
-Shape suffixes: T tokens of the forest, V visits of paths to tokens, S samples, P pairs.
+Shape suffixes: T tokens of the forest, V visits of paths to tokens, S samples, P pairs, K labelled steps.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -14,11 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prefloop.batch.examples import Example, PreferencePair
-from prefloop.batch.tree import Forest, build_forest
+from prefloop.batch.examples import Example, LabelledSample, PreferencePair, SteppedSample
+from prefloop.batch.tree import Forest, build_forest, separate_forest
 from prefloop.records import PrefloopError
 
-Unit = Literal["loss token", "pair"]
+Unit = Literal["loss token", "chosen token", "chosen sequence token", "sample", "pair", "step"]
 """What a loss gives one value for."""
 
 
@@ -31,10 +32,12 @@ class PackedBatch:
     `parent_T[t]` (-1 for roots, which nothing predicts).
 
     Int64: `token_T`, `parent_T`, `depth_T`, `end_T`, `visit_token_V` (the node visited), `visit_sample_V` (the
-    sample on whose behalf) and `pair_P2` (the samples chosen and rejected). Bool: `loss_mask_V`. Float32, in
-    nats: `sampled_logprob_V` (the behaviour policy's, NaN where not sampled) and `ref_logprob_V` (the
-    reference's, None when it is not known). Float32: `weight_S`, `weight_P` and `probability_P`, the belief that
-    chosen really is better.
+    sample on whose behalf), `pair_P2` (the samples chosen and rejected) and `step_visit_K` (the visit at which a
+    step ends). Bool: `loss_mask_V` and `tied_P` (neither is better). In nats: `sampled_logprob_V` (the behaviour
+    policy's, NaN where not sampled) and `ref_logprob_V` (the reference's, None when it is not known). Float32:
+    `weight_S`, `weight_P`, `weight_K`; `label_S` (1 desirable, 0 undesirable, NaN not labelled); `probability_P`,
+    the belief that chosen really is better; `margin_P`, by how much; `step_label_K` in [0, 1].
+    `kl` is the mean log-ratio of policy to reference, nats a sample, where a loss asked for it.
     """
 
     token_T: Tensor
@@ -46,10 +49,17 @@ class PackedBatch:
     loss_mask_V: Tensor
     sampled_logprob_V: Tensor
     weight_S: Tensor
+    label_S: Tensor
     pair_P2: Tensor
     probability_P: Tensor
+    margin_P: Tensor
+    tied_P: Tensor
     weight_P: Tensor
+    step_visit_K: Tensor
+    step_label_K: Tensor
+    weight_K: Tensor
     ref_logprob_V: Tensor | None = None
+    kl: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -66,11 +76,43 @@ class PackedBatch:
         """The visits that enter losses, in order; int64, U loss tokens."""
         return torch.nonzero(self.loss_mask_V)[:, 0]
 
+    @property
+    def chosen_visits(self) -> Tensor:
+        """The visits of chosen samples that enter losses, in order; int64."""
+        return torch.nonzero(self._chosen_V & self.loss_mask_V)[:, 0]
+
+    @property
+    def chosen_sequence_visits(self) -> Tensor:
+        """The visits of chosen samples to all tokens that something predicts, prompts and tools' too; int64."""
+        return torch.nonzero(self._chosen_V & (self.depth_T[self.visit_token_V] > 0))[:, 0]
+
+    @property
+    def _chosen_V(self) -> Tensor:
+        chosen_S = torch.zeros_like(self.weight_S, dtype=torch.bool)
+        chosen_S[self.pair_P2[:, 0]] = True
+        return chosen_S[self.visit_sample_V]
+
+    @property
+    def last_visit_S(self) -> Tensor:
+        """The last visit of each sample, at which a reward model's score is read; int64."""
+        return torch.cumsum(torch.bincount(self.visit_sample_V, minlength=self.num_samples), 0) - 1
+
     def weight(self, unit: Unit) -> Tensor:
         """The weight of each unit; their sum over the optimizer step is the loss's denominator."""
-        if unit == "pair":
-            return self.weight_P
-        return self.weight_S[self.visit_sample_V[self.loss_visits]]
+        match unit:
+            case "pair":
+                return self.weight_P
+            case "step":
+                return self.weight_K
+            case "sample":
+                return self.weight_S
+            case "loss token":
+                visits = self.loss_visits
+            case "chosen token":
+                visits = self.chosen_visits
+            case "chosen sequence token":
+                visits = self.chosen_sequence_visits
+        return self.weight_S[self.visit_sample_V[visits]]
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on a device."""
@@ -78,8 +120,10 @@ class PackedBatch:
         return replace(self, **{name: t.to(device) for name, t in moved.items() if t is not None})
 
 
-def pack(examples: Sequence[Example]) -> PackedBatch:
+def pack(examples: Sequence[Example], *, merge: bool = True) -> PackedBatch:
     """The batch of these examples; samples are numbered in order, a pair's chosen before its rejected.
+
+    Without `merge` no prefix is shared: each path is a tree of its own.
 
     Raises:
         PrefloopError: naming the row: a sample without a loss token, a loss token that nothing predicts (the
@@ -87,7 +131,7 @@ def pack(examples: Sequence[Example]) -> PackedBatch:
     """
     samples = [paths for example in examples for paths in example.samples]
     paths = [path for sample in samples for path in sample]
-    forest = build_forest([path.token for path in paths])
+    forest = (build_forest if merge else separate_forest)([path.token for path in paths])
     visit_sample_V = np.repeat(np.arange(len(samples)), [sum(len(path.token) for path in sample) for sample in samples])
     loss_mask_V = np.concatenate([path.loss_mask for path in paths])
     _check_loss_mask(examples, forest, visit_sample_V, loss_mask_V)
@@ -108,19 +152,50 @@ def _tensors(forest: Forest) -> dict[str, Tensor]:
 
 
 def _sample_streams(examples: Sequence[Example]) -> dict[str, Tensor]:
-    """Weights, pairs and probabilities of the examples."""
+    """Weights, labels, pairs and steps of the examples."""
     weight_S: list[float] = []
+    label_S: list[float] = []
     pair_P2: list[tuple[int, int]] = []
-    pairs = [example for example in examples if isinstance(example, PreferencePair)]
     for example in examples:
         if isinstance(example, PreferencePair):
             pair_P2.append((len(weight_S), len(weight_S) + 1))
+        label = float(example.desirable) if isinstance(example, LabelledSample) else math.nan
         weight_S += [example.weight] * len(example.samples)
+        label_S += [label] * len(example.samples)
+    pairs = [example for example in examples if isinstance(example, PreferencePair)]
     return {
         "weight_S": torch.tensor(weight_S, dtype=torch.float32),
+        "label_S": torch.tensor(label_S, dtype=torch.float32),
         "pair_P2": torch.tensor(pair_P2, dtype=torch.long).reshape(-1, 2),
         "probability_P": torch.tensor([pair.probability for pair in pairs], dtype=torch.float32),
+        "margin_P": torch.tensor([pair.margin for pair in pairs], dtype=torch.float32),
+        "tied_P": torch.tensor([pair.tied for pair in pairs], dtype=torch.bool),
         "weight_P": torch.tensor([pair.weight for pair in pairs], dtype=torch.float32),
+        **_step_streams(examples),
+    }
+
+
+def _step_streams(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Where labelled steps end, their labels and weights."""
+    visit_K: list[int] = []
+    label_K: list[float] = []
+    weight_K: list[float] = []
+    num_visits = 0
+    for i, example in enumerate(examples):
+        lengths = [len(path.token) for sample in example.samples for path in sample]
+        for step in example.steps if isinstance(example, SteppedSample) else ():
+            if not (0 <= step.path < len(lengths) and 0 <= step.token < lengths[step.path]):
+                raise PrefloopError(
+                    f"{_row(example, i)}: a step ends at token {step.token} of path {step.path}: no such"
+                )
+            visit_K.append(num_visits + sum(lengths[: step.path]) + step.token)
+            label_K.append(step.label)
+            weight_K.append(step.weight * example.weight)
+        num_visits += sum(lengths)
+    return {
+        "step_visit_K": torch.tensor(visit_K, dtype=torch.long),
+        "step_label_K": torch.tensor(label_K, dtype=torch.float32),
+        "weight_K": torch.tensor(weight_K, dtype=torch.float32),
     }
 
 
@@ -133,7 +208,7 @@ def _reference_stream(examples: Sequence[Example]) -> Tensor | None:
         if lengths != [len(array) for array in example.ref_logprob]:
             raise PrefloopError(f"{_row(example, i)}: ref_logprob must have one value for each token of each path")
     streams = [array for example in examples for array in example.ref_logprob]
-    return torch.from_numpy(np.concatenate(streams, dtype=np.float32))
+    return torch.from_numpy(np.concatenate(streams))
 
 
 def _check_loss_mask(

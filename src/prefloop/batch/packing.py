@@ -20,6 +20,10 @@ from prefloop.batch.tree import build_forest
 Ints = NDArray[np.int64]
 
 
+MIN_SHARING = 1.1
+"""Visits for each distinct token below which merging prefixes does not pay."""
+
+
 def micro_batches(examples: Sequence[Example], max_tokens: int, *, shares: bool = True) -> list[PackedBatch]:
     """Packed micro-batches of at most `max_tokens` computed tokens each.
 
@@ -29,7 +33,19 @@ def micro_batches(examples: Sequence[Example], max_tokens: int, *, shares: bool 
     Raises:
         PrefloopError: as `pack`.
     """
-    return [pack([examples[i] for i in group]) for group in split_examples(examples, max_tokens, shares=shares)]
+    return [pack_group(examples, group) for group in split_examples(examples, max_tokens, shares=shares)]
+
+
+def pack_group(examples: Sequence[Example], group: Sequence[int]) -> PackedBatch:
+    """The batch of the examples of these indices; where they share too little to pay, nothing is merged.
+
+    Raises:
+        PrefloopError: as `pack`.
+    """
+    chosen = [examples[i] for i in group]
+    batch = pack(chosen)
+    shared = batch.visit_token_V.shape[0] / batch.num_tokens
+    return batch if shared >= MIN_SHARING else pack(chosen, merge=False)
 
 
 def split_examples(examples: Sequence[Example], max_tokens: int, *, shares: bool = True) -> list[list[int]]:

@@ -44,10 +44,7 @@ def build_forest(paths: Sequence[NDArray[np.integer]]) -> Forest:
     Raises:
         PrefloopError: no path at all, or a path without tokens (the message gives its index).
     """
-    length_N = np.array([len(path) for path in paths], dtype=np.int64)
-    if len(length_N) == 0 or not length_N.all():
-        which = f"path {int(np.argmin(length_N))} of {len(length_N)} has no tokens" if len(length_N) else "no paths"
-        raise PrefloopError(f"cannot build a forest: {which}; every sample needs at least one token")
+    length_N = _lengths(paths)
     order_N = _lexicographic(paths)
     token_V = np.concatenate([paths[i] for i in order_N]).astype(np.int64)
     length_N = length_N[order_N]
@@ -66,6 +63,28 @@ def build_forest(paths: Sequence[NDArray[np.integer]]) -> Forest:
     np.maximum.at(end_T, node_V, np.repeat(node_V[start_N + length_N - 1] + 1, length_N))
     visit_token_V, path_start_N = _in_given_order(node_V, start_N, length_N, order_N)
     return Forest(token_V[new_V], parent_V[new_V], depth_V[new_V], end_T, visit_token_V, path_start_N)
+
+
+def separate_forest(paths: Sequence[NDArray[np.integer]]) -> Forest:
+    """The forest in which nothing is shared: each path is a tree of its own, in the order given.
+
+    Raises:
+        PrefloopError: as `build_forest`.
+    """
+    length_N = _lengths(paths)
+    start_N = np.cumsum(length_N) - length_N
+    token_V = np.concatenate(paths).astype(np.int64)
+    depth_V = np.arange(len(token_V)) - np.repeat(start_N, length_N)
+    parent_V = np.where(depth_V > 0, np.arange(len(token_V)) - 1, -1)
+    return Forest(token_V, parent_V, depth_V, np.repeat(start_N + length_N, length_N), np.arange(len(token_V)), start_N)
+
+
+def _lengths(paths: Sequence[NDArray[np.integer]]) -> Ints:
+    length_N = np.array([len(path) for path in paths], dtype=np.int64)
+    if len(length_N) == 0 or not length_N.all():
+        which = f"path {int(np.argmin(length_N))} of {len(length_N)} has no tokens" if len(length_N) else "no paths"
+        raise PrefloopError(f"cannot build a forest: {which}; every sample needs at least one token")
+    return length_N
 
 
 def _lexicographic(paths: Sequence[NDArray[np.integer]]) -> Ints:

@@ -4,7 +4,8 @@ Only the log-probs of tokens that enter a loss are computed, each read at its pa
 tokens; logits are kept for the backward pass where they fit a budget, else computed again, so that logits over
 the vocabulary are never all in memory beyond it.
 
-Shape suffixes: T tokens of the forest, U loss tokens (distinct), D hidden size, W vocabulary.
+Shape suffixes: T tokens of the forest, V visits, U tokens that are read (distinct), D hidden size, W vocabulary, H
+score heads.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from prefloop.batch.packed import PackedBatch
 from prefloop.models.attention import SHARING_MODEL_TYPES, causal_model, is_sharing, sharing, why_not_shared
 from prefloop.records import PrefloopError
 
-Want = Literal["logprob", "entropy"]
+Want = Literal["logprob", "entropy", "score"]
 
 LOGIT_BUDGET = 1 << 29
 """Bytes of logits that may be kept for the backward pass."""
@@ -37,14 +38,16 @@ SEGMENT_FLOPS = 2e6
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outputs:
-    """What a forward gives for each token of the forest, 0 where no loss needs it.
+    """What a forward gives for each token of the forest, 0 where nothing reads it; None what was not wanted.
 
-    `logprob_T` the log-prob (nats) of the token given its ancestors; `entropy_T` (nats, without gradient, None
-    unless wanted) of the distribution it was drawn from. Float32, float64 for models in float64.
+    `logprob_T` the log-prob (nats) of the token given its ancestors; `entropy_T` (nats, without gradient) of the
+    distribution it was drawn from; `score_TH` the scores that the model gives at the token. Float32, float64 for
+    models in float64.
     """
 
-    logprob_T: Tensor
+    logprob_T: Tensor | None = None
     entropy_T: Tensor | None = None
+    score_TH: Tensor | None = None
 
 
 def forward(
@@ -52,30 +55,48 @@ def forward(
     batch: PackedBatch,
     want: Collection[Want] = frozenset({"logprob"}),
     *,
+    read_V: Tensor | None = None,
     layout: Layout | None = None,
     logit_budget: int = LOGIT_BUDGET,
 ) -> Outputs:
-    """Log-probs of the batch's loss tokens under a causal language model of transformers.
+    """Log-probs of tokens under a causal language model of transformers, or scores under one with a scalar head.
 
+    `read_V` (bool) names the visits that are read, by default those of the loss mask; nothing else is computed.
     `layout` says how tokens lie before the model, by default as `layout_for` chooses. The result does not depend
     on it beyond rounding.
 
     Raises:
-        PrefloopError: a forest for a model that cannot share, gradient checkpointing outside `sharing`, or a head
-            that is more than a linear layer.
+        PrefloopError: a forest for a model that cannot share, gradient checkpointing outside `sharing`, a head
+            that is more than a linear layer, or no such head.
     """
     if layout is None:
         layout = layout_for(model, batch)
-    target_U = torch.unique(batch.visit_token_V[batch.loss_mask_V])
-    hidden_BLD = hidden_states(model, layout)
-    hidden_UD = hidden_BLD.flatten(0, 1)[layout.place_T[batch.parent_T[target_U]]]
-    head = _linear_head(model)
-    logprob_U, entropy_U = _head(hidden_UD, head, batch.token_T[target_U], "entropy" in want, logit_budget)
+    token_U = torch.unique(batch.visit_token_V[batch.loss_mask_V if read_V is None else read_V])
+    hidden_LD = hidden_states(model, layout).flatten(0, 1)
 
     def spread(value_U: Tensor) -> Tensor:
-        return value_U.new_zeros(batch.num_tokens).index_put((target_U,), value_U)
+        return value_U.new_zeros(batch.num_tokens, *value_U.shape[1:]).index_put((token_U,), value_U)
 
+    if "score" in want:
+        score_UH = score_head(model)(hidden_LD[layout.place_T[token_U]])
+        return Outputs(score_TH=spread(score_UH.to(torch.promote_types(score_UH.dtype, torch.float32))))
+    hidden_UD = hidden_LD[layout.place_T[batch.parent_T[token_U]]]
+    logprob_U, entropy_U = _head(
+        hidden_UD, _linear_head(model), batch.token_T[token_U], "entropy" in want, logit_budget
+    )
     return Outputs(spread(logprob_U), spread(entropy_U) if "entropy" in want else None)
+
+
+def score_head(model: nn.Module) -> nn.Module:
+    """The scalar head of a sequence or token classification model of transformers; gives [..., H].
+
+    Raises:
+        PrefloopError: the model has none.
+    """
+    head = getattr(causal_model(model), "score", None)
+    if not isinstance(head, nn.Module):
+        raise PrefloopError(f"{type(model).__name__} has no score head: load it as a reward model")
+    return head
 
 
 def layout_for(model: nn.Module, batch: PackedBatch) -> Layout:

@@ -120,7 +120,7 @@ def _initial(run: Run, demonstrations: Dataset) -> Policy:
 def _learn(run: Run, base: Checkpoint, demonstrations: Dataset) -> Checkpoint:
     """Imitate the demonstrations."""
     from prefloop.batch.examples import Demonstration
-    from prefloop.training.algorithms import SFT
+    from prefloop.training.algorithms import make_algorithm
     from prefloop.training.trainer import count_steps, forget_state, train
 
     settings = run.settings.sft
@@ -137,7 +137,7 @@ def _learn(run: Run, base: Checkpoint, demonstrations: Dataset) -> Checkpoint:
         history = train(
             policy.model,
             None,
-            SFT(),
+            make_algorithm("sft"),
             examples,
             settings,
             seed=derived_seed(run.settings.seed, "sft"),

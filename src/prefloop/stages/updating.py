@@ -157,11 +157,9 @@ def _states(run: Run, iteration: int) -> Path:
 
 
 def _algorithm(settings: UpdateSettings) -> Algorithm:
-    from prefloop.training.algorithms import DPO, SFT
+    from prefloop.training.algorithms import make_algorithm
 
-    if settings.algorithm == "sft":
-        return SFT()
-    return DPO(settings.beta, settings.label_smoothing, settings.nll_coef)
+    return make_algorithm(settings.algorithm, settings)
 
 
 def _examples(run: Run, policy: Policy, before: str, dataset: Dataset, settings: UpdateSettings) -> list[Example]:
@@ -177,7 +175,11 @@ def _examples(run: Run, policy: Policy, before: str, dataset: Dataset, settings:
         return [Demonstration(paths[i], name=i) for i in dataset.trajectory_ids]
     pairs = [
         PreferencePair(
-            paths[p.chosen_id], paths[p.rejected_id], p.probability, p.weight, f"{p.chosen_id} over {p.rejected_id}"
+            paths[p.chosen_id],
+            paths[p.rejected_id],
+            probability=p.probability,
+            weight=p.weight,
+            name=f"{p.chosen_id} over {p.rejected_id}",
         )
         for p in dataset.pairs
     ]

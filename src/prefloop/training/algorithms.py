@@ -1,124 +1,343 @@
-"""What an algorithm is: the records it needs, the models it holds, and a loss for each of its units.
+"""What an algorithm is: the records it needs, what it reads of the model, and a loss for each of its units.
 
-The training step knows none of this. Settings are the fields of an algorithm; each exists once, here.
+The training step knows none of this. Losses are pure functions of `prefloop.losses`; an algorithm gathers their
+arguments from a batch.
 
-Shape suffixes: V visits, U loss tokens, S samples, P pairs.
+Shape suffixes: V visits, U units, S samples, P pairs, K steps, H heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from prefloop.batch.examples import Demonstration, Example
 from prefloop.batch.packed import PackedBatch, Unit
-from prefloop.losses.dpo import dpo
+from prefloop.config import parse_settings
+from prefloop.losses.kto import kto
+from prefloop.losses.pairs import Pairs
+from prefloop.losses.registry import Records, objective, resolve_knobs
+from prefloop.losses.reward import bradley_terry, step_cross_entropy
+from prefloop.losses.settings import LossSettings
 from prefloop.losses.sft import sft
 from prefloop.records import PrefloopError
+from prefloop.training.kl_samples import deranged, rotated
 
-Records = Literal["demonstrations", "pairs"]
+NOT_OF_THE_FUNCTION = frozenset({"nll_coef", "nll_reduction", "nll_scope", "mixture", "ld_alpha", "kl"})
+"""Knobs that an algorithm reads itself; the others are arguments of the loss."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Term:
+    """A loss for each unit, unreduced; `coef` weighs it in the sum of terms."""
+
+    unit: Unit
+    value_U: Tensor
+    coef: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class UnitLoss:
-    """A loss for each unit, unreduced, and metrics for each unit (detached); all of one length."""
+    """The terms of a loss, and metrics (detached) for each unit of the first, NaN where a unit has none."""
 
-    value_U: Tensor
+    terms: tuple[Term, ...]
     metric_U: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Algorithm(Protocol):
     """A way to learn from records.
 
-    The step weighs each unit's loss (`PackedBatch.weight`) and divides by the sum of weights over the whole
-    optimizer step.
+    The step weighs each unit's loss (`PackedBatch.weight`) and divides each term by the sum of its units' weights
+    over the whole optimizer step. `reads` says whether the loss reads log-probs or scores, `read_V` at which visits.
+    Where `couples`, the loss of a unit depends on others, and is computed over the whole optimizer step at once.
     """
 
-    name: ClassVar[str]
+    @property
+    def name(self) -> str:
+        """The objective's name."""
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss reads the reference's log-probs."""
+
+    @property
+    def couples(self) -> bool:
+        """Whether the loss of a unit depends on other units."""
+
     records: ClassVar[Records]
-    unit: ClassVar[Unit]
-    needs_reference: ClassVar[bool]
+    reads: ClassVar[Literal["logprob", "score"]]
 
-    def loss(self, batch: PackedBatch, logprob_V: Tensor) -> UnitLoss:
-        """The loss of each unit, given the policy's log-prob of each visit (0 outside the loss mask)."""
+    def read_V(self, batch: PackedBatch) -> Tensor:
+        """The visits whose log-prob or score the loss reads; bool [V]."""
+
+    def kl_samples(self, examples: Sequence[Example], seed: Sequence[int]) -> Sequence[Demonstration]:
+        """Samples over which the loss wants the mean log-ratio of policy to reference (`PackedBatch.kl`)."""
+
+    def loss(self, batch: PackedBatch, output_V: Tensor) -> UnitLoss:
+        """The loss, given the policy's log-prob [V] or scores [V, H] of each visit (0 where not read)."""
 
 
-@dataclass(frozen=True, slots=True)
-class SFT:
+class _OwnTokens:
+    """What most algorithms have in common: the log-probs of the policy's own tokens, each unit on its own."""
+
+    reads: ClassVar[Literal["logprob", "score"]] = "logprob"
+    couples = False
+    needs_reference = False
+
+    def read_V(self, batch: PackedBatch) -> Tensor:
+        """The policy's own tokens."""
+        return batch.loss_mask_V
+
+    def kl_samples(self, examples: Sequence[Example], seed: Sequence[int]) -> Sequence[Demonstration]:
+        """None."""
+        return ()
+
+
+@dataclass(frozen=True)
+class SFT(_OwnTokens):
     """Imitation of demonstrations: cross-entropy on the policy's own tokens."""
+
+    dft: bool = False
 
     name: ClassVar[str] = "sft"
     records: ClassVar[Records] = "demonstrations"
-    unit: ClassVar[Unit] = "loss token"
-    needs_reference: ClassVar[bool] = False
 
-    def loss(self, batch: PackedBatch, logprob_V: Tensor) -> UnitLoss:
+    def loss(self, batch: PackedBatch, output_V: Tensor) -> UnitLoss:
         """Cross-entropy of each loss token."""
-        return UnitLoss(sft(logprob_V[batch.loss_visits]))
+        return UnitLoss((Term("loss token", sft(output_V[batch.loss_visits], dft=self.dft)),))
 
 
-@dataclass(frozen=True, slots=True)
-class DPO:
-    """Direct preference optimisation, optionally with the likelihood of the chosen completion.
+@dataclass(frozen=True)
+class Preference(_OwnTokens):
+    """A loss of preference pairs, to which the chosen's likelihood and further losses may be added.
 
-    `beta` is the strength of the pull to the reference, `label_smoothing` the assumed share of flipped labels,
-    and `nll_coef` the weight α of the chosen completion's mean negative log-likelihood per token:
-    L + α · (-log π(y_c) / |y_c|), as in iterative reasoning preference optimisation (Pang et al. 2024,
-    arXiv:2404.19733, eq. 1).
-
-    Raises:
-        PrefloopError: a setting outside its range.
+    The loss of a pair with probability p is p · L(chosen, rejected) + (1 - p) · L(rejected, chosen). The likelihood
+    term is α times the chosen's mean negative log-likelihood, over each pair's tokens (`nll_reduction` "pair": Pang et
+    al. 2024, arXiv:2404.19733, eq. 1) or over all chosen tokens of the step ("token": TRL); with `nll_scope` "sequence"
+    over those of prompts and tools, too (TRL's ORPO).
     """
 
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    nll_coef: float = 0.0
+    name: str
+    knobs: Mapping[str, Any]
 
-    name: ClassVar[str] = "dpo"
     records: ClassVar[Records] = "pairs"
-    unit: ClassVar[Unit] = "pair"
-    needs_reference: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not self.beta > 0:
-            raise PrefloopError(f"dpo: beta must be above 0, not {self.beta}")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise PrefloopError(f"dpo: label_smoothing must be in [0, 0.5), not {self.label_smoothing}")
-        if not self.nll_coef >= 0:
-            raise PrefloopError(f"dpo: nll_coef must be at least 0, not {self.nll_coef}")
+        for other in self.knobs["mixture"]:
+            if objective(other).records != "pairs" or "nll_coef" not in objective(other).knobs:
+                raise PrefloopError(f"mixture: {other!r} is not a loss of preference pairs")
 
-    def loss(self, batch: PackedBatch, logprob_V: Tensor) -> UnitLoss:
+    @property
+    def losses(self) -> dict[str, float]:
+        """The losses that are summed, with their weights."""
+        return {self.name: 1.0, **self.knobs["mixture"]}
+
+    @property
+    def couples(self) -> bool:  # type: ignore[override]
+        """As the losses say."""
+        return any(objective(name).couples for name in self.losses)
+
+    @property
+    def needs_reference(self) -> bool:  # type: ignore[override]
+        """As the losses say."""
+        return any(objective(name).reference for name in self.losses)
+
+    def read_V(self, batch: PackedBatch) -> Tensor:
+        """The policy's own tokens; also the others of chosen samples where the likelihood counts those."""
+        if not self.knobs["nll_coef"] or self.knobs["nll_scope"] == "completion":
+            return batch.loss_mask_V
+        return batch.loss_mask_V.index_fill(0, batch.chosen_sequence_visits, True)
+
+    def loss(self, batch: PackedBatch, output_V: Tensor) -> UnitLoss:
         """The loss of each pair, with TRL's names for the metrics."""
-        assert batch.ref_logprob_V is not None  # the step sees to it: needs_reference
-        chosen_P, rejected_P = sum_by_sample(batch, logprob_V)[batch.pair_P2].unbind(1)
-        ref_chosen_P, ref_rejected_P = sum_by_sample(batch, batch.ref_logprob_V)[batch.pair_P2].unbind(1)
-        value_P = dpo(
-            chosen_P,
-            rejected_P,
-            ref_chosen_P,
-            ref_rejected_P,
-            batch.probability_P,
-            beta=self.beta,
-            label_smoothing=self.label_smoothing,
-        )
-        reward_chosen_P = self.beta * (chosen_P - ref_chosen_P).detach()
-        reward_rejected_P = self.beta * (rejected_P - ref_rejected_P).detach()
-        metrics = {
+        pairs = self._pairs(batch, output_V)
+        value_P = sum((weight * self._value(name, pairs, batch) for name, weight in self.losses.items()), start=0.0)
+        terms, metrics = [Term("pair", torch.as_tensor(value_P))], self._metrics(pairs)
+        if self.knobs["nll_coef"]:
+            terms.append(self._likelihood(batch, output_V, pairs))
+            metrics["nll_loss"] = (-pairs.chosen_logprob_P / pairs.num_chosen_P).detach()
+        return UnitLoss(tuple(terms), metrics)
+
+    def _pairs(self, batch: PackedBatch, logprob_V: Tensor) -> Pairs:
+        ref_logprob_V = batch.ref_logprob_V if self.needs_reference else torch.zeros_like(logprob_V)
+        assert ref_logprob_V is not None  # the step sees to it: needs_reference
+        counted_V = torch.ones_like(logprob_V, dtype=torch.float64)
+        weight_V = self._token_weight(batch)
+
+        def sides(stream_V: Tensor) -> tuple[Tensor, Tensor]:
+            chosen_P, rejected_P = sum_by_sample(batch, stream_V)[batch.pair_P2].unbind(1)
+            return chosen_P, rejected_P
+
+        if weight_V is not None:
+            logprob_V, ref_logprob_V = logprob_V * weight_V, ref_logprob_V * weight_V
+        return Pairs(*sides(logprob_V), *sides(ref_logprob_V), *sides(counted_V))
+
+    def _token_weight(self, batch: PackedBatch) -> Tensor | None:
+        """LD-DPO (Liu et al. 2024, arXiv:2409.06411): tokens beyond the length of the shorter side weigh `ld_alpha`."""
+        if "ld_alpha" not in self.knobs:
+            return None
+        ones_V = torch.ones_like(batch.loss_mask_V, dtype=torch.float64)
+        shorter_P = sum_by_sample(batch, ones_V)[batch.pair_P2].amin(1)
+        shorter_S = torch.empty_like(batch.weight_S, dtype=torch.float64)
+        shorter_S[batch.pair_P2] = shorter_P[:, None]
+        visit_U = batch.loss_visits
+        sample_U = batch.visit_sample_V[visit_U]
+        first_S = torch.searchsorted(sample_U, torch.arange(batch.num_samples, device=sample_U.device))
+        place_U = torch.arange(len(visit_U), device=sample_U.device) - first_S[sample_U]
+        weight_U = torch.where(place_U < shorter_S[sample_U], 1.0, self.knobs["ld_alpha"])
+        return ones_V.index_put((visit_U,), weight_U.to(ones_V.dtype))
+
+    def _value(self, name: str, pairs: Pairs, batch: PackedBatch) -> Tensor:
+        """The loss of each pair under its probability."""
+        found = objective(name)
+        knobs = {key: self.knobs.get(key, default) for key, default in found.knobs.items()}
+        arguments = {key: value for key, value in knobs.items() if key not in NOT_OF_THE_FUNCTION}
+        function = found.load()
+        value_P: Tensor = function(pairs, **arguments)
+        unsure_P = batch.probability_P < 1
+        if not unsure_P.any():
+            return value_P
+        if found.couples:
+            raise PrefloopError(f"{name} compares whole batches and cannot weigh single pairs: it needs probability 1")
+        p_P = batch.probability_P.double()
+        return torch.where(unsure_P, p_P * value_P + (1 - p_P) * function(pairs.swapped, **arguments), value_P)
+
+    def _likelihood(self, batch: PackedBatch, logprob_V: Tensor, pairs: Pairs) -> Term:
+        coef = float(self.knobs["nll_coef"])
+        if self.knobs["nll_scope"] == "sequence":
+            return Term("chosen sequence token", -logprob_V[batch.chosen_sequence_visits], coef)
+        if self.knobs["nll_reduction"] == "token":
+            return Term("chosen token", -logprob_V[batch.chosen_visits], coef)
+        return Term("pair", -pairs.chosen_logprob_P / pairs.num_chosen_P, coef)
+
+    def _metrics(self, pairs: Pairs) -> dict[str, Tensor]:
+        beta = self.knobs.get("beta", 1.0)
+        reward_chosen_P = beta * pairs.chosen_logratio_P.detach()
+        reward_rejected_P = beta * pairs.rejected_logratio_P.detach()
+        return {
             "rewards/chosen": reward_chosen_P,
             "rewards/rejected": reward_rejected_P,
             "rewards/accuracies": (reward_chosen_P > reward_rejected_P).double(),
             "rewards/margins": reward_chosen_P - reward_rejected_P,
-            "logps/chosen": chosen_P.detach(),
-            "logps/rejected": rejected_P.detach(),
+            "logps/chosen": pairs.chosen_logprob_P.detach(),
+            "logps/rejected": pairs.rejected_logprob_P.detach(),
         }
-        if self.nll_coef:
-            nll_P = -chosen_P / sum_by_sample(batch, torch.ones_like(logprob_V))[batch.pair_P2[:, 0]]
-            value_P = value_P + self.nll_coef * nll_P
-            metrics["nll_loss"] = nll_P.detach()
-        return UnitLoss(value_P, metrics)
+
+
+@dataclass(frozen=True)
+class KTO(_OwnTokens):
+    """Kahneman-Tversky optimisation of labelled samples.
+
+    Its reference point is the KL of policy to reference, estimated over the whole optimizer step: on completions
+    dealt to other prompts (`kl` "derangement", or TRL's "rotation"), on `samples` that the policy wrote itself
+    ("samples"), or left out ("none": where trajectories have several turns, another task's prompt makes no sense).
+    """
+
+    knobs: Mapping[str, Any]
+    samples: Sequence[Demonstration] = ()
+
+    name: ClassVar[str] = "kto"
+    records: ClassVar[Records] = "labelled samples"
+    needs_reference = True
+
+    def kl_samples(self, examples: Sequence[Example], seed: Sequence[int]) -> Sequence[Demonstration]:
+        """The samples of this step's reference point."""
+        kind = self.knobs["kl"]
+        if kind == "samples":
+            order = np.random.default_rng(seed).permutation(len(self.samples))[: len(examples)]
+            return [self.samples[i] for i in order]
+        return {"derangement": deranged, "rotation": rotated}[kind](examples, seed) if kind != "none" else ()
+
+    def loss(self, batch: PackedBatch, output_V: Tensor) -> UnitLoss:
+        """The loss of each sample, with TRL's names for the metrics."""
+        assert batch.ref_logprob_V is not None  # the step sees to it: needs_reference
+        logprob_S = sum_by_sample(batch, output_V)
+        logratio_S = logprob_S - sum_by_sample(batch, batch.ref_logprob_V)
+        kl = torch.zeros_like(logratio_S[:1]) if batch.kl is None else batch.kl.to(logratio_S)
+        desirable_S = batch.label_S == 1
+        weights = {key: self.knobs[key] for key in ("beta", "desirable_weight", "undesirable_weight")}
+        value_S = kto(logratio_S, desirable_S, kl, **weights)
+        reward_S = self.knobs["beta"] * logratio_S.detach()
+        metrics = {"kl": kl.clamp(min=0).expand_as(reward_S)}
+        for side, mask_S in (("chosen", desirable_S), ("rejected", ~desirable_S)):
+            metrics[f"rewards/{side}"] = torch.where(mask_S, reward_S, torch.nan)
+            metrics[f"logps/{side}"] = torch.where(mask_S, logprob_S.detach(), torch.nan)
+        return UnitLoss((Term("sample", value_S),), metrics)
+
+
+class _Scores(_OwnTokens):
+    """Algorithms whose model gives scores."""
+
+    reads: ClassVar[Literal["logprob", "score"]] = "score"
+
+
+@dataclass(frozen=True)
+class Reward(_Scores):
+    """A reward model of preference pairs: its score is read at the last token of each sample."""
+
+    knobs: Mapping[str, Any]
+
+    name: ClassVar[str] = "reward"
+    records: ClassVar[Records] = "pairs"
+
+    def read_V(self, batch: PackedBatch) -> Tensor:
+        """The last token of each sample."""
+        return torch.zeros_like(batch.loss_mask_V).index_fill(0, batch.last_visit_S, True)
+
+    def loss(self, batch: PackedBatch, output_V: Tensor) -> UnitLoss:
+        """The loss of each pair, with TRL's names for the metrics."""
+        score_SH = output_V[batch.last_visit_S].double()
+        chosen_PH, rejected_PH = score_SH[batch.pair_P2].unbind(1)
+        value_P = bradley_terry(chosen_PH, rejected_PH, batch.margin_P, batch.probability_P, batch.tied_P, **self.knobs)
+        chosen_P, rejected_P = chosen_PH.detach().mean(1), rejected_PH.detach().mean(1)
+        metrics = {
+            "accuracy": torch.where(batch.tied_P, torch.nan, (chosen_P > rejected_P).double()),
+            "margin": chosen_P - rejected_P,
+            "mean_reward": (chosen_P + rejected_P) / 2,
+        }
+        return UnitLoss((Term("pair", value_P),), metrics)
+
+
+@dataclass(frozen=True)
+class ProcessReward(_Scores):
+    """A reward model of steps: its score is read at the last token of each labelled step."""
+
+    name: ClassVar[str] = "process_reward"
+    records: ClassVar[Records] = "steps"
+
+    def read_V(self, batch: PackedBatch) -> Tensor:
+        """The last token of each labelled step."""
+        return torch.zeros_like(batch.loss_mask_V).index_fill(0, batch.step_visit_K, True)
+
+    def loss(self, batch: PackedBatch, output_V: Tensor) -> UnitLoss:
+        """The loss of each step."""
+        score_KH = output_V[batch.step_visit_K].double()
+        value_K = step_cross_entropy(score_KH, batch.step_label_K)
+        right_K = (score_KH.detach().mean(1) > 0) == (batch.step_label_K > 0.5)
+        return UnitLoss((Term("step", value_K),), {"accuracy": right_K.double()})
+
+
+def make_algorithm(name: str, settings: LossSettings | None = None, **knobs: Any) -> Algorithm:
+    """The algorithm of an objective; knobs that are left out have its defaults.
+
+    Raises:
+        PrefloopError: no such objective, or a knob that it does not have.
+    """
+    found = resolve_knobs(name, settings or parse_settings(LossSettings, knobs, name))
+    if name == "sft":
+        return SFT(**found)
+    if name == "kto":
+        return KTO(found)
+    if name == "reward":
+        return Reward(found)
+    if name == "process_reward":
+        return ProcessReward(**found)
+    return Preference(name, found)
 
 
 def sum_by_sample(batch: PackedBatch, stream_V: Tensor) -> Tensor:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from prefloop.config import Settings
+from prefloop.losses.registry import resolve_knobs
+from prefloop.losses.settings import LossSettings
+from prefloop.records import PrefloopError
 
 
 class TrainingSettings(Settings):
@@ -32,19 +35,24 @@ class TrainingSettings(Settings):
     checkpoint_every: int = Field(default=200, ge=1)
 
 
-class UpdateSettings(TrainingSettings):
-    """The update of the policy in each iteration.
+class UpdateSettings(TrainingSettings, LossSettings):
+    """The update of the policy in each iteration: an objective with its knobs.
 
     `decay` lowers the learning rate over the iterations. The reference is the policy that the loop started from
     ("start") or the one before the update ("previous").
     """
 
-    algorithm: Literal["dpo", "sft"] = "dpo"
-    beta: float = Field(default=0.1, gt=0)
-    label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
-    nll_coef: float = Field(default=0.0, ge=0)
+    algorithm: str = "dpo"
     reference: Literal["start", "previous"] = "start"
     decay: Literal["none", "linear"] = "linear"
+
+    @model_validator(mode="after")
+    def _knobs_fit(self) -> UpdateSettings:
+        try:
+            resolve_knobs(self.algorithm, self)
+        except PrefloopError as error:
+            raise ValueError(str(error)) from None
+        return self
 
 
 class GuardSettings(Settings):

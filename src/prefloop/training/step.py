@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -18,19 +18,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prefloop.batch.examples import Demonstration, Example, PreferencePair
+from prefloop.batch.examples import Demonstration, Example, LabelledSample, PreferencePair, SteppedSample
 from prefloop.batch.layout import Layout
-from prefloop.batch.packed import PackedBatch, pack
-from prefloop.batch.packing import micro_batches, split_examples
+from prefloop.batch.packed import PackedBatch, Unit
+from prefloop.batch.packing import pack_group, split_examples
 from prefloop.models.attention import sharing, why_not_shared
 from prefloop.models.draw import DivergedError
 from prefloop.models.forward import LOGIT_BUDGET, forward, layout_for
 from prefloop.records import PrefloopError
-from prefloop.training.algorithms import Algorithm
+from prefloop.training.algorithms import Algorithm, UnitLoss
 
 log = logging.getLogger(__name__)
 
-E = TypeVar("E", Demonstration, PreferencePair)
+E = TypeVar("E", Demonstration, PreferencePair, LabelledSample, SteppedSample)
+
+KINDS: Mapping[str, type[Example]] = {
+    "demonstrations": Demonstration,
+    "pairs": PreferencePair,
+    "labelled samples": LabelledSample,
+    "steps": SteppedSample,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,20 +46,22 @@ class StepSettings:
 
     `max_tokens` computed tokens in a micro-batch; `max_grad_norm` the global norm that gradients are clipped to
     (infinity: never); `logit_budget` bytes of logits kept for the backward pass; `max_skipped` steps in a row
-    that may be skipped because they were not finite.
+    that may be skipped because they were not finite; `autocast` to bfloat16, with weights as they are.
     """
 
     max_tokens: int = 16384
     max_grad_norm: float = 1.0
     logit_budget: int = LOGIT_BUDGET
     max_skipped: int = 3
+    autocast: bool = False
 
 
 class TrainingStep:
     """Micro-batches, gradients, clipping and the update, for any algorithm.
 
     The reference is a frozen model or None, which it may be where examples carry the reference's log-probs
-    (`with_reference`) or the algorithm needs none. `num_skipped` counts the steps that were skipped.
+    (`with_reference`) or the algorithm needs none. Dropout is switched off: a token that several samples share is
+    computed once, and would get one mask for all of them. `num_skipped` counts the steps that were skipped.
 
     Raises:
         PrefloopError: the reference is the policy itself.
@@ -81,11 +90,11 @@ class TrainingStep:
         if reason := why_not_shared(model.train()):
             log.warning("shared prefixes are computed once for each path: %s", reason)
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, float]:
+    def __call__(self, examples: Sequence[Example], *, seed: Sequence[int] = (0,)) -> dict[str, float]:
         """One update on these examples; the metrics of the step, averaged over units by their weights.
 
-        A loss or gradient that is not finite leaves the weights as they are; the metrics then hold `skipped` 1
-        and no loss.
+        `seed` draws what the algorithm draws for this step. A loss or gradient that is not finite leaves the weights
+        as they are; the metrics then hold `skipped` 1 and no loss.
 
         Raises:
             PrefloopError: examples of the wrong kind, no reference where one is needed, weights that sum to 0; and
@@ -94,62 +103,100 @@ class TrainingStep:
         """
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        metrics = self.gradient(examples)
+        metrics = self.gradient(examples, seed=seed)
         max_norm = self.settings.max_grad_norm
         grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, max_norm).item()
         if not math.isfinite(grad_norm) or not math.isfinite(metrics["loss"]):
-            return self._skip(metrics["loss"], grad_norm)
+            return self._skip(examples, metrics["loss"], grad_norm)
         self.optimizer.step()
         self._num_skipped_in_a_row = 0
         return {**metrics, "grad_norm": grad_norm, "skipped": 0.0}
 
-    def gradient(self, examples: Sequence[Example]) -> dict[str, float]:
+    def gradient(self, examples: Sequence[Example], *, seed: Sequence[int] = (0,)) -> dict[str, float]:
         """Add the gradient of the loss over these examples to the parameters; returns loss and metrics.
 
-        Denominators are sums of weights over all the examples: the split into micro-batches changes nothing.
+        Denominators are sums of weights over all the examples: the split into micro-batches changes nothing. A loss
+        that couples rows is computed over all of them from log-probs without gradient, and its gradient with respect
+        to those is carried through the model by micro-batch (Gao et al. 2021, arXiv:2101.06983).
         """
         self._check(examples)
-        batches = list(self._batches(examples))
-        unit = self.algorithm.unit
-        denominator = sum(float(batch.weight(unit).double().sum()) for batch in batches)
-        if not 0 < denominator < math.inf:
-            raise PrefloopError(f"{self.algorithm.name}: the weights of the examples sum to {denominator}")
-        totals: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
-        for batch in batches:
-            for name, value in self._backward(batch, denominator).items():
-                totals[name] = totals[name] + value.cpu()
-        sizes = {
-            "num_tokens": sum(batch.num_tokens for batch in batches),
-            "num_visits": sum(batch.visit_token_V.shape[0] for batch in batches),
-            "num_loss_tokens": sum(int(batch.loss_mask_V.sum()) for batch in batches),
+        kl = self._kl(self.algorithm.kl_samples(examples, seed))
+        groups = self._split(examples)
+        batches = [replace(self._pack(examples, group), kl=kl) for group in groups]
+        totals = _Totals()
+        if self.algorithm.couples and len(batches) > 1:
+            self._backward_coupled(replace(self._pack(examples, range(len(examples))), kl=kl), batches, groups, totals)
+        else:
+            denominator = _Denominators(self.algorithm.name, batches)
+            for batch in batches:
+                self._backward(batch, denominator, totals)
+        return totals.means() | {
+            "num_tokens": float(sum(batch.num_tokens for batch in batches)),
+            "num_visits": float(sum(batch.visit_token_V.shape[0] for batch in batches)),
+            "num_loss_tokens": float(sum(int(batch.loss_mask_V.sum()) for batch in batches)),
         }
-        return {name: float(value) for name, value in (totals | sizes).items()}
 
     def _check(self, examples: Sequence[Example]) -> None:
-        kind = Demonstration if self.algorithm.records == "demonstrations" else PreferencePair
         for i, example in enumerate(examples):
-            if not isinstance(example, kind):
+            if not isinstance(example, KINDS[self.algorithm.records]):
                 row = example.name or i
                 raise PrefloopError(f"{self.algorithm.name} learns from {self.algorithm.records}, row {row} is none")
 
-    def _batches(self, examples: Sequence[Example]) -> Iterator[PackedBatch]:
-        device = next(self.model.parameters()).device
-        shares = not why_not_shared(self.model)
-        for batch in micro_batches(examples, self.settings.max_tokens, shares=shares):
-            yield batch.to(device)
+    def _split(self, examples: Sequence[Example]) -> list[list[int]]:
+        return split_examples(examples, self.settings.max_tokens, shares=not why_not_shared(self.model))
 
-    def _backward(self, batch: PackedBatch, denominator: float) -> dict[str, Tensor]:
-        """Forward and backward of one micro-batch; its share of loss and metrics."""
+    def _pack(self, examples: Sequence[Example], group: Sequence[int]) -> PackedBatch:
+        return pack_group(examples, group).to(next(self.model.parameters()).device)
+
+    def _backward(self, batch: PackedBatch, denominator: _Denominators, totals: _Totals) -> None:
+        """Forward and backward of one micro-batch; adds its share of loss and metrics."""
         batch = self._referenced(batch)
-        weight_U = batch.weight(self.algorithm.unit) / denominator
         layout = layout_for(self.model, batch)
-        with _attention(self.model, layout):
-            outputs = forward(self.model, batch, layout=layout, logit_budget=self.settings.logit_budget)
-            unit_loss = self.algorithm.loss(batch, outputs.logprob_T[batch.visit_token_V])
-            loss = (unit_loss.value_U * weight_U).sum()
+        with self._attention(layout):
+            unit_loss = self.algorithm.loss(batch, self._output(batch, layout))
+            loss = _weighed(unit_loss, batch, denominator)
             loss.backward()  # type: ignore[no-untyped-call]
-        metrics = {name: (value_U * weight_U).sum() for name, value_U in unit_loss.metric_U.items()}
-        return {"loss": loss.detach(), **metrics}
+        totals.add(loss, unit_loss, batch)
+
+    def _backward_coupled(
+        self, joint: PackedBatch, batches: Sequence[PackedBatch], groups: Sequence[Sequence[int]], totals: _Totals
+    ) -> None:
+        """The loss over all examples at once, its gradient by micro-batch."""
+        joint = self._referenced(joint)
+        example_V = _example_of_visits(joint, groups)
+        where = [
+            torch.nonzero(torch.isin(example_V, torch.tensor(group, device=example_V.device)))[:, 0] for group in groups
+        ]
+        with torch.no_grad():
+            outputs = [self._output(batch, layout_for(self.model, batch)) for batch in batches]
+        output_V = outputs[0].new_zeros(len(example_V), *outputs[0].shape[1:])
+        for visits, output in zip(where, outputs, strict=True):
+            output_V[visits] = output
+        output_V.requires_grad_()
+        unit_loss = self.algorithm.loss(joint, output_V)
+        loss = _weighed(unit_loss, joint, _Denominators(self.algorithm.name, [joint]))
+        (grad_V,) = torch.autograd.grad(loss, output_V)
+        for visits, batch in zip(where, batches, strict=True):
+            layout = layout_for(self.model, batch)
+            with self._attention(layout):
+                self._output(batch, layout).backward(grad_V[visits])  # type: ignore[no-untyped-call]
+        totals.add(loss, unit_loss, joint)
+
+    def _output(self, batch: PackedBatch, layout: Layout) -> Tensor:
+        """What the algorithm reads of the model, for each visit."""
+        reads = self.algorithm.reads
+        with self._autocast():
+            outputs = forward(
+                self.model,
+                batch,
+                {reads},
+                read_V=self.algorithm.read_V(batch),
+                layout=layout,
+                logit_budget=self.settings.logit_budget,
+            )
+        output_T = outputs.logprob_T if reads == "logprob" else outputs.score_TH
+        assert output_T is not None
+        return output_T[batch.visit_token_V]
 
     def _referenced(self, batch: PackedBatch) -> PackedBatch:
         if not self.algorithm.needs_reference or batch.ref_logprob_V is not None:
@@ -158,28 +205,104 @@ class TrainingStep:
             raise PrefloopError(
                 f"{self.algorithm.name} needs a reference: give the model, or score the examples by with_reference"
             )
-        return replace(batch, ref_logprob_V=_logprob_of(self.reference, batch))
+        with self._autocast():
+            return replace(batch, ref_logprob_V=_logprob_of(self.reference, batch))
 
-    def _skip(self, loss: float, grad_norm: float) -> dict[str, float]:
+    @torch.no_grad()
+    def _kl(self, samples: Sequence[Demonstration]) -> Tensor | None:
+        """The mean log-ratio of policy to reference over samples, nats a sample, without gradient; None if none."""
+        if not samples:
+            return None
+        logratios = []
+        for group in self._split(samples):
+            batch = self._referenced(self._pack(samples, group))
+            assert batch.ref_logprob_V is not None
+            with self._autocast():
+                logprob_V = _logprob_of(self.model, batch)
+            logratios.append(((logprob_V - batch.ref_logprob_V).double() * batch.loss_mask_V).sum())
+        return torch.stack(logratios).sum() / len(samples)
+
+    def _attention(self, layout: Layout) -> AbstractContextManager[None]:
+        return nullcontext() if layout.segments is None else sharing(self.model)
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        if not self.settings.autocast:
+            return nullcontext()
+        return torch.autocast(next(self.model.parameters()).device.type, torch.bfloat16)
+
+    def _skip(self, examples: Sequence[Example], loss: float, grad_norm: float) -> dict[str, float]:
         self.optimizer.zero_grad(set_to_none=True)
         self.num_skipped += 1
         self._num_skipped_in_a_row += 1
+        names = ", ".join(example.name or f"row {i} of the batch" for i, example in enumerate(examples))
+        log.warning("step skipped: loss %s, gradient norm %s; its rows: %s", loss, grad_norm, names)
         if self._num_skipped_in_a_row > self.settings.max_skipped:
             raise DivergedError(
                 f"{self._num_skipped_in_a_row} steps in a row were not finite (loss {loss}, gradient norm "
-                f"{grad_norm}); the weights are those before; lower the learning rate"
+                f"{grad_norm}); the weights are those before; lower the learning rate. The last step's rows: {names}"
             )
         return {"skipped": 1.0}
 
 
-def _attention(model: nn.Module, layout: Layout) -> AbstractContextManager[None]:
-    return nullcontext() if layout.segments is None else sharing(model)
+class _Denominators:
+    """The sum of each unit's weights over the whole optimizer step."""
+
+    def __init__(self, name: str, batches: Sequence[PackedBatch]) -> None:
+        self._name = name
+        self._batches = batches
+        self._sums: dict[Unit, float] = {}
+
+    def __getitem__(self, unit: Unit) -> float:
+        if unit not in self._sums:
+            total = sum(float(batch.weight(unit).double().sum()) for batch in self._batches)
+            if not 0 < total < math.inf:
+                raise PrefloopError(f"{self._name}: the weights of the examples sum to {total}")
+            self._sums[unit] = total
+        return self._sums[unit]
+
+
+class _Totals:
+    """The loss of a step so far, and weighed sums of its metrics over the units that have them."""
+
+    def __init__(self) -> None:
+        self._loss = torch.zeros((), dtype=torch.float64)
+        self._sums: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
+
+    def add(self, loss: Tensor, unit_loss: UnitLoss, batch: PackedBatch) -> None:
+        self._loss += loss.detach().cpu()
+        weight_U = batch.weight(unit_loss.terms[0].unit).double()
+        for name, value_U in unit_loss.metric_U.items():
+            counts_U = ~torch.isnan(value_U)
+            value_U = torch.where(counts_U, value_U.double(), 0.0)
+            self._sums[name] += torch.stack([(value_U * weight_U).sum(), (counts_U * weight_U).sum()]).cpu()
+
+    def means(self) -> dict[str, float]:
+        found = {name: float(total / weight) for name, (total, weight) in self._sums.items() if weight > 0}
+        return {"loss": float(self._loss), **found}
+
+
+def _weighed(unit_loss: UnitLoss, batch: PackedBatch, denominator: _Denominators) -> Tensor:
+    """The batch's share of the loss of the step."""
+    terms = [
+        term.coef * (term.value_U * (batch.weight(term.unit) / denominator[term.unit])).sum()
+        for term in unit_loss.terms
+    ]
+    return torch.stack([term.double() for term in terms]).sum()
+
+
+def _example_of_visits(joint: PackedBatch, groups: Sequence[Sequence[int]]) -> Tensor:
+    """Which example each visit of the joint batch belongs to."""
+    num_examples = sum(map(len, groups))
+    samples_each = joint.num_samples // num_examples  # examples of a step are of one kind
+    return joint.visit_sample_V // samples_each
 
 
 @torch.no_grad()
 def _logprob_of(model: nn.Module, batch: PackedBatch) -> Tensor:
     """The log-prob of each visit under a frozen model; 0 outside the loss mask."""
-    return forward(model, batch).logprob_T[batch.visit_token_V]
+    logprob_T = forward(model, batch).logprob_T
+    assert logprob_T is not None
+    return logprob_T[batch.visit_token_V]
 
 
 def with_reference(model: nn.Module, examples: Sequence[E], *, max_tokens: int = 16384) -> list[E]:
@@ -192,10 +315,10 @@ def with_reference(model: nn.Module, examples: Sequence[E], *, max_tokens: int =
     device = next(model.parameters()).device
     scored = list(examples)
     for group in split_examples(examples, max_tokens, shares=not why_not_shared(model)):
-        batch = pack([examples[i] for i in group]).to(device)
+        batch = pack_group(examples, group).to(device)
         counts = [sum(map(len, examples[i].samples)) for i in group]
         lengths = [len(path.token) for i in group for sample in examples[i].samples for path in sample]
-        logprob_V = _logprob_of(model, batch).float().cpu().numpy()
+        logprob_V = _logprob_of(model, batch).cpu().numpy()
         logprobs = iter(np.split(logprob_V, np.cumsum(lengths)[:-1]))
         for i, num_paths in zip(group, counts, strict=True):
             scored[i] = replace(examples[i], ref_logprob=tuple(islice(logprobs, num_paths)))

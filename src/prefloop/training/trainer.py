@@ -101,7 +101,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(settings, state.step, num_steps)
         chosen = batch_at(state.step, len(examples), settings.batch_size, seed)
-        metrics = step([examples[i] for i in chosen])
+        metrics = step([examples[i] for i in chosen], seed=(seed, state.step))
         state.history.append(metrics)
         state.step += 1
         on_step(state.step, num_steps, metrics)

@@ -1,0 +1,60 @@
+"""Completions dealt to other prompts, on which KTO estimates its reference point."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from prefloop.batch.examples import Demonstration, Example
+from prefloop.records import PrefloopError, TokenPath
+
+
+def deranged(examples: Sequence[Example], seed: Sequence[int]) -> list[Demonstration]:
+    """Each prompt with the completion of another row, no row with its own: a uniform random derangement.
+
+    Drawn by rejection: about e permutations are tried.
+
+    Raises:
+        PrefloopError: fewer than two rows, or rows of several turns, whose completions answer their own tools.
+    """
+    _check(examples)
+    rng = np.random.default_rng(seed)
+    own = np.arange(len(examples))
+    order = rng.permutation(own)
+    while (order == own).any():
+        order = rng.permutation(own)
+    return [_dealt(examples[i], examples[j]) for i, j in enumerate(order)]
+
+
+def rotated(examples: Sequence[Example], seed: Sequence[int]) -> list[Demonstration]:
+    """Each prompt with the completion of the row before it, as TRL does; the seed is not used.
+
+    Raises:
+        PrefloopError: as `deranged`.
+    """
+    _check(examples)
+    return [_dealt(examples[i], examples[i - 1]) for i in range(len(examples))]
+
+
+def _check(examples: Sequence[Example]) -> None:
+    if len(examples) < 2:
+        raise PrefloopError("kto estimates its KL term on completions of other rows: a step needs at least 2 rows")
+    for i, example in enumerate(examples):
+        paths = example.samples[0]
+        sampled = paths[0].loss_mask
+        if len(paths) > 1 or not sampled[int(np.argmax(sampled)) :].all():
+            raise PrefloopError(
+                f"row {example.name or i}: a trajectory of several turns makes no sense after another task's prompt; "
+                'set kl to "samples" (fresh ones of the policy) or "none"'
+            )
+
+
+def _dealt(prompt_of: Example, completion_of: Example) -> Demonstration:
+    prompt, completion = prompt_of.samples[0][0], completion_of.samples[0][0]
+    start, begin = int(np.argmax(prompt.loss_mask)), int(np.argmax(completion.loss_mask))
+    token = np.concatenate([prompt.token[:start], completion.token[begin:]])
+    source = np.concatenate([prompt.source[:start], completion.source[begin:]])
+    message = np.full(len(token), -1, dtype=np.int32)
+    unknown = np.full(len(token), np.nan, dtype=np.float32)
+    return Demonstration((TokenPath(token, source, message, unknown),), name=prompt_of.name)
