@@ -12,17 +12,19 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateTable
 
 import prefloop.store
-from prefloop.records import PrefloopError
+from prefloop.records import Dataset, Pair, PrefloopError
 from prefloop.store import Store, database, schema
+from store_records import TASK, fill
 
 
 def checks(path: Path) -> dict[str, str]:
-    """Table definitions as SQLite keeps them, with spaces and the order of clauses evened out."""
+    """Table definitions as SQLite keeps them, with spaces, quotes and the order of clauses evened out."""
     with sqlite3.connect(path) as connection:
         found = connection.execute(
             "SELECT name, sql FROM sqlite_master WHERE type = 'table' AND name <> 'alembic_version'"
         )
-        return {name: "\n".join(sorted(line.strip().rstrip(",") for line in sql.splitlines())) for name, sql in found}
+        lines = {name: sql.replace('"', "").splitlines() for name, sql in found}
+        return {name: "\n".join(sorted(line.strip().rstrip(",") for line in found)) for name, found in lines.items()}
 
 
 def test_migrations_make_what_the_metadata_says(tmp_path: Path):
@@ -123,3 +125,17 @@ def test_damage_is_found(tmp_path: Path):
     with Store(str(path)) as store:
         (problem,) = database.integrity_problems(store.engine)
     assert "token_path" in problem and "trajectory" in problem
+
+
+def test_a_dataset_of_the_first_schema_is_read_as_it_was(tmp_path: Path):
+    path = tmp_path / "old.db"
+    dataset = Dataset({"made": "by hand"}, (Pair(TASK.id, "x", "y", 0.8, 0.9, 2.0, ("e",)),))
+    with Store(str(path)) as store:
+        fill(store, "x", "y")
+        store.add_dataset(dataset)
+    with sqlite3.connect(path) as connection:
+        for column in ("margin", "tied", "labelled", "desirable"):
+            connection.execute(f"ALTER TABLE dataset_member DROP COLUMN {column}")
+        connection.execute("UPDATE alembic_version SET version_num = '0001'")
+    with Store(str(path)) as store:
+        assert store.dataset(dataset.id) == dataset

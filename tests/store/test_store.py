@@ -11,6 +11,7 @@ from sqlalchemy import select, text
 from prefloop.records import (
     Comparison,
     Dataset,
+    Labelled,
     Pair,
     PrefloopError,
     Rater,
@@ -54,6 +55,39 @@ def everything(store: Store) -> None:
     store.add_dataset(dataset)
     store.add_checkpoint(checkpoint("c1", dataset_id=dataset.id, run_id="r", iteration=1, metrics={"loss": 0.5}))
     store.add_event("r", 1, "curate", {"num_pairs": 1})
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"pairs": (Pair(TASK.id, "x", "y", 0.2, 0.5, 2.0, ("e",), margin=1.5, tied=True), Pair(TASK.id, "y", "x"))},
+        {"trajectory_ids": ("y", "x", "y")},
+        {"labelled": (Labelled("y", False, 0.5, ("e",)), Labelled("x", True), Labelled("x", None, evidence=("s",)))},
+    ],
+    ids=str,
+)
+def test_a_dataset_comes_back_whole_and_in_order(store, members):
+    fill(store, "x", "y")
+    dataset = Dataset({"made": "by hand"}, **members)
+    store.add_dataset(dataset)
+    assert store.dataset(dataset.id) == dataset
+    (row,) = store.datasets()
+    assert row["num_members"] == dataset.num_members == len(next(iter(members.values())))
+
+
+def test_the_hash_of_a_dataset_stays_what_it_was_and_covers_every_member():
+    pair = Pair("t", "x", "y", 0.8, 0.9, 1.0, ("e1", "e2"))
+    first = Dataset({"made": "by hand"}, (pair,))
+    assert first.id == "700ccb163a67f89ffaf22eaa6fef3392"  # as stores written before margins were kept have it
+    others = [
+        Dataset({"made": "by hand"}, (replace(pair, margin=1.0),)),
+        Dataset({"made": "by hand"}, (replace(pair, tied=True),)),
+        Dataset({"made": "by hand"}, (pair,), labelled=(Labelled("x", True),)),
+        Dataset({"made": "by hand"}, (pair,), labelled=(Labelled("x", False),)),
+        Dataset({"made": "by hand"}, (pair,), labelled=(Labelled("x", None),)),
+        Dataset({"made": "by hand"}, (pair,), labelled=(Labelled("x", None, evidence=("e",)),)),
+    ]
+    assert len({first.id, *(other.id for other in others)}) == 7
 
 
 def test_records_come_back_as_they_went_in_also_after_reopening(store):

@@ -9,7 +9,7 @@ gives the same rows.
 from __future__ import annotations
 
 from prefloop.records.base import JSONObject, PrefloopError, canonical_json, content_hash
-from prefloop.records.datasets import Checkpoint, Dataset, Pair
+from prefloop.records.datasets import Checkpoint, Dataset, Labelled, Pair
 from prefloop.records.judgements import (
     Comparison,
     Judgement,
@@ -32,6 +32,7 @@ __all__ = [
     "Ended",
     "JSONObject",
     "Judgement",
+    "Labelled",
     "Message",
     "Pair",
     "PrefloopError",

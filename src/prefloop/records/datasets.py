@@ -11,7 +11,8 @@ from prefloop.records.base import JSONObject, content_hash
 class Pair:
     """A preference between two trajectories of one task, with where it comes from.
 
-    `gap` is the difference of scores that made it; `probability` the belief that chosen really is better;
+    `gap` is the difference of scores that made it; `probability` the belief that chosen really is better, a tie
+    counting half; `tied` says that neither is; `margin` is by how much, in the unit of a reward model's score;
     `evidence` the ids of the judgements or comparisons behind it.
     """
 
@@ -22,13 +23,29 @@ class Pair:
     probability: float = 1.0
     weight: float = 1.0
     evidence: tuple[str, ...] = ()
+    margin: float = 0.0
+    tied: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """What was said of one trajectory, or of its steps.
+
+    `desirable` says whether it is good; None where its steps were labelled, each on its own: `evidence` then holds
+    the ids of their labels, else those of the judgements behind it.
+    """
+
+    trajectory_id: str
+    desirable: bool | None
+    weight: float = 1.0
+    evidence: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
     """A frozen selection: what was chosen, and the recipe that chose it.
 
-    Holds pairs (preferences) or trajectory ids (demonstrations), in training order.
+    Holds pairs (preferences), trajectory ids (demonstrations) or labelled trajectories, in training order.
     """
 
     recipe: JSONObject
@@ -36,14 +53,30 @@ class Dataset:
     trajectory_ids: tuple[str, ...] = ()
     run_id: str = ""
     iteration: int = -1
+    labelled: tuple[Labelled, ...] = ()
+
+    @property
+    def num_members(self) -> int:
+        """How many pairs, demonstrations and labelled trajectories it holds."""
+        return len(self.pairs) + len(self.trajectory_ids) + len(self.labelled)
 
     @property
     def id(self) -> str:
         """The hash of the recipe and of every member."""
         members = [
-            (p.task_id, p.chosen_id, p.rejected_id, p.gap, p.probability, p.weight, p.evidence) for p in self.pairs
-        ]
-        return content_hash("dataset", self.recipe, members, self.trajectory_ids)
+            (p.task_id, p.chosen_id, p.rejected_id, p.gap, p.probability, p.weight, p.evidence,
+             *((p.margin, p.tied) if p.margin or p.tied else ()))
+            for p in self.pairs
+        ]  # fmt: skip
+        labelled = [(each.trajectory_id, each.desirable, each.weight, each.evidence) for each in self.labelled]
+        # What a dataset does not hold is left out of its hash: older ones keep theirs.
+        return content_hash("dataset", self.recipe, members, self.trajectory_ids, *([labelled] if labelled else []))
+
+    @property
+    def all_trajectory_ids(self) -> list[str]:
+        """The ids of all trajectories that members name, each once, in order."""
+        of_pairs = [i for pair in self.pairs for i in (pair.chosen_id, pair.rejected_id)]
+        return list(dict.fromkeys([*self.trajectory_ids, *of_pairs, *(each.trajectory_id for each in self.labelled)]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,12 @@ from prefloop.records import (
     AuthorKind,
     Checkpoint,
     Comparison,
+    Dataset,
     Ended,
     Judgement,
+    Labelled,
     Message,
+    Pair,
     PrefloopError,
     Rater,
     RaterKind,
@@ -225,6 +229,52 @@ def step_label_from_row(row: RowMapping) -> StepLabel:
 def signal_row(signal: Signal, created_at: float) -> Row:
     """The row of a user's signal."""
     return {**asdict(signal), "id": signal.id, "kind": signal.kind.value, "created_at": created_at}
+
+
+def dataset_member_rows(dataset: Dataset) -> list[Row]:
+    """The rows of a dataset's members, in order: its pairs, then the trajectories, then those that are labelled."""
+    members: list[Row] = [
+        {**_member(pair.chosen_id, pair.weight, pair.evidence), "rejected_id": pair.rejected_id, "gap": pair.gap,
+         "probability": pair.probability, "margin": pair.margin, "tied": pair.tied}
+        for pair in dataset.pairs
+    ]  # fmt: skip
+    members += [_member(trajectory_id) for trajectory_id in dataset.trajectory_ids]
+    members += [
+        {**_member(each.trajectory_id, each.weight, each.evidence), "labelled": True, "desirable": each.desirable}
+        for each in dataset.labelled
+    ]
+    return [{"dataset_id": dataset.id, "position": position, **row} for position, row in enumerate(members)]
+
+
+def _member(trajectory_id: str, weight: float = 1.0, evidence: Sequence[str] = ()) -> Row:
+    return {
+        "chosen_id": trajectory_id,
+        "rejected_id": None,
+        "gap": 0.0,
+        "probability": 1.0,
+        "weight": weight,
+        "evidence": list(evidence),
+        "margin": 0.0,
+        "tied": False,
+        "labelled": False,
+        "desirable": None,
+    }
+
+
+def dataset_from_rows(head: RowMapping, members: Sequence[RowMapping]) -> Dataset:
+    """The dataset of its row and those of its members, which hold the `task_id` of their (chosen) trajectory."""
+    pairs, trajectory_ids, labelled = [], [], []
+    for row in members:
+        evidence = tuple(row["evidence"])
+        if row["rejected_id"]:
+            pair = Pair(row["task_id"], row["chosen_id"], row["rejected_id"], row["gap"], row["probability"])
+            pairs.append(replace(pair, weight=row["weight"], evidence=evidence, margin=row["margin"], tied=row["tied"]))
+        elif row["labelled"]:
+            labelled.append(Labelled(row["chosen_id"], row["desirable"], row["weight"], evidence))
+        else:
+            trajectory_ids.append(row["chosen_id"])
+    whose = (head["run_id"] or "", head["iteration"])
+    return Dataset(head["recipe"], tuple(pairs), tuple(trajectory_ids), *whose, tuple(labelled))
 
 
 def checkpoint_row(checkpoint: Checkpoint, created_at: float) -> Row:

@@ -25,6 +25,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 
@@ -234,6 +235,10 @@ dataset_member = Table(
     Column("probability", Float, nullable=False),
     Column("weight", Float, nullable=False),
     Column("evidence", Json, nullable=False),
+    Column("margin", Float, nullable=False, server_default="0"),
+    Column("tied", Boolean, nullable=False, server_default=false()),
+    Column("labelled", Boolean, nullable=False, server_default=false()),
+    Column("desirable", Boolean, nullable=True),
     CheckConstraint("probability >= 0 AND probability <= 1", name="probability_in_range"),
 )
 

@@ -26,7 +26,6 @@ from prefloop.records import (
     Dataset,
     JSONObject,
     Judgement,
-    Pair,
     PrefloopError,
     Rater,
     Signal,
@@ -228,23 +227,9 @@ class Store:
             "iteration": dataset.iteration,
             "created_at": self.clock(),
         }
-        pairs = dataset.pairs or tuple(Pair("", chosen, "") for chosen in dataset.trajectory_ids)
-        members = [
-            {
-                "dataset_id": dataset.id,
-                "position": position,
-                "chosen_id": pair.chosen_id,
-                "rejected_id": pair.rejected_id or None,
-                "gap": pair.gap,
-                "probability": pair.probability,
-                "weight": pair.weight,
-                "evidence": list(pair.evidence),
-            }
-            for position, pair in enumerate(pairs)
-        ]
         with self.transaction():
             self.insert(schema.dataset, [head])
-            self.insert(schema.dataset_member, members)
+            self.insert(schema.dataset_member, rows.dataset_member_rows(dataset))
         return dataset.id
 
     def add_checkpoint(self, checkpoint: Checkpoint) -> None:
@@ -385,14 +370,7 @@ class Store:
         member, t = schema.dataset_member, schema.trajectory
         query = select(member, t.c.task_id).join(t, t.c.id == member.c.chosen_id)
         found = self._all(query.where(member.c.dataset_id == dataset_id).order_by(member.c.position))
-        pairs = tuple(
-            Pair(row["task_id"], row["chosen_id"], row["rejected_id"], row["gap"], row["probability"], row["weight"],
-                 tuple(row["evidence"]))
-            for row in found
-            if row["rejected_id"]
-        )  # fmt: skip
-        singles = tuple(row["chosen_id"] for row in found if not row["rejected_id"])
-        dataset = Dataset(head["recipe"], pairs, singles, head["run_id"] or "", head["iteration"])
+        dataset = rows.dataset_from_rows(head, found)
         if dataset.id != dataset_id:
             raise PrefloopError(f"dataset {dataset_id} in {self.location} is damaged: its members hash to {dataset.id}")
         return dataset
