@@ -34,9 +34,9 @@ class PackedBatch:
     Int64: `token_T`, `parent_T`, `depth_T`, `end_T`, `visit_token_V` (the node visited), `visit_sample_V` (the
     sample on whose behalf), `pair_P2` (the samples chosen and rejected) and `step_visit_K` (the visit at which a
     step ends). Bool: `loss_mask_V` and `tied_P` (neither is better). In nats: `sampled_logprob_V` (the behaviour
-    policy's, NaN where not sampled) and `ref_logprob_V` (the reference's, None when it is not known). Float32:
-    `weight_S`, `weight_P`, `weight_K`; `label_S` (1 desirable, 0 undesirable, NaN not labelled); `probability_P`,
-    the belief that chosen really is better; `margin_P`, by how much; `step_label_K` in [0, 1].
+    policy's, NaN where not sampled) and `ref_logprob_V` (the reference's, None when it is not known). Float64, as the
+    examples give them: `weight_S`, `weight_P`, `weight_K`; `label_S` (1 desirable, 0 undesirable, NaN not labelled);
+    `probability_P`, the belief that chosen really is better; `margin_P`, by how much; `step_label_K` in [0, 1].
     `kl` is the mean log-ratio of policy to reference, nats a sample, where a loss asked for it.
     """
 
@@ -164,13 +164,13 @@ def _sample_streams(examples: Sequence[Example]) -> dict[str, Tensor]:
         label_S += [label] * len(example.samples)
     pairs = [example for example in examples if isinstance(example, PreferencePair)]
     return {
-        "weight_S": torch.tensor(weight_S, dtype=torch.float32),
-        "label_S": torch.tensor(label_S, dtype=torch.float32),
+        "weight_S": torch.tensor(weight_S, dtype=torch.float64),
+        "label_S": torch.tensor(label_S, dtype=torch.float64),
         "pair_P2": torch.tensor(pair_P2, dtype=torch.long).reshape(-1, 2),
-        "probability_P": torch.tensor([pair.probability for pair in pairs], dtype=torch.float32),
-        "margin_P": torch.tensor([pair.margin for pair in pairs], dtype=torch.float32),
+        "probability_P": torch.tensor([pair.probability for pair in pairs], dtype=torch.float64),
+        "margin_P": torch.tensor([pair.margin for pair in pairs], dtype=torch.float64),
         "tied_P": torch.tensor([pair.tied for pair in pairs], dtype=torch.bool),
-        "weight_P": torch.tensor([pair.weight for pair in pairs], dtype=torch.float32),
+        "weight_P": torch.tensor([pair.weight for pair in pairs], dtype=torch.float64),
         **_step_streams(examples),
     }
 
@@ -194,8 +194,8 @@ def _step_streams(examples: Sequence[Example]) -> dict[str, Tensor]:
         num_visits += sum(lengths)
     return {
         "step_visit_K": torch.tensor(visit_K, dtype=torch.long),
-        "step_label_K": torch.tensor(label_K, dtype=torch.float32),
-        "weight_K": torch.tensor(weight_K, dtype=torch.float32),
+        "step_label_K": torch.tensor(label_K, dtype=torch.float64),
+        "weight_K": torch.tensor(weight_K, dtype=torch.float64),
     }
 
 
