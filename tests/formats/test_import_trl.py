@@ -4,6 +4,7 @@ import json
 import pytest
 
 from prefloop.formats import import_file
+from prefloop.formats.rows import Bundle
 from prefloop.records import Judgement, Message, PrefloopError, Rater, RaterKind, Role, Split, Verdict, content_hash
 
 U, A = Role.USER, Role.ASSISTANT
@@ -80,6 +81,30 @@ def test_a_preference_is_a_comparison_of_two_attempts_at_one_task(store, tmp_pat
     assert (chosen.completion, rejected.completion) == ((Message(A, "It is blue."),), (Message(A, "It is green."),))
     assert (vote.verdict, vote.strength, vote.rater_id) == (Verdict.A, 2.0, rater.id)
     assert chosen.extra["columns"] == {"source": "x"}
+
+
+def test_a_preference_says_how_sure_it_is_and_whether_it_is_one(store, tmp_path):
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    rows = [row, {**row, "probability": 0.75}, {**row, "tie": True}, {**row, "tie": False}, {**row, "margin": 1.5}]
+    report = import_file(store, write(tmp_path, rows))
+    assert (report.num_comparisons, report.num_known) == (4, 9)  # "tie": false says what its absence says
+    found = {(c.verdict, c.probability, c.strength) for c in store.comparisons()}
+    assert found == {
+        (Verdict.A, None, None),
+        (Verdict.A, 0.75, None),
+        (Verdict.TIE, None, None),
+        (Verdict.A, None, 1.5),
+    }
+
+
+def test_a_listener_hears_every_good_row_with_its_line_also_the_second_time(store, tmp_path):
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    path = write(tmp_path, [row, {"nothing": 1}, row, {"prompt": "q", "completion": "c"}])
+    heard: list[tuple[int, Bundle]] = []
+    for _ in range(2):
+        import_file(store, path, on_error="skip", on_row=lambda line, bundle: heard.append((line, bundle)))
+    assert [line for line, _ in heard] == [1, 3, 4] * 2
+    assert len(heard[0][1].comparisons) == 1 and heard[0][1].comparisons == heard[1][1].comparisons
 
 
 def test_an_implicit_prompt_in_plain_text_is_found_as_trl_finds_it(store, tmp_path):
@@ -160,6 +185,9 @@ BAD_ROWS = [
     ({"prompt": "p", "tools": 3}, "tools", "list"),
     ({"prompt": "p", "completions": ["a", "b"], "labels": [True]}, "labels", "2"),
     ({"prompt": "p", "chosen": "a", "rejected": "b", "margin": "big"}, "margin", "number"),
+    ({"prompt": "p", "chosen": "a", "rejected": "b", "probability": 1.5}, "probability", "from 0 to 1"),
+    ({"prompt": "p", "chosen": "a", "rejected": "b", "probability": 0.9, "tie": True}, "probability", "0.5"),
+    ({"prompt": "p", "chosen": "a", "rejected": "b", "tie": "yes"}, "tie", "true or false"),
     ({"question": "?"}, "", "no known format"),
     ({"prompt": "nul \0"}, "", "NUL"),
     ({"prompt": "half \ud83d"}, "", "surrogate"),

@@ -75,12 +75,14 @@ def import_file(
     limits: Limits | None = None,
     rater: Rater | None = None,
     held_out: float = 0.0,
+    on_row: Callable[[int, Bundle], None] = lambda line, bundle: None,
 ) -> ImportReport:
     """Import a file of tasks, trajectories and what was said of them.
 
     JSON Lines, a JSON list or Parquet, plain or gzipped, in one of `FORMATS`; `auto` goes by the first object.
     `rater` is who made the file's preferences and labels (by default a person called `import`; for tau-bench its
-    test). `held_out` is the share of prompts that become held-out tasks. Importing the same rows again adds nothing.
+    test). `held_out` is the share of prompts that become held-out tasks. `on_row` is told of the line and the records
+    of every good row, those that the store knew before too. Importing the same rows again adds nothing.
 
     Raises:
         PrefloopError: a bad row with `on_error="stop"`, an unreadable file, a limit that was passed, an unknown
@@ -94,7 +96,7 @@ def import_file(
     if not 0 <= held_out < 1:
         raise PrefloopError(f"held_out is {held_out}: expected a share of the prompts, at least 0 and below 1")
     with store.transaction(), _fewer_collections():
-        importer = _Importer(store, path, format, on_error, limits or Limits(), rater, held_out)
+        importer = _Importer(store, path, format, on_error, limits or Limits(), rater, held_out, on_row)
         return importer.run()
 
 
@@ -137,6 +139,7 @@ class _Importer:
         limits: Limits,
         rater: Rater | None,
         held_out: float,
+        on_row: Callable[[int, Bundle], None],
     ) -> None:
         self.store = store
         self.path = path
@@ -144,6 +147,7 @@ class _Importer:
         self.limits = limits
         self.rater = rater
         self.held_out = held_out
+        self.on_row = on_row
         self.file = path.name.encode("utf-8", "replace").decode()
         self.report = ImportReport(self.file, format_name)
         self.context: Context | None = None
@@ -161,6 +165,7 @@ class _Importer:
             except (PrefloopError, ValueError) as error:
                 self._refuse(raw.line, RowProblemError("", str(error)))
             else:
+                self.on_row(raw.line, bundle)
                 self._keep(bundle, raw.num_bytes)
         self._flush()
         if self.report.num_rows == 0:

@@ -93,12 +93,32 @@ class Context:
             extra=extra,
         )
 
-    def comparison(self, chosen: Trajectory, rejected: Trajectory, strength: float | None) -> Comparison:
-        """The rater's preference for one of two attempts."""
+    def comparison(
+        self,
+        chosen: Trajectory,
+        rejected: Trajectory,
+        *,
+        strength: float | None = None,
+        probability: float | None = None,
+        tie: bool = False,
+    ) -> Comparison:
+        """The rater's preference for one of two attempts: by how much, how surely, or that neither is better."""
         if chosen.id == rejected.id:
             raise RowProblemError("rejected", "it is the same as 'chosen': there is no preference to learn")
-        key = content_hash("import", chosen.id, rejected.id)
-        return Comparison(chosen.id, rejected.id, self.rater.id, Status.OK, Verdict.A, key, strength=strength)
+        said = {"strength": strength, "probability": probability, "tie": tie or None}
+        told = {name: value for name, value in said.items() if value is not None}
+        key = content_hash("import", chosen.id, rejected.id, *([told] if told else []))
+        verdict = Verdict.TIE if tie else Verdict.A
+        return Comparison(
+            chosen.id,
+            rejected.id,
+            self.rater.id,
+            Status.OK,
+            verdict,
+            key,
+            strength=strength,
+            probability=probability,
+        )
 
 
 def place_prompt(messages: Sequence[Message], held_out: float) -> tuple[Split, str]:

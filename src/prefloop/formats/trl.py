@@ -28,7 +28,7 @@ from prefloop.records import JSONObject, Judgement, Message, Role, Status, StepL
 STEP_SEPARATOR = "\n"
 _KNOWN = frozenset(
     ("prompt", "completion", "chosen", "rejected", "label", "messages", "conversations", "text", "tools", "margin",
-     "completions", "labels")
+     "probability", "tie", "completions", "labels")
 )  # fmt: skip
 
 
@@ -102,8 +102,19 @@ def _preference(row: Mapping[str, Any], line: int, context: Context) -> Bundle:
     task = _task(row, context, prompt)
     columns = other_columns(row, _KNOWN)
     attempts = [context.trajectory(task, side, line, columns=columns) for side in (chosen, rejected)]
+    return Bundle([task], attempts, comparisons=[context.comparison(*attempts, **_strength(row))])
+
+
+def _strength(row: Mapping[str, Any]) -> dict[str, Any]:
+    """By how much chosen is better (TRL's `margin`), how surely (`probability`), or that neither is (`tie`)."""
     margin = None if row.get("margin") is None else parse_number(row["margin"], "margin")
-    return Bundle([task], attempts, comparisons=[context.comparison(attempts[0], attempts[1], margin)])
+    probability = None if row.get("probability") is None else parse_number(row["probability"], "probability")
+    tie = row.get("tie") is not None and parse_flag(row["tie"], "tie")
+    if probability is not None and not 0 <= probability <= 1:
+        raise RowProblemError("probability", f"expected a number from 0 to 1, found {probability}")
+    if tie and probability not in (None, 0.5):
+        raise RowProblemError("probability", f"of a tie it is 0.5, not {probability}")
+    return {"strength": margin, "probability": probability, "tie": tie}
 
 
 def _sides(row: Mapping[str, Any], context: Context) -> tuple[tuple[Message, ...], ...]:
