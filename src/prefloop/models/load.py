@@ -65,7 +65,7 @@ def load_policy(
         ) from None
     wrapped: Any = model
     if adapter:
-        wrapped = _peft().PeftModel.from_pretrained(model, name, is_trainable=True)
+        wrapped = load_peft().PeftModel.from_pretrained(model, name, is_trainable=True)
     elif lora is not None:
         wrapped = _with_adapter(model, lora)
     return Policy(wrapped.to(device).eval(), tokenizer)
@@ -76,7 +76,12 @@ def _is_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def _peft() -> Any:
+def load_peft() -> Any:
+    """The package peft.
+
+    Raises:
+        PrefloopError: it is not installed.
+    """
     try:
         import peft
     except ImportError:
@@ -85,14 +90,22 @@ def _peft() -> Any:
 
 
 def _adapter_base(directory: str) -> str:
-    return str(_peft().PeftConfig.from_pretrained(directory).base_model_name_or_path)
+    return str(load_peft().PeftConfig.from_pretrained(directory).base_model_name_or_path)
+
+
+def lora_config(lora: LoraSettings, task_type: str = "CAUSAL_LM") -> Any:
+    """The peft configuration of an adapter on all linear layers; a score head is trained in full instead."""
+    return load_peft().LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        exclude_modules=None if task_type == "CAUSAL_LM" else r"(.*\.)?score(\..*)?",
+        task_type=task_type,
+    )
 
 
 def _with_adapter(model: PreTrainedModel, lora: LoraSettings) -> Any:
-    peft = _peft()
-    config = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(lora.seed)
-        return peft.get_peft_model(model, config)
+        return load_peft().get_peft_model(model, lora_config(lora))
