@@ -3,5 +3,17 @@
 from prefloop.chat.parse import AssistantParser
 from prefloop.chat.paths import PathBuilder, render_demonstration, stop_ids
 from prefloop.chat.render import ChatRenderer, RenderedPrompt
+from prefloop.chat.steps import StepFinder, StepKind, StepPlace, steps_of
 
-__all__ = ["AssistantParser", "ChatRenderer", "PathBuilder", "RenderedPrompt", "render_demonstration", "stop_ids"]
+__all__ = [
+    "AssistantParser",
+    "ChatRenderer",
+    "PathBuilder",
+    "RenderedPrompt",
+    "StepFinder",
+    "StepKind",
+    "StepPlace",
+    "render_demonstration",
+    "steps_of",
+    "stop_ids",
+]

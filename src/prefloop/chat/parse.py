@@ -127,6 +127,20 @@ def split_hermes(text: str) -> tuple[str, tuple[ToolCall, ...]]:
     return "\n".join(part.strip("\n") for part in content if part.strip()), tuple(calls)
 
 
+def place_hermes(text: str) -> list[tuple[ToolCall, int]]:
+    """The tool calls of a text with `<tool_call>` blocks, each with where it ends, its closing tag included."""
+    found = []
+    head, *blocks = text.split(_OPEN)
+    position = len(head)
+    for block in blocks:
+        inner, closed, _ = block.partition(_CLOSE)
+        call = read_call(inner, "arguments")
+        if call is not None:
+            found.append((call, position + len(_OPEN) + len(inner) + len(closed)))
+        position += len(_OPEN) + len(block)
+    return found
+
+
 def split_llama3(text: str) -> tuple[str, tuple[ToolCall, ...]]:
     """Content and tool calls of a text that is nothing but one JSON call."""
     body = text.strip().removeprefix("<|python_tag|>").strip()
