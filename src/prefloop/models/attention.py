@@ -32,6 +32,9 @@ SHARING_MODEL_TYPES = frozenset({"llama", "qwen2", "qwen3", "mistral", "olmo2", 
 """Architectures whose layers see other tokens only through causal attention with rotary positions. Each one has a
 parity test against plain padded sequences; anything else runs as one row a path."""
 
+ATTENTION_DROPOUT = "attention_dropout"
+"""The attribute of attention layers in transformers that holds its probability."""
+
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -189,9 +192,18 @@ def why_not_shared(model: nn.Module) -> str:
         return "its attention has a sliding window"
     if model.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
         return "dropout is on, and a shared token would get one mask instead of one for each path"
-    if model.training and getattr(config, "attention_dropout", 0.0) > 0:
+    if model.training and any(getattr(m, ATTENTION_DROPOUT, 0) for m in model.modules()):
         return "attention dropout is on"
     return ""
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout of a model to 0, also that of its attention, which is not a layer of its own."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, ATTENTION_DROPOUT):
+            setattr(module, ATTENTION_DROPOUT, 0.0)
 
 
 @contextmanager
