@@ -153,7 +153,9 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted():
         assert step(examples) == {"skipped": 1.0}
     with pytest.raises(PrefloopError, match="3 steps in a row were not finite"):
         step(examples)
-    assert step.num_skipped == 3
+    assert step.num_skipped_in_a_row == 3
+    assert step.last_skipped.rows == ("demo-0", "demo-1", "demo-2")
+    assert math.isnan(step.last_skipped.loss)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

@@ -53,10 +53,11 @@ def trained(directory, algorithm, rows, settings=SETTINGS, *, seed=1, identity="
 
     model = model or small_model()
     try:
-        history = train(
+        result = train(
             model, None, algorithm, rows, settings,
             seed=seed, identity=identity, state_directory=directory, on_step=on_step,
         )  # fmt: skip
+        history = result.history
     except StoppedError:
         history = None
     return {name: p.detach().clone() for name, p in model.named_parameters()}, history, done
@@ -196,7 +197,7 @@ def test_a_skipped_step_is_in_the_history_and_changes_no_weight(tmp_path, exampl
     algorithm, rows = examples["sft"]
     weights, history, _ = trained(tmp_path, algorithm, rows, model=broken({2, 5}))
     assert [metrics["skipped"] for metrics in history] == [0, 0, 1, 0, 0, 1, 0, 0, 0]
-    assert history[2] == {"skipped": 1.0}  # a loss that is none is no number
+    assert history[2].keys() == {"skipped", "learning_rate"}  # a loss that is none is no number
     assert all(value.isfinite().all() for value in weights.values())
 
 
@@ -205,7 +206,9 @@ def test_state_saved_when_no_step_was_taken_yet_can_be_gone_on_from(tmp_path, ex
     expected, history, _ = trained(tmp_path / "whole", algorithm, rows, model=broken({0, 1}))
     trained(tmp_path / "states", algorithm, rows, model=broken({0, 1}), stop_at=3)
     (saved,) = tmp_path.glob("states/*/step-00000002/state.json")
-    assert json.loads(saved.read_text())["history"] == [{"skipped": 1.0}] * 2
+    state = json.loads(saved.read_text())
+    assert [metrics["skipped"] for metrics in state["history"]] == [1.0, 1.0]
+    assert [skipped["step"] for skipped in state["skipped"]] == [1, 2]
     weights, history_again, done = trained(tmp_path / "states", algorithm, rows)
     assert done[0] == 3
     assert history_again == history
@@ -214,10 +217,19 @@ def test_state_saved_when_no_step_was_taken_yet_can_be_gone_on_from(tmp_path, ex
 
 def test_a_loss_that_stays_not_finite_ends_the_training(tmp_path, examples):
     algorithm, rows = examples["sft"]
-    with pytest.raises(PrefloopError, match=r"4 steps in a row were not finite .* lower the learning rate"):
-        trained(tmp_path, algorithm, rows, model=broken(range(100)))
+    with pytest.raises(trainer.TrainingDivergedError, match=r"4 steps in a row .* lower the learning rate") as caught:
+        trained(tmp_path, algorithm, rows, model=broken(range(1, 100)))
     for saved in tmp_path.glob("*/*/state.json"):
-        assert "loss" not in saved.read_text()
+        assert not any("loss" in metrics for metrics in json.loads(saved.read_text())["history"][1:])
+    (dumped,) = tmp_path.glob("*/skipped.jsonl")
+    lines = [json.loads(line) for line in dumped.read_text().splitlines()]
+    for index, (line, kept) in enumerate(zip(lines, caught.value.result.skipped, strict=True), start=1):
+        named = [rows[i].name for i in batch_at(index, 10, 4, seed=1)]
+        assert line == {"step": index + 1, "loss": "nan", "grad_norm": "nan", "rows": named}
+        assert (kept.step, list(kept.rows)) == (index + 1, named)
+    assert len(lines) == 4
+    assert str(dumped) in str(caught.value)
+    assert len(caught.value.result.history) == 4  # one good step and the first three that were skipped
 
 
 def test_no_examples(tmp_path):

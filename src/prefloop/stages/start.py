@@ -134,7 +134,7 @@ def _learn(run: Run, base: Checkpoint, demonstrations: Dataset) -> Checkpoint:
         paths = policies.paths(policy, trajectories, tasks)
         examples = [Demonstration(p, name=t.id) for p, t in zip(paths, trajectories, strict=True)]
         states = run.directory / "training" / "sft"
-        history = train(
+        result = train(
             policy.model,
             None,
             make_algorithm("sft"),
@@ -150,6 +150,7 @@ def _learn(run: Run, base: Checkpoint, demonstrations: Dataset) -> Checkpoint:
         )
         run.store.add_checkpoint(checkpoint)
         policies.keep(checkpoint.id, policy)
-        detail |= {"checkpoint_id": checkpoint.id, "steps": len(history), "loss": [m.get("loss") for m in history]}
+        detail |= {"checkpoint_id": checkpoint.id, "steps": len(result.history)}
+        detail["loss"] = [metrics.get("loss") for metrics in result.history]
     forget_state(states)
     return checkpoint

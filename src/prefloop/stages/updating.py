@@ -120,7 +120,7 @@ def _attempt(
     history: list[dict[str, float]] = []
     evaluated = None
     try:
-        history = train(
+        result = train(
             policy.model,
             None,
             _algorithm(settings),
@@ -131,6 +131,7 @@ def _attempt(
             state_directory=_states(run, iteration),
             on_step=lambda step, _, metrics: run.progress.advance(step, f"loss {metrics.get('loss', 0):.3f}"),
         )
+        history = result.history
         evaluated = guard_evaluation(run, policy)
         decision = _decide(run, success_before, evaluated)
     except DivergedError as error:

@@ -10,6 +10,9 @@ from prefloop.config import Settings
 from prefloop.losses.registry import resolve_knobs
 from prefloop.losses.settings import LossSettings
 from prefloop.records import PrefloopError
+from prefloop.training.metrics import BETTER
+
+Reporter = Literal["tensorboard", "trackio", "wandb"]
 
 
 class TrainingSettings(Settings):
@@ -17,8 +20,15 @@ class TrainingSettings(Settings):
 
     `batch_size` examples (demonstrations or pairs) make one optimizer step; `num_steps` overrules `num_epochs`.
     `schedule` goes from `learning_rate` to 0 over all steps (`constant`: stays), after `warmup_steps` of linear
-    warm-up. A micro-batch holds `max_tokens` computed tokens. `checkpoint_every` steps the state is saved, so that
-    a killed training repeats fewer.
+    warm-up. A micro-batch holds `max_tokens` computed tokens; `precision` is that of its arithmetic, weights staying as
+    they are, and `gradient_checkpointing` computes hidden states again in the backward pass to save memory. More than
+    `max_skipped` steps in a row that are not finite end the training. `checkpoint_every` steps the state is saved, so
+    that a killed training repeats fewer.
+
+    Where rows are held out (`held_out`: the share of the prompts whose rows are), they are evaluated every
+    `evaluate_every` steps and at the end; `patience` evaluations in a row without a better `early_stopping_metric` end
+    the training, and the best weights are taken. Every `sync_reference_every` steps the reference becomes
+    a · policy + (1 - a) · reference with a = `sync_reference_mixup` (Gorbatovski et al. 2024, arXiv:2404.09656).
     """
 
     learning_rate: float = Field(gt=0)
@@ -32,7 +42,25 @@ class TrainingSettings(Settings):
     adam_beta2: float = Field(default=0.98, ge=0, lt=1)
     max_grad_norm: float = Field(default=1.0, gt=0)
     max_tokens: int = Field(default=16384, ge=1)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = False
+    max_skipped: int = Field(default=3, ge=0)
     checkpoint_every: int = Field(default=200, ge=1)
+    held_out: float = Field(default=0.0, ge=0, lt=1)
+    evaluate_every: int | None = Field(default=None, ge=1)
+    early_stopping_metric: str = "loss"
+    patience: int | None = Field(default=None, ge=1)
+    sync_reference_every: int | None = Field(default=None, ge=1)
+    sync_reference_mixup: float = Field(default=0.6, gt=0, le=1)
+    report_to: list[Reporter] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _can_stop_early(self) -> TrainingSettings:
+        if self.early_stopping_metric not in BETTER:
+            raise ValueError(f"early_stopping_metric as one of {', '.join(BETTER)}, not {self.early_stopping_metric!r}")
+        if self.patience is not None and self.evaluate_every is None:
+            raise ValueError("with patience also evaluate_every: how many steps lie between two evaluations")
+        return self
 
 
 class UpdateSettings(TrainingSettings, LossSettings):

@@ -22,7 +22,7 @@ from prefloop.batch.examples import Demonstration, Example, LabelledSample, Pref
 from prefloop.batch.layout import Layout
 from prefloop.batch.packed import PackedBatch, Unit
 from prefloop.batch.packing import pack_group, split_examples
-from prefloop.models.attention import sharing, why_not_shared
+from prefloop.models.attention import disable_dropout, sharing, why_not_shared
 from prefloop.models.draw import DivergedError
 from prefloop.models.forward import LOGIT_BUDGET, forward, layout_for
 from prefloop.records import PrefloopError
@@ -56,12 +56,22 @@ class StepSettings:
     autocast: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A step that was not taken, because its loss or gradient norm was not finite: the rows that it saw."""
+
+    loss: float
+    grad_norm: float
+    rows: tuple[str, ...]
+
+
 class TrainingStep:
     """Micro-batches, gradients, clipping and the update, for any algorithm.
 
     The reference is a frozen model or None, which it may be where examples carry the reference's log-probs
     (`with_reference`) or the algorithm needs none. Dropout is switched off: a token that several samples share is
-    computed once, and would get one mask for all of them. `num_skipped` counts the steps that were skipped.
+    computed once, and would get one mask for all of them. `last_skipped` is what the last step that was skipped saw,
+    `num_skipped_in_a_row` how many were since the last that was taken.
 
     Raises:
         PrefloopError: the reference is the policy itself.
@@ -80,13 +90,14 @@ class TrainingStep:
         self.algorithm = algorithm
         self.optimizer = optimizer
         self.settings = settings or StepSettings()
-        self.num_skipped = 0
-        self._num_skipped_in_a_row = 0
+        self.last_skipped: Skipped | None = None
+        self.num_skipped_in_a_row = 0
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if reference is model:
             raise PrefloopError("the reference must be another module than the policy: give a copy of it")
         if reference is not None:
             reference.eval().requires_grad_(False)
+        disable_dropout(model)
         if reason := why_not_shared(model.train()):
             log.warning("shared prefixes are computed once for each path: %s", reason)
 
@@ -109,7 +120,7 @@ class TrainingStep:
         if not math.isfinite(grad_norm) or not math.isfinite(metrics["loss"]):
             return self._skip(examples, metrics["loss"], grad_norm)
         self.optimizer.step()
-        self._num_skipped_in_a_row = 0
+        self.num_skipped_in_a_row = 0
         return {**metrics, "grad_norm": grad_norm, "skipped": 0.0}
 
     def gradient(self, examples: Sequence[Example], *, seed: Sequence[int] = (0,)) -> dict[str, float]:
@@ -119,6 +130,20 @@ class TrainingStep:
         that couples rows is computed over all of them from log-probs without gradient, and its gradient with respect
         to those is carried through the model by micro-batch (Gao et al. 2021, arXiv:2101.06983).
         """
+        return self._measure(examples, seed)
+
+    @torch.no_grad()
+    def evaluate(self, examples: Sequence[Example], *, seed: Sequence[int] = (0,)) -> dict[str, float]:
+        """Loss and metrics over these examples as of one step on all of them; neither weights nor gradients change.
+
+        Raises:
+            PrefloopError: as a step.
+        """
+        self.model.eval()
+        return self._measure(examples, seed)
+
+    def _measure(self, examples: Sequence[Example], seed: Sequence[int]) -> dict[str, float]:
+        """Loss and metrics; adds the gradient unless gradients are switched off."""
         self._check(examples)
         kl = self._kl(self.algorithm.kl_samples(examples, seed))
         groups = self._split(examples)
@@ -155,7 +180,8 @@ class TrainingStep:
         with self._attention(layout):
             unit_loss = self.algorithm.loss(batch, self._output(batch, layout))
             loss = _weighed(unit_loss, batch, denominator)
-            loss.backward()  # type: ignore[no-untyped-call]
+            if torch.is_grad_enabled():
+                loss.backward()  # type: ignore[no-untyped-call]
         totals.add(loss, unit_loss, batch)
 
     def _backward_coupled(
@@ -175,12 +201,14 @@ class TrainingStep:
         output_V.requires_grad_()
         unit_loss = self.algorithm.loss(joint, output_V)
         loss = _weighed(unit_loss, joint, _Denominators(self.algorithm.name, [joint]))
+        totals.add(loss, unit_loss, joint)
+        if not torch.is_grad_enabled():
+            return
         (grad_V,) = torch.autograd.grad(loss, output_V)
         for visits, batch in zip(where, batches, strict=True):
             layout = layout_for(self.model, batch)
             with self._attention(layout):
                 self._output(batch, layout).backward(grad_V[visits])  # type: ignore[no-untyped-call]
-        totals.add(loss, unit_loss, joint)
 
     def _output(self, batch: PackedBatch, layout: Layout) -> Tensor:
         """What the algorithm reads of the model, for each visit."""
@@ -232,13 +260,14 @@ class TrainingStep:
 
     def _skip(self, examples: Sequence[Example], loss: float, grad_norm: float) -> dict[str, float]:
         self.optimizer.zero_grad(set_to_none=True)
-        self.num_skipped += 1
-        self._num_skipped_in_a_row += 1
-        names = ", ".join(example.name or f"row {i} of the batch" for i, example in enumerate(examples))
+        self.num_skipped_in_a_row += 1
+        rows = tuple(example.name or f"row {i} of the batch" for i, example in enumerate(examples))
+        self.last_skipped = Skipped(loss, grad_norm, rows)
+        names = ", ".join(rows)
         log.warning("step skipped: loss %s, gradient norm %s; its rows: %s", loss, grad_norm, names)
-        if self._num_skipped_in_a_row > self.settings.max_skipped:
+        if self.num_skipped_in_a_row > self.settings.max_skipped:
             raise DivergedError(
-                f"{self._num_skipped_in_a_row} steps in a row were not finite (loss {loss}, gradient norm "
+                f"{self.num_skipped_in_a_row} steps in a row were not finite (loss {loss}, gradient norm "
                 f"{grad_norm}); the weights are those before; lower the learning rate. The last step's rows: {names}"
             )
         return {"skipped": 1.0}

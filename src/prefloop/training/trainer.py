@@ -1,41 +1,53 @@
-"""From examples to trained weights: the order of examples, the learning-rate schedule, and exact resumption.
+"""From examples to trained weights: order, learning rate, evaluation, early stopping, and exact resumption.
 
-The order is a function of (seed, epoch) and the learning rate of the step number alone, so that the only state
-to save beside the weights is the optimizer's and the step number. A training that was killed goes on from its
+The order of examples is a function of (seed, epoch) and the learning rate of the step number alone, so that the only
+state to save beside the weights is the optimizer's and the result so far. A training that was killed goes on from its
 last saved state and ends with the same bits (same machine, thread count and versions, on CPU).
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from prefloop.batch.examples import Example
+from prefloop.models.attention import causal_model
+from prefloop.models.draw import DivergedError
 from prefloop.records import PrefloopError, content_hash
 from prefloop.training.algorithms import Algorithm
-from prefloop.training.checkpoint import newest_whole, save_atomically
+from prefloop.training.metrics import HELD_OUT, Metrics, is_better
+from prefloop.training.reference import follow
 from prefloop.training.settings import TrainingSettings
+from prefloop.training.state import Evaluation, SavedState, SkippedStep, TrainingResult
 from prefloop.training.step import StepSettings, TrainingStep
+from prefloop.training.watch import WINDOW, falling_chosen
+from prefloop.training.writers import MetricsWriter
 
-Metrics = dict[str, float]
-KEPT_STATES = 2
+log = logging.getLogger(__name__)
+
+SKIPPED_ROWS = "skipped.jsonl"
+"""Beside the states: the rows of each step that was not finite, one JSON object a line."""
 
 
-@dataclass(slots=True)
-class _State:
-    step: int = 0
-    history: list[Metrics] = field(default_factory=list)
+class TrainingDivergedError(DivergedError):
+    """Too many steps in a row were not finite; `result` is what the training came to before."""
+
+    def __init__(self, message: str, result: TrainingResult) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 def count_steps(settings: TrainingSettings, num_examples: int) -> int:
@@ -70,18 +82,23 @@ def train(
     seed: int,
     identity: str,
     state_directory: Path,
+    held_out: Sequence[Example] = (),
+    writers: Sequence[MetricsWriter] = (),
     on_step: Callable[[int, int, Metrics], None] = lambda step, num_steps, metrics: None,
-) -> list[Metrics]:
-    """Train `model` in place; returns the metrics of each step.
+    on_evaluation: Callable[[int, Metrics], None] = lambda step, metrics: None,
+) -> TrainingResult:
+    """Train `model` in place.
 
     `identity` names what is trained on what: state saved in `state_directory` under another identity (or other
-    settings, thread count or versions) is not used. `on_step` is told of each step done.
+    settings, thread count or versions) is not used. `held_out` examples are evaluated, never learned from. `on_step` is
+    told of each step done, `on_evaluation` of each evaluation; `writers` are given all metrics from the first step on,
+    in a training that goes on too. A reference that follows the policy (`sync_reference_every`) is changed in place.
 
     Raises:
-        PrefloopError: no examples; and as `TrainingStep`.
+        PrefloopError: no examples, nothing held out to evaluate, a reference that cannot follow; and as `TrainingStep`.
+        TrainingDivergedError: too many steps in a row were not finite.
     """
-    if not examples:
-        raise PrefloopError(f"{algorithm.name}: there are no examples to train on")
+    _check(algorithm, reference, examples, held_out, settings)
     num_steps = count_steps(settings, len(examples))
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
@@ -91,24 +108,158 @@ def train(
         weight_decay=settings.weight_decay,
         fused=True,
     )
-    key = content_hash(
-        identity, algorithm.name, repr(algorithm), settings.model_dump(), seed, num_steps, environment_fingerprint()
-    )
-    saved = _SavedState(state_directory / key, parameters, optimizer)
-    state = saved.load()
+    knobs = settings.model_dump(exclude={"report_to"})
+    sizes = (num_steps, len(held_out))
+    key = content_hash(identity, algorithm.name, repr(algorithm), knobs, seed, sizes, environment_fingerprint())
+    follows = reference is not None and settings.sync_reference_every is not None
+    changing = dict(reference.named_parameters()) if reference is not None and follows else {}
+    saved = SavedState(state_directory / key, parameters, optimizer, changing)
     step = TrainingStep(model, reference, algorithm, optimizer, _step_settings(settings))
-    while state.step < num_steps:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(settings, state.step, num_steps)
-        chosen = batch_at(state.step, len(examples), settings.batch_size, seed)
-        metrics = step([examples[i] for i in chosen], seed=(seed, state.step))
-        state.history.append(metrics)
-        state.step += 1
-        on_step(state.step, num_steps, metrics)
-        if state.step % settings.checkpoint_every == 0 and state.step < num_steps:
-            saved.save(state)
-    model.eval()
-    return state.history
+    training = _Training(step, settings, seed, saved, examples, held_out, num_steps, writers, on_step, on_evaluation)
+    with _recomputing(model, settings.gradient_checkpointing):
+        return training.run()
+
+
+@dataclass(slots=True)
+class _Training:
+    """A training on its way."""
+
+    step: TrainingStep
+    settings: TrainingSettings
+    seed: int
+    saved: SavedState
+    examples: Sequence[Example]
+    held_out: Sequence[Example]
+    num_steps: int
+    writers: Sequence[MetricsWriter]
+    on_step: Callable[[int, int, Metrics], None]
+    on_evaluation: Callable[[int, Metrics], None]
+    result: TrainingResult = field(init=False)
+
+    def run(self) -> TrainingResult:
+        """Go on from the saved state to the end."""
+        self.result = self.saved.load()
+        history = self.result.history
+        self.step.num_skipped_in_a_row = sum(1 for _ in takewhile(lambda m: m["skipped"], reversed(history)))
+        for number in range(1, len(history) + 1):
+            self._write(number)
+        while len(history) < self.num_steps and not self.result.stopped_early:
+            self._go_on()
+        if self.settings.patience is not None:
+            self.saved.restore_best()
+        self.step.model.eval()
+        return self.result
+
+    def _go_on(self) -> None:
+        """One step, and what is due after it."""
+        settings, index = self.settings, len(self.result.history)
+        rate = learning_rate_at(settings, index, self.num_steps)
+        for group in self.step.optimizer.param_groups:
+            group["lr"] = rate
+        metrics = {**self._step(index), "learning_rate": rate}
+        self.result.history.append(metrics)
+        number, last = index + 1, index + 1 == self.num_steps
+        self.on_step(number, self.num_steps, metrics)
+        if number % WINDOW == 0 or last:
+            self._watch()
+        if settings.sync_reference_every and number % settings.sync_reference_every == 0:
+            assert self.step.reference is not None  # seen to before
+            follow(self.step.reference, self.step.model, settings.sync_reference_mixup)
+        if self.held_out and (last or (settings.evaluate_every and number % settings.evaluate_every == 0)):
+            self._evaluate(number)
+        self._write(number)
+        if number % settings.checkpoint_every == 0 and not last and not self.result.stopped_early:
+            self.saved.save(self.result)
+
+    def _step(self, index: int) -> Metrics:
+        chosen = batch_at(index, len(self.examples), self.settings.batch_size, self.seed)
+        try:
+            metrics = self.step([self.examples[i] for i in chosen], seed=(self.seed, index))
+        except DivergedError as error:
+            where = self._keep_skipped(index + 1)
+            raise TrainingDivergedError(f"{error}; those of each such step are in {where}", self.result) from error
+        if metrics["skipped"]:
+            self._keep_skipped(index + 1)
+        return metrics
+
+    def _keep_skipped(self, number: int) -> Path:
+        """Keep the rows of a step that was skipped, in the result and in a file beside the states."""
+        skipped = self.step.last_skipped
+        assert skipped is not None
+        kept = SkippedStep(number, str(skipped.loss), str(skipped.grad_norm), skipped.rows)
+        self.result.skipped.append(kept)
+        self.saved.directory.mkdir(parents=True, exist_ok=True)
+        path = self.saved.directory / SKIPPED_ROWS
+        path.write_text("".join(json.dumps(asdict(one)) + "\n" for one in self.result.skipped))
+        return path
+
+    def _watch(self) -> None:
+        """Warn once."""
+        found = None if self.result.warnings else falling_chosen(self.result.history, self.step.algorithm)
+        if found is not None:
+            self.result.warnings.append(f"step {len(self.result.history)}: {found}")
+            log.warning("%s", self.result.warnings[-1])
+
+    def _evaluate(self, number: int) -> None:
+        """Measure the held-out rows; notes the best weights, and whether patience has ended."""
+        result, name, patience = self.result, self.settings.early_stopping_metric, self.settings.patience
+        found = self.step.evaluate(self.held_out, seed=(self.seed, 0, 1))  # not a seed of any step
+        if name not in found:
+            raise PrefloopError(
+                f"early_stopping_metric: {self.step.algorithm.name} has no {name!r}; it has {', '.join(sorted(found))}"
+            )
+        best = next((one.metrics[name] for one in result.evaluations if one.step == result.best_step), None)
+        result.evaluations.append(Evaluation(number, {n: value for n, value in found.items() if math.isfinite(value)}))
+        if is_better(name, found[name], best):
+            result.best_step = number
+            if patience is not None:
+                self.saved.keep_best()
+        since = sum(one.step > (result.best_step or 0) for one in result.evaluations)
+        result.stopped_early = patience is not None and since >= patience and number < self.num_steps
+        self.on_evaluation(number, result.evaluations[-1].metrics)
+
+    def _write(self, number: int) -> None:
+        """Give the writers a step's metrics, those of the held-out rows among them."""
+        found = next((one.metrics for one in self.result.evaluations if one.step == number), {})
+        metrics = {**self.result.history[number - 1], **{f"{HELD_OUT}{name}": value for name, value in found.items()}}
+        for writer in self.writers:
+            writer.write(number, metrics)
+
+
+def _check(
+    algorithm: Algorithm,
+    reference: nn.Module | None,
+    examples: Sequence[Example],
+    held_out: Sequence[Example],
+    settings: TrainingSettings,
+) -> None:
+    if not examples:
+        raise PrefloopError(f"{algorithm.name}: there are no examples to train on")
+    if settings.evaluate_every is not None and not held_out:
+        raise PrefloopError("evaluate_every: no rows are held out; set held_out to the share of the prompts to keep")
+    if settings.sync_reference_every is None:
+        return
+    if not algorithm.needs_reference:
+        raise PrefloopError(f"sync_reference_every: {algorithm.name} has no reference that could follow the policy")
+    scored = [*examples, *held_out, *getattr(algorithm, "samples", ())]
+    if reference is None or any(example.ref_logprob for example in scored):
+        raise PrefloopError(
+            "sync_reference_every: a reference that follows the policy must be there itself, its log-probs cannot be "
+            "computed before"
+        )
+
+
+@contextmanager
+def _recomputing(model: nn.Module, on: bool) -> Iterator[None]:
+    """Compute hidden states again in the backward pass, in place of keeping them."""
+    causal: Any = causal_model(model)
+    if on:
+        causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        yield
+    finally:
+        if on:
+            causal.gradient_checkpointing_disable()
 
 
 def forget_state(state_directory: Path) -> None:
@@ -126,40 +277,9 @@ def environment_fingerprint() -> dict[str, Any]:
 
 
 def _step_settings(settings: TrainingSettings) -> StepSettings:
-    return StepSettings(max_tokens=settings.max_tokens, max_grad_norm=settings.max_grad_norm)
-
-
-class _SavedState:
-    """The state of a training on disk: weights, the optimizer's moments, the step and the metrics so far."""
-
-    def __init__(self, directory: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.AdamW) -> None:
-        self.directory = directory
-        self.parameters = parameters
-        self.optimizer = optimizer
-
-    def save(self, state: _State) -> None:
-        tensors: dict[str, Tensor] = {}
-        for name, parameter in self.parameters.items():
-            tensors[f"weight.{name}"] = parameter.detach()
-            for moment, value in self.optimizer.state[parameter].items():
-                tensors[f"{moment}.{name}"] = value
-
-        def write(target: Path) -> None:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target / "state.safetensors")
-            (target / "state.json").write_text(json.dumps({"step": state.step, "history": state.history}))
-
-        save_atomically(self.directory / f"step-{state.step:08d}", write)
-        for old in sorted(self.directory.glob("step-*"))[:-KEPT_STATES]:
-            shutil.rmtree(old)
-
-    def load(self) -> _State:
-        newest = newest_whole(self.directory)
-        if newest is None:
-            return _State()
-        tensors = load_file(newest / "state.safetensors")
-        for name, parameter in self.parameters.items():
-            parameter.data.copy_(tensors[f"weight.{name}"])
-            keys = {moment: f"{moment}.{name}" for moment in ("step", "exp_avg", "exp_avg_sq")}
-            if keys["step"] in tensors:  # no moments where no step was taken yet, all being skipped
-                self.optimizer.state[parameter] = {m: tensors[k].to(parameter.device) for m, k in keys.items()}
-        return _State(**json.loads((newest / "state.json").read_text()))
+    return StepSettings(
+        max_tokens=settings.max_tokens,
+        max_grad_norm=settings.max_grad_norm,
+        max_skipped=settings.max_skipped,
+        autocast=settings.precision == "bfloat16",
+    )

@@ -1,0 +1,30 @@
+"""What training logs: see docs/metrics.md for the meaning of each name. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+Metrics = dict[str, float]
+
+HELD_OUT = "eval/"
+"""Before the names of metrics that were measured on held-out rows."""
+
+BETTER: Mapping[str, Literal["lower", "higher"]] = {
+    "loss": "lower",
+    "rewards/accuracies": "higher",
+    "rewards/margins": "higher",
+    "rewards/chosen": "higher",
+    "logps/chosen": "higher",
+    "nll_loss": "lower",
+    "accuracy": "higher",
+    "margin": "higher",
+}
+"""The metrics that tell better weights from worse, and which way."""
+
+
+def is_better(name: str, value: float, best: float | None) -> bool:
+    """Whether a value of a metric beats the best so far (None: there is none yet); one that is NaN never does."""
+    if value != value:
+        return False
+    return best is None or (value < best if BETTER[name] == "lower" else value > best)

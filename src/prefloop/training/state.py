@@ -1,0 +1,142 @@
+"""What a training came to so far, and the state from which it goes on bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from prefloop.training.checkpoint import newest_whole, save_atomically
+from prefloop.training.metrics import Metrics
+
+KEPT_STATES = 2
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The metrics of the held-out rows after so many steps."""
+
+    step: int
+    metrics: Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedStep:
+    """A step whose loss or gradient was not finite, which changed no weight; `rows` names the rows that it saw.
+
+    `loss` and `grad_norm` in words, for they are no numbers.
+    """
+
+    step: int
+    loss: str
+    grad_norm: str
+    rows: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class TrainingResult:
+    """What a training came to.
+
+    `history` holds the metrics of each step, `evaluations` those of the held-out rows, of which the one after
+    `best_step` steps was the best (None: nothing was held out). With patience the weights are those of `best_step`,
+    else the last ones; `stopped_early` says that patience ended. `skipped` are the steps that were not taken,
+    `warnings` what to look at.
+    """
+
+    history: list[Metrics] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    best_step: int | None = None
+    stopped_early: bool = False
+    skipped: list[SkippedStep] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(saved: Mapping[str, Any]) -> TrainingResult:
+        """The result that `to_dict` gave."""
+        evaluations = [Evaluation(**one) for one in saved["evaluations"]]
+        skipped = [SkippedStep(**{**one, "rows": tuple(one["rows"])}) for one in saved["skipped"]]
+        return TrainingResult(**{**saved, "evaluations": evaluations, "skipped": skipped})
+
+
+class SavedState:
+    """The state of a training on disk: weights, the optimizer's moments, the best weights, and the result so far.
+
+    `reference` are the weights of a reference that changes with the policy, empty for one that is fixed. `best` are the
+    best weights so far, where those are kept.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.AdamW,
+        reference: Mapping[str, Tensor],
+    ) -> None:
+        self.directory = directory
+        self.parameters = parameters
+        self.optimizer = optimizer
+        self.reference = reference
+        self.best: dict[str, Tensor] = {}
+
+    def keep_best(self) -> None:
+        """Take the weights as they are for the best."""
+        self.best = {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.parameters.items()}
+
+    def restore_best(self) -> None:
+        """Go back to the best weights, if any were kept."""
+        _copy(self.best, self.parameters)
+
+    def save(self, result: TrainingResult) -> None:
+        """Save the state after the last step of the result; only the newest are kept."""
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            tensors[f"weight.{name}"] = parameter.detach()
+            for moment, value in self.optimizer.state[parameter].items():
+                tensors[f"{moment}.{name}"] = value
+        tensors |= {f"reference.{name}": weight for name, weight in self.reference.items()}
+        tensors |= {f"best.{name}": weight for name, weight in self.best.items()}
+
+        def write(target: Path) -> None:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target / "state.safetensors")
+            (target / "state.json").write_text(json.dumps(result.to_dict()))
+
+        save_atomically(self.directory / f"step-{len(result.history):08d}", write)
+        for old in sorted(self.directory.glob("step-*"))[:-KEPT_STATES]:
+            shutil.rmtree(old)
+
+    def load(self) -> TrainingResult:
+        """Go back to the newest state that is whole, if there is any; returns the result so far."""
+        newest = newest_whole(self.directory)
+        if newest is None:
+            return TrainingResult()
+        tensors = load_file(newest / "state.safetensors")
+        _copy(_within(tensors, "weight."), self.parameters)
+        _copy(_within(tensors, "reference."), self.reference)
+        self.best = _within(tensors, "best.")
+        for name, parameter in self.parameters.items():
+            keys = {moment: f"{moment}.{name}" for moment in MOMENTS}
+            if keys["step"] in tensors:  # no moments where no step was taken yet, all being skipped
+                self.optimizer.state[parameter] = {m: tensors[k].to(parameter.device) for m, k in keys.items()}
+        return TrainingResult.from_dict(json.loads((newest / "state.json").read_text()))
+
+
+def _within(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+@torch.no_grad()
+def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    for name, tensor in source.items():
+        target[name].copy_(tensor)
