@@ -6,6 +6,7 @@ prompt-completion, preference with explicit or implicit prompt, unpaired prefere
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -148,20 +149,27 @@ def _stepwise(row: Mapping[str, Any], line: int, context: Context) -> Bundle:
     if not isinstance(labels, list) or len(labels) != len(steps):
         raise RowProblemError("labels", f"expected a list of {len(steps)} labels, one for each step")
     texts = [_string(step, f"completions[{i}]") for i, step in enumerate(steps)]
-    flags = [parse_flag(label, f"labels[{i}]") for i, label in enumerate(labels)]
+    values = [_step_label(label, f"labels[{i}]") for i, label in enumerate(labels)]
     task = _task(row, context, prompt)
     completion = (Message(Role.ASSISTANT, STEP_SEPARATOR.join(texts)),)
-    trajectory = context.trajectory(task, completion, line, columns=other_columns(row, _KNOWN), variant=flags)
-    return Bundle([task], [trajectory], step_labels=_step_labels(trajectory.id, len(prompt), texts, flags, context))
+    trajectory = context.trajectory(task, completion, line, columns=other_columns(row, _KNOWN), variant=values)
+    return Bundle([task], [trajectory], step_labels=_step_labels(trajectory.id, len(prompt), texts, values, context))
+
+
+def _step_label(value: object, key: str) -> bool | float:
+    """Whether a step is right, or the share of attempts from it that were."""
+    if not isinstance(value, bool | int | float) or not 0 <= value <= 1:
+        raise RowProblemError(key, f"expected true, false or a number from 0 to 1, found {json.dumps(value)[:40]}")
+    return bool(value) if value in (0, 1) else float(value)
 
 
 def _step_labels(
-    trajectory_id: str, message: int, texts: list[str], flags: list[bool], context: Context
+    trajectory_id: str, message: int, texts: list[str], values: list[bool | float], context: Context
 ) -> list[StepLabel]:
     found, start = [], 0
-    for text, flag in zip(texts, flags, strict=True):
+    for text, value in zip(texts, values, strict=True):
         span = (start, start + len(text))
-        found.append(StepLabel(trajectory_id, context.rater.id, message, float(flag), span=span))
+        found.append(StepLabel(trajectory_id, context.rater.id, message, float(value), span=span))
         start = span[1] + len(STEP_SEPARATOR)
     return found
 

@@ -138,7 +138,11 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class StepLabel:
-    """One rater's label of one step: a message of a trajectory, or a tool call or character span in it."""
+    """One rater's label in [0, 1] of one step: a message of a trajectory, or a tool call or character span in it.
+
+    Raises:
+        PrefloopError: a label outside [0, 1].
+    """
 
     trajectory_id: str
     rater_id: str
@@ -146,6 +150,13 @@ class StepLabel:
     label: float
     tool_call: int | None = None
     span: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.label <= 1.0:
+            raise PrefloopError(
+                f"the label of a step must be in [0, 1], not {self.label} (trajectory {self.trajectory_id}, "
+                f"message {self.message})"
+            )
 
     @property
     def id(self) -> str:

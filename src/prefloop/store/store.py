@@ -358,6 +358,16 @@ class Store:
         standing = [row for row in found if row["id"] not in replaced and row["status"] != "withdrawn"]
         return [rows.comparison_from_row(row) for row in standing]
 
+    def step_labels(
+        self, *, trajectory_ids: Iterable[str] | None = None, rater_id: str | None = None
+    ) -> list[StepLabel]:
+        """Labels of steps of the named trajectories, or of all, ordered by trajectory and id."""
+        table = schema.step_label
+        query = select(table).order_by(table.c.trajectory_id, table.c.id)
+        if rater_id is not None:
+            query = query.where(table.c.rater_id == rater_id)
+        return [rows.step_label_from_row(row) for row in self._by_ids(query, table.c.trajectory_id, trajectory_ids)]
+
     def dataset(self, dataset_id: str) -> Dataset:
         """A frozen dataset.
 
