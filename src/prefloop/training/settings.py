@@ -31,28 +31,32 @@ class TrainingSettings(Settings):
     a · policy + (1 - a) · reference with a = `sync_reference_mixup` (Gorbatovski et al. 2024, arXiv:2404.09656).
     """
 
-    learning_rate: float = Field(gt=0)
-    batch_size: int = Field(default=32, ge=1)
-    num_epochs: int = Field(default=1, ge=1)
-    num_steps: int | None = Field(default=None, ge=1)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(default=0, ge=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
-    adam_beta2: float = Field(default=0.98, ge=0, lt=1)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    max_tokens: int = Field(default=16384, ge=1)
-    precision: Literal["float32", "bfloat16"] = "float32"
-    gradient_checkpointing: bool = False
-    max_skipped: int = Field(default=3, ge=0)
-    checkpoint_every: int = Field(default=200, ge=1)
-    held_out: float = Field(default=0.0, ge=0, lt=1)
-    evaluate_every: int | None = Field(default=None, ge=1)
-    early_stopping_metric: str = "loss"
-    patience: int | None = Field(default=None, ge=1)
-    sync_reference_every: int | None = Field(default=None, ge=1)
-    sync_reference_mixup: float = Field(default=0.6, gt=0, le=1)
-    report_to: list[Reporter] = Field(default_factory=list)
+    learning_rate: float = Field(gt=0, description="of AdamW")
+    batch_size: int = Field(default=32, ge=1, description="rows in one optimizer step")
+    num_epochs: int = Field(default=1, ge=1, description="passes over the data")
+    num_steps: int | None = Field(default=None, ge=1, description="optimizer steps; overrules num_epochs")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="of the learning rate: stays, or goes to 0 over all steps"
+    )
+    warmup_steps: int = Field(default=0, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(default=0.0, ge=0, description="of AdamW")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="of AdamW")
+    adam_beta2: float = Field(default=0.98, ge=0, lt=1, description="of AdamW")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are clipped to it")
+    max_tokens: int = Field(default=16384, ge=1, description="computed tokens in a micro-batch")
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="of the arithmetic; weights stay as they are"
+    )
+    gradient_checkpointing: bool = Field(default=False, description="compute hidden states again in the backward pass")
+    max_skipped: int = Field(default=3, ge=0, description="steps in a row that may be not finite")
+    checkpoint_every: int = Field(default=200, ge=1, description="steps after which the state is saved")
+    held_out: float = Field(default=0.0, ge=0, lt=1, description="share of the prompts whose rows are held out")
+    evaluate_every: int | None = Field(default=None, ge=1, description="steps between evaluations of held-out rows")
+    early_stopping_metric: str = Field(default="loss", description="of held-out rows, which tells the best weights")
+    patience: int | None = Field(default=None, ge=1, description="evaluations without a better metric that end it")
+    sync_reference_every: int | None = Field(default=None, ge=1, description="steps after which the reference follows")
+    sync_reference_mixup: float = Field(default=0.6, gt=0, le=1, description="the policy's share in the reference then")
+    report_to: list[Reporter] = Field(default_factory=list, description="writers of metrics beside the store")
 
     @model_validator(mode="after")
     def _can_stop_early(self) -> TrainingSettings:
