@@ -18,11 +18,15 @@ from prefloop.batch.packed import PackedBatch
 
 
 class Segment(NamedTuple):
-    """An unbranched run of tokens [start, stop) whose descendants are [stop, end)."""
+    """An unbranched run of tokens [start, stop) whose descendants are [stop, end).
+
+    Where nothing `asks`, the run's keys and values are needed, but not its queries.
+    """
 
     start: int
     stop: int
     end: int
+    asks: bool = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,11 +35,12 @@ class Layout:
 
     `input_ids_BL` and `position_ids_BL` (None: 0, 1, 2, … in each row) int64; `place_T` where each token of the
     forest lies in the flattened rows; `segments` of the one row of a forest and its `end_T`, None for plain causal
-    rows.
+    rows. `num_positions` is the length of the longest path.
     """
 
     input_ids_BL: Tensor
     place_T: Tensor
+    num_positions: int
     position_ids_BL: Tensor | None = None
     segments: tuple[Segment, ...] | None = None
     end_T: Tensor | None = None
@@ -44,7 +49,8 @@ class Layout:
 def forest_layout(batch: PackedBatch) -> Layout:
     """One row in which every token of the forest is computed once."""
     place_T = torch.arange(batch.num_tokens, device=batch.token_T.device)
-    return Layout(batch.token_T[None], place_T, batch.depth_T[None], segments_of(batch), batch.end_T)
+    num_positions = int(batch.depth_T.max()) + 1
+    return Layout(batch.token_T[None], place_T, num_positions, batch.depth_T[None], segments_of(batch), batch.end_T)
 
 
 def rows_layout(batch: PackedBatch) -> Layout:
@@ -60,7 +66,7 @@ def rows_layout(batch: PackedBatch) -> Layout:
     node_BL[row_T, batch.depth_T] = index_T
     # In pre-order the latest token at a depth, seen from a leaf, is the leaf's ancestor at that depth.
     node_BL = torch.cummax(node_BL, dim=0).values
-    return Layout(batch.token_T[node_BL], row_T * num_columns + batch.depth_T)
+    return Layout(batch.token_T[node_BL], row_T * num_columns + batch.depth_T, num_columns)
 
 
 def num_row_places(batch: PackedBatch) -> int:

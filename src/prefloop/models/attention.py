@@ -61,9 +61,12 @@ def _cascade_forward(
 ) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(q)
     lse = q.new_empty((1, q.shape[2], q.shape[1]), dtype=_lse_dtype(q)).transpose(1, 2)
-    for s, e, _ in segments:
+    for s, e, _, asks in segments:
+        if not asks:
+            out[:, :, s:e], lse[:, :, s:e] = 0, -torch.inf
+            continue
         out[:, :, s:e], lse[:, :, s:e] = _attend(q[:, :, s:e], k[:, :, s:e], v[:, :, s:e], 0.0, True, scale=scale)
-    for s, e, end in segments:
+    for s, e, end, _ in segments:
         if end > e:
             part, part_lse = _attend(q[:, :, e:end], k[:, :, s:e], v[:, :, s:e], 0.0, False, scale=scale)
             merged, merged_lse = out[:, :, e:end], lse[:, :, e:end]
@@ -83,11 +86,15 @@ def _cascade_backward(
         tensors = (grad[query], q[query], k[key], v[key], out[query], lse[query])
         return _attend_backward(*tensors, 0.0, causal, scale=scale)  # type: ignore[no-any-return]
 
-    for s, e, _ in segments:
+    for s, e, _, asks in segments:
         own = slice(s, e)
+        if not asks:
+            for whole in grads:
+                whole[:, :, own] = 0
+            continue
         for whole, part in zip(grads, block(own, own, True), strict=True):
             whole[:, :, own] = part
-    for s, e, end in segments:
+    for s, e, end, _ in segments:
         if end > e:
             part_q, part_k, part_v = block(slice(e, end), slice(s, e), False)
             grad_q[:, :, e:end] += part_q
@@ -147,6 +154,7 @@ def _registered(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     segments: Sequence[Segment] | None = None,
+    last_segments: Sequence[Segment] | None = None,
     end_T: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
@@ -155,6 +163,9 @@ def _registered(
         raise PrefloopError("forest attention was called outside prefloop's forward; leave `sharing(model)` first")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.device.type == "cpu":
+        config: Any = module.config
+        if last_segments is not None and module.layer_idx == config.num_hidden_layers - 1:
+            segments = last_segments
         out = cascade_attention(query, key, value, segments, scale)
     else:
         out = _flex_attention(query, key, value, end_T, scale)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from prefloop.batch.layout import Layout, forest_layout, num_row_places, rows_layout
 from prefloop.batch.packed import PackedBatch
 from prefloop.models.attention import SHARING_MODEL_TYPES, causal_model, is_sharing, sharing, why_not_shared
+from prefloop.models.last_layer import asking_segments, only_at
 from prefloop.records import PrefloopError
 
 Want = Literal["logprob", "entropy", "score"]
@@ -72,15 +73,16 @@ def forward(
     if layout is None:
         layout = layout_for(model, batch)
     token_U = torch.unique(batch.visit_token_V[batch.loss_mask_V if read_V is None else read_V])
-    hidden_LD = hidden_states(model, layout).flatten(0, 1)
+    read_U = layout.place_T[token_U if "score" in want else batch.parent_T[token_U]]
+    hidden_LD = hidden_states(model, layout, read_U).flatten(0, 1)
 
     def spread(value_U: Tensor) -> Tensor:
         return value_U.new_zeros(batch.num_tokens, *value_U.shape[1:]).index_put((token_U,), value_U)
 
     if "score" in want:
-        score_UH = score_head(model)(hidden_LD[layout.place_T[token_U]])
+        score_UH = score_head(model)(hidden_LD[read_U])
         return Outputs(score_TH=spread(score_UH.to(torch.promote_types(score_UH.dtype, torch.float32))))
-    hidden_UD = hidden_LD[layout.place_T[batch.parent_T[token_U]]]
+    hidden_UD = hidden_LD[read_U]
     logprob_U, entropy_U = _head(
         hidden_UD, _linear_head(model), batch.token_T[token_U], "entropy" in want, logit_budget
     )
@@ -117,8 +119,8 @@ def layout_for(model: nn.Module, batch: PackedBatch) -> Layout:
     return forest if spared > calls else rows_layout(batch)
 
 
-def hidden_states(model: nn.Module, layout: Layout) -> Tensor:
-    """The model's last hidden states [B, L, D], after its final norm.
+def hidden_states(model: nn.Module, layout: Layout, read_R: Tensor | None = None) -> Tensor:
+    """The model's last hidden states [B, L, D], after its final norm; over a forest good only at `read_R`, if given.
 
     Raises:
         PrefloopError: as `forward`.
@@ -131,12 +133,19 @@ def hidden_states(model: nn.Module, layout: Layout) -> Tensor:
         raise PrefloopError(f"this model cannot run over shared prefixes: {reason}; use rows_layout")
     if not is_sharing(model) and _recomputes(causal):
         raise PrefloopError("with gradient checkpointing, forward and backward must run inside `sharing(model)`")
-    with nullcontext() if is_sharing(model) else sharing(model):
+    read_R = None if read_R is None or _recomputes(causal) else torch.unique(read_R)
+    last_segments = None
+    narrowed: AbstractContextManager[None] = nullcontext()
+    if read_R is not None:
+        last_segments = asking_segments(layout.segments, read_R)
+        narrowed = only_at(causal.base_model.layers[-1], read_R, layout.place_T.shape[0])
+    with nullcontext() if is_sharing(model) else sharing(model), narrowed:
         return causal.base_model(  # type: ignore[no-any-return]
             input_ids=layout.input_ids_BL,
             position_ids=layout.position_ids_BL,
             use_cache=False,
             segments=layout.segments,
+            last_segments=last_segments,
             end_T=layout.end_T,
         ).last_hidden_state
 
