@@ -40,7 +40,7 @@ class PreferencePair:
     `probability` is the belief that chosen really is better, a tie counting half; `tied` says that neither is
     (the probability is then 0.5). `margin` is by how much chosen is better, in the unit of a reward model's score.
     `weight` scales the pair in the loss. `name` and `ref_logprob` as in `Demonstration`, the chosen paths before
-    the rejected.
+    the rejected. `head_weight` scales it for each head of a reward model apart; empty: 1 for all.
     """
 
     chosen: Paths
@@ -51,6 +51,7 @@ class PreferencePair:
     weight: float = 1.0
     name: str = ""
     ref_logprob: Logprobs = ()
+    head_weight: tuple[float, ...] = ()
 
     @property
     def samples(self) -> tuple[Paths, ...]:

@@ -36,7 +36,8 @@ class PackedBatch:
     step ends). Bool: `loss_mask_V` and `tied_P` (neither is better). In nats: `sampled_logprob_V` (the behaviour
     policy's, NaN where not sampled) and `ref_logprob_V` (the reference's, None when it is not known). Float64, as the
     examples give them: `weight_S`, `weight_P`, `weight_K`; `label_S` (1 desirable, 0 undesirable, NaN not labelled);
-    `probability_P`, the belief that chosen really is better; `margin_P`, by how much; `step_label_K` in [0, 1].
+    `probability_P`, the belief that chosen really is better; `margin_P`, by how much; `step_label_K` in [0, 1];
+    `head_weight_PH`, what a pair weighs for each head of a reward model ([P, 1] of ones where all are alike).
     `kl` is the mean log-ratio of policy to reference, nats a sample, where a loss asked for it.
     """
 
@@ -55,6 +56,7 @@ class PackedBatch:
     margin_P: Tensor
     tied_P: Tensor
     weight_P: Tensor
+    head_weight_PH: Tensor
     step_visit_K: Tensor
     step_label_K: Tensor
     weight_K: Tensor
@@ -171,8 +173,19 @@ def _sample_streams(examples: Sequence[Example]) -> dict[str, Tensor]:
         "margin_P": torch.tensor([pair.margin for pair in pairs], dtype=torch.float64),
         "tied_P": torch.tensor([pair.tied for pair in pairs], dtype=torch.bool),
         "weight_P": torch.tensor([pair.weight for pair in pairs], dtype=torch.float64),
+        "head_weight_PH": _head_weights(pairs),
         **_step_streams(examples),
     }
+
+
+def _head_weights(pairs: Sequence[PreferencePair]) -> Tensor:
+    """[P, H], or [P, 1] where no pair has any."""
+    num_heads = max((len(pair.head_weight) for pair in pairs), default=0)
+    for i, pair in enumerate(pairs):
+        if len(pair.head_weight) != num_heads:
+            raise PrefloopError(f"{_row(pair, i)}: head_weight has {len(pair.head_weight)} values, not {num_heads}")
+    weights = [pair.head_weight or (1.0,) for pair in pairs]
+    return torch.tensor(weights, dtype=torch.float64).reshape(len(pairs), num_heads or 1)
 
 
 def _step_streams(examples: Sequence[Example]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ def bradley_terry(
     margin_P: Tensor,
     probability_P: Tensor,
     tied_P: Tensor,
+    head_weight_PH: Tensor,
     *,
     ties: Literal["half", "davidson"],
     tie_strength: float,
@@ -32,7 +33,8 @@ def bradley_terry(
 
         P(c) = e^{d/2} / Z,  P(r) = e^{-d/2} / Z,  P(tie) = ν / Z,    Z = e^{d/2} + e^{-d/2} + ν
 
-    Scores [P, H] of H heads; `margin_P`, `probability_P` and `tied_P` (bool) [P]. Returns [P], unreduced.
+    Scores [P, H] of H heads; `margin_P`, `probability_P` and `tied_P` (bool) [P]; `head_weight_PH` what a pair weighs
+    for each head ([P, 1] or [P, H]; its mean over pairs should be 1). Returns [P], unreduced.
     """
     gap_PH = chosen_PH - rejected_PH - margin_P[:, None]
     p_P1 = probability_P[:, None]
@@ -43,7 +45,7 @@ def bradley_terry(
         loss_PH = torch.where(tied_P[:, None], log_norm_PH - log_tie, decided_PH)
     else:
         loss_PH = -p_P1 * logsigmoid(gap_PH) - (1 - p_P1) * logsigmoid(-gap_PH)
-    return (loss_PH + center_coef * (chosen_PH + rejected_PH) ** 2).mean(1)
+    return (head_weight_PH * (loss_PH + center_coef * (chosen_PH + rejected_PH) ** 2)).mean(1)
 
 
 def step_cross_entropy(score_KH: Tensor, label_K: Tensor) -> Tensor:

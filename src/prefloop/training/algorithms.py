@@ -21,15 +21,12 @@ from prefloop.batch.packed import PackedBatch, Unit
 from prefloop.config import parse_settings
 from prefloop.losses.kto import kto
 from prefloop.losses.pairs import Pairs
-from prefloop.losses.registry import Records, objective, resolve_knobs
+from prefloop.losses.registry import Part, Records, objective, resolve_knobs, resolve_parts
 from prefloop.losses.reward import bradley_terry, step_cross_entropy
 from prefloop.losses.settings import LossSettings
 from prefloop.losses.sft import sft
 from prefloop.records import PrefloopError
 from prefloop.training.kl_samples import deranged, rotated
-
-NOT_OF_THE_FUNCTION = frozenset({"nll_coef", "nll_reduction", "nll_scope", "mixture", "ld_alpha", "kl"})
-"""Knobs that an algorithm reads itself; the others are arguments of the loss."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,7 +111,7 @@ class SFT(_OwnTokens):
 
 @dataclass(frozen=True)
 class Preference(_OwnTokens):
-    """A loss of preference pairs, to which the chosen's likelihood and further losses may be added.
+    """A weighted sum of losses of preference pairs, to which the chosen's likelihood may be added.
 
     The loss of a pair with probability p is p · L(chosen, rejected) + (1 - p) · L(rejected, chosen). The likelihood
     term is α times the chosen's mean negative log-likelihood, over each pair's tokens (`nll_reduction` "pair": Pang et
@@ -124,28 +121,19 @@ class Preference(_OwnTokens):
 
     name: str
     knobs: Mapping[str, Any]
+    parts: Mapping[str, Part]
 
     records: ClassVar[Records] = "pairs"
-
-    def __post_init__(self) -> None:
-        for other in self.knobs["mixture"]:
-            if objective(other).records != "pairs" or "nll_coef" not in objective(other).knobs:
-                raise PrefloopError(f"mixture: {other!r} is not a loss of preference pairs")
-
-    @property
-    def losses(self) -> dict[str, float]:
-        """The losses that are summed, with their weights."""
-        return {self.name: 1.0, **self.knobs["mixture"]}
 
     @property
     def couples(self) -> bool:  # type: ignore[override]
         """As the losses say."""
-        return any(objective(name).couples for name in self.losses)
+        return any(objective(part).couples for part in self.parts)
 
     @property
     def needs_reference(self) -> bool:  # type: ignore[override]
         """As the losses say."""
-        return any(objective(name).reference for name in self.losses)
+        return any(objective(part).reference for part in self.parts)
 
     def read_V(self, batch: PackedBatch) -> Tensor:
         """The policy's own tokens; also the others of chosen samples where the likelihood counts those."""
@@ -156,69 +144,56 @@ class Preference(_OwnTokens):
     def loss(self, batch: PackedBatch, output_V: Tensor) -> UnitLoss:
         """The loss of each pair, with TRL's names for the metrics."""
         pairs = self._pairs(batch, output_V)
-        value_P = sum((weight * self._value(name, pairs, batch) for name, weight in self.losses.items()), start=0.0)
-        terms, metrics = [Term("pair", torch.as_tensor(value_P))], self._metrics(pairs)
+        values = [part.weight * self._value(name, part, pairs, batch) for name, part in self.parts.items()]
+        terms, metrics = [Term("pair", torch.stack(values).sum(0))], self._metrics(pairs)
         if self.knobs["nll_coef"]:
-            terms.append(self._likelihood(batch, output_V, pairs))
+            terms.append(self._likelihood(batch, output_V))
             metrics["nll_loss"] = (-pairs.chosen_logprob_P / pairs.num_chosen_P).detach()
         return UnitLoss(tuple(terms), metrics)
 
     def _pairs(self, batch: PackedBatch, logprob_V: Tensor) -> Pairs:
         ref_logprob_V = batch.ref_logprob_V if self.needs_reference else torch.zeros_like(logprob_V)
         assert ref_logprob_V is not None  # the step sees to it: needs_reference
-        counted_V = torch.ones_like(logprob_V, dtype=torch.float64)
-        weight_V = self._token_weight(batch)
+        visit_U = batch.loss_visits
 
-        def sides(stream_V: Tensor) -> tuple[Tensor, Tensor]:
-            chosen_P, rejected_P = sum_by_sample(batch, stream_V)[batch.pair_P2].unbind(1)
+        def sides(stream_U: Tensor) -> tuple[Tensor, Tensor]:
+            chosen_P, rejected_P = sum_by_sample(batch, visit_U, stream_U)[batch.pair_P2].unbind(1)
             return chosen_P, rejected_P
 
-        if weight_V is not None:
-            logprob_V, ref_logprob_V = logprob_V * weight_V, ref_logprob_V * weight_V
-        return Pairs(*sides(logprob_V), *sides(ref_logprob_V), *sides(counted_V))
+        logprob_U, ref_logprob_U = logprob_V[visit_U].double(), ref_logprob_V[visit_U].double()
+        tail_U = torch.where(_is_tail(batch, visit_U), logprob_U - ref_logprob_U, 0.0)
+        return Pairs(*sides(logprob_U), *sides(ref_logprob_U), *sides(torch.ones_like(logprob_U)), *sides(tail_U))
 
-    def _token_weight(self, batch: PackedBatch) -> Tensor | None:
-        """LD-DPO (Liu et al. 2024, arXiv:2409.06411): tokens beyond the length of the shorter side weigh `ld_alpha`."""
-        if "ld_alpha" not in self.knobs:
-            return None
-        ones_V = torch.ones_like(batch.loss_mask_V, dtype=torch.float64)
-        shorter_P = sum_by_sample(batch, ones_V)[batch.pair_P2].amin(1)
-        shorter_S = torch.empty_like(batch.weight_S, dtype=torch.float64)
-        shorter_S[batch.pair_P2] = shorter_P[:, None]
-        visit_U = batch.loss_visits
-        sample_U = batch.visit_sample_V[visit_U]
-        first_S = torch.searchsorted(sample_U, torch.arange(batch.num_samples, device=sample_U.device))
-        place_U = torch.arange(len(visit_U), device=sample_U.device) - first_S[sample_U]
-        weight_U = torch.where(place_U < shorter_S[sample_U], 1.0, self.knobs["ld_alpha"])
-        return ones_V.index_put((visit_U,), weight_U.to(ones_V.dtype))
-
-    def _value(self, name: str, pairs: Pairs, batch: PackedBatch) -> Tensor:
-        """The loss of each pair under its probability."""
+    def _value(self, name: str, part: Part, pairs: Pairs, batch: PackedBatch) -> Tensor:
+        """One loss of each pair under its probability."""
         found = objective(name)
-        knobs = {key: self.knobs.get(key, default) for key, default in found.knobs.items()}
-        arguments = {key: value for key, value in knobs.items() if key not in NOT_OF_THE_FUNCTION}
         function = found.load()
-        value_P: Tensor = function(pairs, **arguments)
+        value_P: Tensor = function(pairs, **part.arguments)
         unsure_P = batch.probability_P < 1
+        if found.couples and (unsure_P.any() or (batch.weight_P != batch.weight_P[:1]).any()):
+            raise PrefloopError(f"{name} compares whole batches: its pairs need probability 1 and equal weights")
         if not unsure_P.any():
             return value_P
-        if found.couples:
-            raise PrefloopError(f"{name} compares whole batches and cannot weigh single pairs: it needs probability 1")
-        p_P = batch.probability_P.double()
-        return torch.where(unsure_P, p_P * value_P + (1 - p_P) * function(pairs.swapped, **arguments), value_P)
+        p_P = batch.probability_P
+        return torch.where(unsure_P, p_P * value_P + (1 - p_P) * function(pairs.swapped, **part.arguments), value_P)
 
-    def _likelihood(self, batch: PackedBatch, logprob_V: Tensor, pairs: Pairs) -> Term:
-        coef = float(self.knobs["nll_coef"])
-        if self.knobs["nll_scope"] == "sequence":
-            return Term("chosen sequence token", -logprob_V[batch.chosen_sequence_visits], coef)
+    def _likelihood(self, batch: PackedBatch, logprob_V: Tensor) -> Term:
+        coef, sequence = float(self.knobs["nll_coef"]), self.knobs["nll_scope"] == "sequence"
+        visit_U = batch.chosen_sequence_visits if sequence else batch.chosen_visits
+        value_U = -logprob_V[visit_U]
         if self.knobs["nll_reduction"] == "token":
-            return Term("chosen token", -logprob_V[batch.chosen_visits], coef)
-        return Term("pair", -pairs.chosen_logprob_P / pairs.num_chosen_P, coef)
+            return Term("chosen sequence token" if sequence else "chosen token", value_U, coef)
+        chosen_P = batch.pair_P2[:, 0]
+        num_P = sum_by_sample(batch, visit_U, torch.ones_like(value_U))[chosen_P]
+        return Term("pair", sum_by_sample(batch, visit_U, value_U)[chosen_P] / num_P, coef)
 
     def _metrics(self, pairs: Pairs) -> dict[str, Tensor]:
-        beta = self.knobs.get("beta", 1.0)
+        beta = self.knobs["beta"]
         reward_chosen_P = beta * pairs.chosen_logratio_P.detach()
         reward_rejected_P = beta * pairs.rejected_logratio_P.detach()
+        if objective(self.name).per_token or self.knobs.get("reduction") == "mean":
+            reward_chosen_P = reward_chosen_P / pairs.num_chosen_P
+            reward_rejected_P = reward_rejected_P / pairs.num_rejected_P
         return {
             "rewards/chosen": reward_chosen_P,
             "rewards/rejected": reward_rejected_P,
@@ -256,8 +231,9 @@ class KTO(_OwnTokens):
     def loss(self, batch: PackedBatch, output_V: Tensor) -> UnitLoss:
         """The loss of each sample, with TRL's names for the metrics."""
         assert batch.ref_logprob_V is not None  # the step sees to it: needs_reference
-        logprob_S = sum_by_sample(batch, output_V)
-        logratio_S = logprob_S - sum_by_sample(batch, batch.ref_logprob_V)
+        visit_U = batch.loss_visits
+        logprob_S = sum_by_sample(batch, visit_U, output_V[visit_U])
+        logratio_S = logprob_S - sum_by_sample(batch, visit_U, batch.ref_logprob_V[visit_U])
         kl = torch.zeros_like(logratio_S[:1]) if batch.kl is None else batch.kl.to(logratio_S)
         desirable_S = batch.label_S == 1
         weights = {key: self.knobs[key] for key in ("beta", "desirable_weight", "undesirable_weight")}
@@ -293,7 +269,8 @@ class Reward(_Scores):
         """The loss of each pair, with TRL's names for the metrics."""
         score_SH = output_V[batch.last_visit_S].double()
         chosen_PH, rejected_PH = score_SH[batch.pair_P2].unbind(1)
-        value_P = bradley_terry(chosen_PH, rejected_PH, batch.margin_P, batch.probability_P, batch.tied_P, **self.knobs)
+        said = (batch.margin_P, batch.probability_P, batch.tied_P, batch.head_weight_PH)
+        value_P = bradley_terry(chosen_PH, rejected_PH, *said, **self.knobs)
         chosen_P, rejected_P = chosen_PH.detach().mean(1), rejected_PH.detach().mean(1)
         metrics = {
             "accuracy": torch.where(batch.tied_P, torch.nan, (chosen_P > rejected_P).double()),
@@ -326,9 +303,10 @@ def make_algorithm(name: str, settings: LossSettings | None = None, **knobs: Any
     """The algorithm of an objective; knobs that are left out have its defaults.
 
     Raises:
-        PrefloopError: no such objective, or a knob that it does not have.
+        PrefloopError: as `resolve_knobs`.
     """
-    found = resolve_knobs(name, settings or parse_settings(LossSettings, knobs, name))
+    settings = settings or parse_settings(LossSettings, knobs, name)
+    found = resolve_knobs(name, settings)
     if name == "sft":
         return SFT(**found)
     if name == "kto":
@@ -337,11 +315,20 @@ def make_algorithm(name: str, settings: LossSettings | None = None, **knobs: Any
         return Reward(found)
     if name == "process_reward":
         return ProcessReward(**found)
-    return Preference(name, found)
+    return Preference(name, found, resolve_parts(name, settings))
 
 
-def sum_by_sample(batch: PackedBatch, stream_V: Tensor) -> Tensor:
-    """The sum of a stream over each sample's loss tokens, [S] in float64: long sums differ by little."""
-    visit_U = batch.loss_visits
-    total_S = stream_V.new_zeros(batch.num_samples, dtype=torch.float64)
-    return total_S.index_add(0, batch.visit_sample_V[visit_U], stream_V[visit_U].double())
+def sum_by_sample(batch: PackedBatch, visit_U: Tensor, value_U: Tensor) -> Tensor:
+    """The sum of values at visits over each sample, [S] in float64: long sums differ by little."""
+    total_S = value_U.new_zeros(batch.num_samples, dtype=torch.float64)
+    return total_S.index_add(0, batch.visit_sample_V[visit_U], value_U.double())
+
+
+def _is_tail(batch: PackedBatch, visit_U: Tensor) -> Tensor:
+    """Which loss tokens lie beyond the number of them that both samples of their pair have; bool [U]."""
+    sample_U = batch.visit_sample_V[visit_U]
+    num_S = torch.bincount(sample_U, minlength=batch.num_samples)
+    shorter_S = torch.empty_like(num_S)
+    shorter_S[batch.pair_P2] = num_S[batch.pair_P2].amin(1, keepdim=True).expand(-1, 2)
+    place_U = torch.arange(len(visit_U), device=visit_U.device) - (num_S.cumsum(0) - num_S)[sample_U]
+    return place_U >= shorter_S[sample_U]
