@@ -136,6 +136,8 @@ def test_a_dataset_of_the_first_schema_is_read_as_it_was(tmp_path: Path):
     with sqlite3.connect(path) as connection:
         for column in ("margin", "tied", "labelled", "desirable"):
             connection.execute(f"ALTER TABLE dataset_member DROP COLUMN {column}")
+        for table in ("step_metrics", "logprob"):
+            connection.execute(f"DROP TABLE {table}")
         connection.execute("UPDATE alembic_version SET version_num = '0001'")
     with Store(str(path)) as store:
         assert store.dataset(dataset.id) == dataset

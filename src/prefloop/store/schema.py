@@ -1,9 +1,9 @@
 """The tables of the store, in SQLAlchemy Core.
 
-Rows are append-only; only `work` (a queue), a call that is answered, a failed judgement that was tried again and the
-tombstone of an erased trajectory change in place. Times are seconds since the epoch in UTC. Nothing here is specific
-to SQLite. After a change of this file, write a migration beside the others in `migrations/versions`; a test compares
-the two.
+Rows are append-only; only `work` (a queue), a call that is answered, a failed judgement that was tried again, the
+metrics of a training that began anew and the tombstone of an erased trajectory change in place. Times are seconds
+since the epoch in UTC. Nothing here is specific to SQLite. After a change of this file, write a migration beside the
+others in `migrations/versions`; a test compares the two.
 """
 
 from __future__ import annotations
@@ -267,6 +267,26 @@ event = Table(
     Column("detail", Json, nullable=False),
     _created_at(),
     UniqueConstraint("run_id", "iteration", "kind"),
+)
+
+step_metrics = Table(
+    "step_metrics",
+    metadata,
+    Column("run_id", Text, ForeignKey("run.id"), primary_key=True),
+    Column("iteration", Integer, primary_key=True),
+    Column("stage", Text, primary_key=True),
+    Column("attempt", Integer, primary_key=True),
+    Column("step", Integer, primary_key=True),
+    Column("metrics", Json, nullable=False),
+)
+
+logprob = Table(
+    "logprob",
+    metadata,
+    Column("model_hash", Text, primary_key=True),
+    Column("path_hash", Text, primary_key=True),
+    Column("dtype", Text, primary_key=True),
+    Column("logprob", LargeBinary, nullable=False),
 )
 
 judge_call = Table(
