@@ -6,18 +6,21 @@ from typing import Annotated, TypeAlias
 
 from pydantic import Field
 
+from prefloop.environments.arithmetic import Arithmetic, ArithmeticSettings
 from prefloop.environments.base import Environment
 from prefloop.environments.booking import Booking, BookingSettings
 from prefloop.environments.prompts import Prompts, PromptsSettings
 from prefloop.environments.reasoning_gym import ReasoningGym, ReasoningGymSettings
 
 EnvironmentSettings: TypeAlias = Annotated[
-    BookingSettings | PromptsSettings | ReasoningGymSettings, Field(discriminator="name")
+    ArithmeticSettings | BookingSettings | PromptsSettings | ReasoningGymSettings, Field(discriminator="name")
 ]
 
 
 def make_environment(settings: EnvironmentSettings) -> Environment:
     """The environment that these settings describe."""
+    if isinstance(settings, ArithmeticSettings):
+        return Arithmetic(settings)
     if isinstance(settings, BookingSettings):
         return Booking(settings)
     if isinstance(settings, PromptsSettings):
