@@ -22,7 +22,8 @@ def scored_pair():
 
 def test_sums_are_over_the_loss_tokens_of_all_paths_of_a_sample():
     batch, logprob_T = scored_pair()
-    assert sum_by_sample(batch, logprob_T[batch.visit_token_V]).tolist() == [-6.0, -1.75]
+    visit_U = batch.loss_visits
+    assert sum_by_sample(batch, visit_U, logprob_T[batch.visit_token_V][visit_U]).tolist() == [-6.0, -1.75]
 
 
 def test_dpo_values_metrics_and_the_credit_of_a_shared_token():

@@ -10,12 +10,15 @@ import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from prefloop.losses.settings import LossSettings
 from prefloop.records import PrefloopError
 
 Records = Literal["demonstrations", "pairs", "labelled samples", "steps"]
+
+ADDED: Mapping[str, Any] = {"nll_coef": 0.0, "nll_reduction": "pair", "nll_scope": "completion", "mixture": {}}
+"""Knobs of all objectives of preference pairs, with their usual defaults: what is added to the loss itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,7 @@ class Objective:
     """An objective: `function` as module.name within `prefloop.losses`, and its knobs with their defaults.
 
     `reference`: it needs a reference model. `couples`: the loss of a row depends on the others of the optimizer step.
+    `per_token`: the reward that it implies is a mean over a completion's tokens. `above_zero`: knobs that must be.
     """
 
     function: str
@@ -31,6 +35,8 @@ class Objective:
     records: Records = "pairs"
     reference: bool = True
     couples: bool = False
+    per_token: bool = False
+    above_zero: tuple[str, ...] = ()
 
     def load(self) -> Callable[..., Any]:
         """The function."""
@@ -39,29 +45,58 @@ class Objective:
         return loaded
 
 
-def _pairs(function: str, summary: str, *, reference: bool = True, couples: bool = False, **knobs: Any) -> Objective:
+def _pairs(function: str, summary: str, knobs: Mapping[str, Any], **traits: Any) -> Objective:
     """An objective of preference pairs, to which the chosen's likelihood and other losses may be added."""
-    added = {"nll_coef": 0.0, "nll_reduction": "pair", "nll_scope": "completion", "mixture": {}}
-    return Objective(
-        function,
-        summary,
-        {**knobs, **{k: v for k, v in added.items() if k not in knobs}},
-        reference=reference,
-        couples=couples,
-    )
+    return Objective(function, summary, {**ADDED, **knobs}, **traits)
 
 
 OBJECTIVES: Mapping[str, Objective] = {
     "sft": Objective("sft.sft", "imitate demonstrations", {"dft": False}, "demonstrations", reference=False),
-    "dpo": _pairs("dpo.dpo", "direct preference optimisation", beta=0.1, label_smoothing=0.0),
-    "ipo": _pairs("ipo.ipo", "identity preference optimisation", beta=0.1, reduction="sum"),
-    "simpo": _pairs(
-        "simpo.simpo", "simple preference optimisation", beta=2.0, gamma=1.0, label_smoothing=0.0, reference=False
+    "dpo": _pairs("dpo.dpo", "direct preference optimisation", {"beta": 0.1, "label_smoothing": 0.0}),
+    "robust": _pairs("dpo.robust", "DPO unbiased by flipped labels", {"beta": 0.1, "label_smoothing": 0.1}),
+    "dpo_norm": _pairs("dpo.dpo_norm", "length-normalised DPO", {"beta": 5.0}, per_token=True),
+    "hinge": _pairs("dpo.hinge", "DPO with a hinge loss", {"beta": 0.1}),
+    "exo": _pairs(
+        "dpo.exo",
+        "efficient exact optimisation",
+        {"beta": 0.1, "label_smoothing": 1e-3},
+        above_zero=("label_smoothing",),
+    ),
+    "discopop": _pairs("dpo.discopop", "discovered preference optimisation", {"beta": 0.05, "tau": 0.05}),
+    "f_dpo": _pairs(
+        "dpo.f_dpo", "DPO under an f-divergence", {"beta": 0.1, "divergence": "js", "divergence_alpha": 0.5}
+    ),
+    "ld_dpo": _pairs("dpo.ld_dpo", "length-desensitised DPO", {"beta": 0.1, "ld_alpha": 0.5}),
+    "ipo": _pairs("squared.ipo", "identity preference optimisation", {"beta": 0.1, "reduction": "sum"}),
+    "sppo": _pairs("squared.sppo", "self-play preference optimisation", {"beta": 0.1}),
+    "nca": _pairs("anchored.nca", "noise-contrastive alignment", {"beta": 0.01}),
+    "bco": _pairs("anchored.bco", "binary classifier optimisation", {"beta": 0.01}),
+    "apo_zero": _pairs("anchored.apo_zero", "anchored preference optimisation, chosen up", {"beta": 0.1}),
+    "apo_down": _pairs("anchored.apo_down", "anchored preference optimisation, both down", {"beta": 0.1}),
+    "aot": _pairs("transport.aot", "optimal transport of margins", {"beta": 0.1, "label_smoothing": 0.0}, couples=True),
+    "aot_unpaired": _pairs(
+        "transport.aot_unpaired", "optimal transport of sides", {"beta": 0.1, "label_smoothing": 0.0}, couples=True
     ),
     "cpo": _pairs(
-        "simpo.cpo", "contrastive preference optimisation", beta=0.1, label_smoothing=0.0, nll_coef=1.0, reference=False
+        "reference_free.cpo",
+        "contrastive preference optimisation",
+        {"beta": 0.1, "label_smoothing": 0.0, "nll_coef": 1.0},
+        reference=False,
     ),
-    "orpo": _pairs("orpo.orpo", "odds-ratio preference optimisation", beta=0.1, nll_coef=1.0, reference=False),
+    "simpo": _pairs(
+        "reference_free.simpo",
+        "simple preference optimisation",
+        {"beta": 2.0, "gamma": 1.0, "label_smoothing": 0.0},
+        reference=False,
+        per_token=True,
+    ),
+    "orpo": _pairs(
+        "reference_free.orpo",
+        "odds-ratio preference optimisation",
+        {"beta": 0.1, "nll_coef": 1.0},
+        reference=False,
+        per_token=True,
+    ),
     "kto": Objective(
         "kto.kto",
         "Kahneman-Tversky optimisation",
@@ -91,16 +126,54 @@ def objective(name: str) -> Objective:
     return OBJECTIVES[name]
 
 
+class Part(NamedTuple):
+    """One of the losses that an objective sums: its weight, and the arguments of its function beside the pairs."""
+
+    weight: float
+    arguments: Mapping[str, Any]
+
+
 def resolve_knobs(name: str, settings: LossSettings) -> dict[str, Any]:
     """The objective's knobs: what was set, else its defaults.
 
     Raises:
-        PrefloopError: no such objective, or a knob that it does not have.
+        PrefloopError: no such objective, a knob that neither it nor a loss of its mixture has, a mixture with
+            something that is no loss of preference pairs, or a knob that is 0 where it must not be.
     """
-    found = objective(name)
-    given = {key: getattr(settings, key) for key in LossSettings.model_fields if getattr(settings, key) is not None}
+    found, given = objective(name), _given(settings)
+    parts = resolve_parts(name, settings)
+    known = dict.fromkeys(knob for part in (name, *parts) for knob in objective(part).knobs)
     for key in given:
-        if key not in found.knobs:
-            known = ", ".join(found.knobs) or "no knobs"
-            raise PrefloopError(f"{key}: objective {name!r} has no such knob; it has {known}")
-    return {**found.knobs, **given}
+        if key not in known:
+            raise PrefloopError(f"{key}: objective {name!r} has no such knob; it has {', '.join(known) or 'no knobs'}")
+    return {**found.knobs, **{key: value for key, value in given.items() if key in found.knobs}}
+
+
+def resolve_parts(name: str, settings: LossSettings) -> dict[str, Part]:
+    """The losses of preference pairs that an objective sums, by name; none where it learns from something else.
+
+    A knob that is set counts for every loss that has it; one that is not has each loss's own default. The
+    objective's own loss weighs 1 unless the mixture names it, too.
+
+    Raises:
+        PrefloopError: as `resolve_knobs`.
+    """
+    given = _given(settings)
+    if "mixture" not in objective(name).knobs:
+        return {}
+    parts = {}
+    for part, weight in {name: 1.0, **given.get("mixture", {})}.items():
+        found = objective(part)
+        if "mixture" not in found.knobs:
+            raise PrefloopError(f"mixture: {part!r} is not a loss of preference pairs")
+        arguments = {key: given.get(key, default) for key, default in found.knobs.items() if key not in ADDED}
+        for key in found.above_zero:
+            if not arguments[key]:
+                raise PrefloopError(f"{key}: objective {part!r} needs it above 0, such as {found.knobs[key]}")
+        parts[part] = Part(weight, arguments)
+    return parts
+
+
+def _given(settings: LossSettings) -> dict[str, Any]:
+    values = {key: getattr(settings, key) for key in LossSettings.model_fields}
+    return {key: value for key, value in values.items() if value is not None}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from prefloop.config import Settings
+
+Weight = Annotated[float, Field(gt=0)]
 
 
 class LossSettings(Settings):
@@ -18,11 +20,13 @@ class LossSettings(Settings):
     beta: float | None = Field(default=None, gt=0, description="strength of the pull to the reference")
     label_smoothing: float | None = Field(default=None, ge=0, lt=0.5, description="assumed share of flipped labels")
     gamma: float | None = Field(default=None, ge=0, description="target margin of the rewards")
-    tau: float | None = Field(default=None, gt=0, description="temperature of discopop's mixing")
+    tau: float | None = Field(default=None, gt=0, le=1, description="temperature of discopop's mixing")
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] | None = Field(
         default=None, description="f-divergence to the reference"
     )
-    divergence_alpha: float | None = Field(default=None, gt=0, lt=1, description="of the alpha divergence")
+    divergence_alpha: float | None = Field(
+        default=None, gt=0, lt=1, description="of the alpha divergence, between reverse (0) and forward KL (1)"
+    )
     reduction: Literal["sum", "mean"] | None = Field(default=None, description="log-probs of a completion")
     ld_alpha: float | None = Field(
         default=None, ge=0, le=1, description="weight of tokens beyond the length that both completions have"
@@ -34,13 +38,13 @@ class LossSettings(Settings):
     nll_scope: Literal["completion", "sequence"] | None = Field(
         default=None, description="that likelihood counts the policy's own tokens, or the prompt's and tools' too"
     )
-    mixture: dict[str, float] | None = Field(default=None, description="further losses of pairs, each with its weight")
+    mixture: dict[str, Weight] | None = Field(default=None, description="further losses of pairs, each with its weight")
     dft: bool | None = Field(default=None, description="weigh each token by its probability (dynamic fine-tuning)")
     kl: Literal["derangement", "rotation", "samples", "none"] | None = Field(
         default=None, description="where the reference point comes from"
     )
-    desirable_weight: float | None = Field(default=None, ge=0, description="of desirable samples")
-    undesirable_weight: float | None = Field(default=None, ge=0, description="of undesirable samples")
+    desirable_weight: float | None = Field(default=None, gt=0, description="of desirable samples")
+    undesirable_weight: float | None = Field(default=None, gt=0, description="of undesirable samples")
     ties: Literal["half", "davidson"] | None = Field(default=None, description="what a tie says")
     tie_strength: float | None = Field(default=None, gt=0, description="ν of Davidson's model")
     center_coef: float | None = Field(default=None, ge=0, description="weight of the centring of scores")
