@@ -210,7 +210,8 @@ class KTO(_OwnTokens):
 
     Its reference point is the KL of policy to reference, estimated over the whole optimizer step: on completions
     dealt to other prompts (`kl` "derangement", or TRL's "rotation"), on `samples` that the policy wrote itself
-    ("samples"), or left out ("none": where trajectories have several turns, another task's prompt makes no sense).
+    ("samples"; as many as the step has rows), or left out ("none", TRL's apo_zero_unpaired). Where trajectories have
+    several turns, another task's prompt makes no sense, and only the last two do.
     """
 
     knobs: Mapping[str, Any]
@@ -221,9 +222,17 @@ class KTO(_OwnTokens):
     needs_reference = True
 
     def kl_samples(self, examples: Sequence[Example], seed: Sequence[int]) -> Sequence[Demonstration]:
-        """The samples of this step's reference point."""
+        """The samples of this step's reference point.
+
+        Raises:
+            PrefloopError: `kl` is "samples" and there are none; and as `deranged`.
+        """
         kind = self.knobs["kl"]
         if kind == "samples":
+            if not self.samples:
+                raise PrefloopError(
+                    'kto: kl is "samples", but none were given; sample some of the policy, or set "none"'
+                )
             order = np.random.default_rng(seed).permutation(len(self.samples))[: len(examples)]
             return [self.samples[i] for i in order]
         return {"derangement": deranged, "rotation": rotated}[kind](examples, seed) if kind != "none" else ()
