@@ -19,13 +19,15 @@ class Demonstration:
     """A sample to imitate: the paths of one trajectory.
 
     `name` says in errors which row it is. `ref_logprob` holds the reference model's log-probs (nats, one array
-    per path, aligned with its tokens, in the precision of the model), empty when not computed.
+    per path, aligned with its tokens, in the precision of the model), empty when not computed; `ref_hash` of which
+    model and tokens they are, where that was kept.
     """
 
     paths: Paths
     weight: float = 1.0
     name: str = ""
     ref_logprob: Logprobs = ()
+    ref_hash: str = ""
 
     @property
     def samples(self) -> tuple[Paths, ...]:
@@ -39,8 +41,8 @@ class PreferencePair:
 
     `probability` is the belief that chosen really is better, a tie counting half; `tied` says that neither is
     (the probability is then 0.5). `margin` is by how much chosen is better, in the unit of a reward model's score.
-    `weight` scales the pair in the loss. `name` and `ref_logprob` as in `Demonstration`, the chosen paths before
-    the rejected. `head_weight` scales it for each head of a reward model apart; empty: 1 for all.
+    `weight` scales the pair in the loss. `name`, `ref_logprob` and `ref_hash` as in `Demonstration`, the chosen paths
+    before the rejected. `head_weight` scales it for each head of a reward model apart; empty: 1 for all.
     """
 
     chosen: Paths
@@ -51,6 +53,7 @@ class PreferencePair:
     weight: float = 1.0
     name: str = ""
     ref_logprob: Logprobs = ()
+    ref_hash: str = ""
     head_weight: tuple[float, ...] = ()
 
     @property
@@ -61,13 +64,14 @@ class PreferencePair:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LabelledSample:
-    """A sample that was found good (`desirable`) or bad; `weight`, `name` and `ref_logprob` as in `Demonstration`."""
+    """A sample that was found good (`desirable`) or bad; `weight`, `name` and the others as in `Demonstration`."""
 
     paths: Paths
     desirable: bool
     weight: float = 1.0
     name: str = ""
     ref_logprob: Logprobs = ()
+    ref_hash: str = ""
 
     @property
     def samples(self) -> tuple[Paths, ...]:
@@ -93,6 +97,7 @@ class SteppedSample:
     weight: float = 1.0
     name: str = ""
     ref_logprob: Logprobs = ()
+    ref_hash: str = ""
 
     @property
     def samples(self) -> tuple[Paths, ...]:

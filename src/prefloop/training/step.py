@@ -254,9 +254,7 @@ class TrainingStep:
         return nullcontext() if layout.segments is None else sharing(self.model)
 
     def _autocast(self) -> AbstractContextManager[None]:
-        if not self.settings.autocast:
-            return nullcontext()
-        return torch.autocast(next(self.model.parameters()).device.type, torch.bfloat16)
+        return _autocast(self.model, self.settings.autocast)
 
     def _skip(self, examples: Sequence[Example], loss: float, grad_norm: float) -> dict[str, float]:
         self.optimizer.zero_grad(set_to_none=True)
@@ -334,8 +332,17 @@ def _logprob_of(model: nn.Module, batch: PackedBatch) -> Tensor:
     return logprob_T[batch.visit_token_V]
 
 
-def with_reference(model: nn.Module, examples: Sequence[E], *, max_tokens: int = 16384) -> list[E]:
+def _autocast(model: nn.Module, on: bool) -> AbstractContextManager[None]:
+    """Arithmetic in bfloat16, weights as they are."""
+    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16) if on else nullcontext()
+
+
+def with_reference(
+    model: nn.Module, examples: Sequence[E], *, max_tokens: int = 16384, autocast: bool = False
+) -> list[E]:
     """The same examples with the log-probs of a reference model, computed once for many epochs.
+
+    `autocast` to bfloat16 where the policy's step does.
 
     Raises:
         PrefloopError: as `pack`.
@@ -347,7 +354,8 @@ def with_reference(model: nn.Module, examples: Sequence[E], *, max_tokens: int =
         batch = pack_group(examples, group).to(device)
         counts = [sum(map(len, examples[i].samples)) for i in group]
         lengths = [len(path.token) for i in group for sample in examples[i].samples for path in sample]
-        logprob_V = _logprob_of(model, batch).cpu().numpy()
+        with _autocast(model, autocast):
+            logprob_V = _logprob_of(model, batch).cpu().numpy()
         logprobs = iter(np.split(logprob_V, np.cumsum(lengths)[:-1]))
         for i, num_paths in zip(group, counts, strict=True):
             scored[i] = replace(examples[i], ref_logprob=tuple(islice(logprobs, num_paths)))
