@@ -1,7 +1,7 @@
 """Messages ↔ tokens, with the source of every token; untrusted text can never forge a control token."""
 
 from prefloop.chat.parse import AssistantParser
-from prefloop.chat.paths import PathBuilder, render_demonstration, stop_ids
+from prefloop.chat.paths import PathBuilder, render_demonstration, stop_ids, trajectory_paths
 from prefloop.chat.render import ChatRenderer, RenderedPrompt
 from prefloop.chat.steps import StepFinder, StepKind, StepPlace, steps_of
 
@@ -16,4 +16,5 @@ __all__ = [
     "render_demonstration",
     "steps_of",
     "stop_ids",
+    "trajectory_paths",
 ]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from prefloop.chat.pieces import Piece, split_after, text_of
 from prefloop.chat.render import ChatRenderer, Rendering
-from prefloop.records import JSONObject, Message, PrefloopError, Role, Source, TokenPath, ToolCall
+from prefloop.records import JSONObject, Message, PrefloopError, Role, Source, TokenPath, ToolCall, Trajectory
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -258,6 +258,20 @@ def render_demonstration(
         return _replay(renderer, messages, tools, turns)
     except PrefloopError as error:
         raise PrefloopError(f"{who}: {error}") from error
+
+
+def trajectory_paths(
+    renderer: ChatRenderer, trajectory: Trajectory, tools: Sequence[JSONObject] = ()
+) -> tuple[TokenPath, ...]:
+    """The paths of a trajectory: those that were sampled where they hold for this renderer, else rendered anew.
+
+    Raises:
+        PrefloopError: as `render_demonstration`.
+    """
+    stored, mine = trajectory.token_paths, (renderer.tokenizer_hash, renderer.template_hash)
+    if stored and all((path.tokenizer_hash, path.template_hash) == mine for path in stored):
+        return stored
+    return render_demonstration(renderer, trajectory.messages, tools, trajectory.num_prompt_messages, trajectory.id)
 
 
 def _replay(

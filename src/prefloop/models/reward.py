@@ -65,7 +65,8 @@ class RewardModel:
     `adapters` are the names of its adapters. `centres` are the mean scores of the members over the trajectories that
     the model was trained on, and `scale` the standard deviation of the members' mean there: preferences say nothing
     of where a score's zero lies. Both are empty where they are not known. `own_base`: the model below the adapters
-    is nowhere else, so that it is saved with them.
+    is nowhere else, so that it is saved with them. `whole_template`: scores are read where the chat template ends, as
+    with models of others, and not where the last turn does.
     """
 
     model: Any
@@ -75,6 +76,7 @@ class RewardModel:
     centres: tuple[float, ...] = ()
     scale: float | None = None
     own_base: bool = False
+    whole_template: bool = False
 
     @property
     def num_members(self) -> int:
@@ -142,6 +144,7 @@ class RewardModel:
             "num_heads": _config(self.model).num_labels,
             "centres": list(self.centres),
             "scale": self.scale,
+            "whole_template": self.whole_template,
         }
         (directory / SAVED).write_text(json.dumps(saved, indent=1) + "\n")
 
@@ -212,6 +215,7 @@ def load_reward_model(
         tuple(saved.get("centres", ())),
         saved.get("scale"),
         (directory / BASE).is_dir(),
+        bool(saved.get("whole_template", True)),
     )
 
 

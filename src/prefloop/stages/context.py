@@ -28,6 +28,7 @@ from prefloop.records import (
     Status,
     content_hash,
 )
+from prefloop.stages.scorers import reward_judge
 from prefloop.stages.settings import RunSettings
 from prefloop.store import Store
 
@@ -85,13 +86,15 @@ class Run:
         settings = self.settings.judge
         if settings.kind == "llm" and settings.llm is not None:
             return LLMJudge(settings.llm, self.store)
+        if settings.kind == "reward" and settings.reward is not None:
+            return reward_judge(settings.reward, self.settings.num_threads)
         return RuleJudge(self.verifier, settings.rules)
 
     def check_judge(self) -> None:
         """Make the judge now.
 
         Raises:
-            PrefloopError: it cannot be asked: no key, no package, or a wrong rubric.
+            PrefloopError: it cannot be asked: no key, no package, a wrong rubric, or a model that cannot be loaded.
         """
         _ = self.judge
 

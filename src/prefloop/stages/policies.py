@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from prefloop.chat import ChatRenderer, render_demonstration, stop_ids
+from prefloop.chat import ChatRenderer, stop_ids, trajectory_paths
 from prefloop.clients.sampling import SamplingSettings
 from prefloop.models.load import Policy, load_policy
 from prefloop.models.sampler import LocalSampler
@@ -103,20 +103,7 @@ class Policies:
     def paths(self, policy: Policy, trajectories: Sequence[Trajectory], tasks: dict[str, Task]) -> list[Paths]:
         """Token paths to train on: those that were sampled where they hold for this model, else rendered anew."""
         renderer = self.renderer(policy)
-        mine = (renderer.tokenizer_hash, renderer.template_hash)
-        found = []
-        for trajectory in trajectories:
-            stored = trajectory.token_paths
-            if not stored or any((path.tokenizer_hash, path.template_hash) != mine for path in stored):
-                stored = render_demonstration(
-                    renderer,
-                    trajectory.messages,
-                    tasks[trajectory.task_id].tools,
-                    trajectory.num_prompt_messages,
-                    trajectory.id,
-                )
-            found.append(stored)
-        return found
+        return [trajectory_paths(renderer, one, tasks[one.task_id].tools) for one in trajectories]
 
     def roll_out(
         self, policy: Policy, attempts: Sequence[Attempt], sampling: SamplingSettings, provenance: Provenance

@@ -12,6 +12,7 @@ from prefloop.curation.settings import CurationSettings
 from prefloop.environments import EnvironmentSettings
 from prefloop.judges.base import JudgingSettings
 from prefloop.judges.llm import LLMJudgeSettings
+from prefloop.judges.reward_model import RewardJudgeSettings
 from prefloop.judges.rules import RuleJudgeSettings
 from prefloop.models.settings import PolicySettings
 from prefloop.training.settings import GuardSettings, TrainingSettings, UpdateSettings
@@ -23,15 +24,17 @@ class JudgeSettings(JudgingSettings):
     The mean of the replicates counts, and two or more tell the judge's noise.
     """
 
-    kind: Literal["rules", "llm"] = "rules"
+    kind: Literal["rules", "llm", "reward"] = "rules"
     num_replicates: int = Field(default=1, ge=1)
     rules: RuleJudgeSettings = RuleJudgeSettings()
     llm: LLMJudgeSettings | None = None
+    reward: RewardJudgeSettings | None = None
 
     @model_validator(mode="after")
     def _has_its_table(self) -> JudgeSettings:
-        if self.kind == "llm" and self.llm is None:
-            raise ValueError("a table 'judge.llm' with 'provider' and 'model', because kind is 'llm'")
+        if getattr(self, self.kind) is None:
+            keys = "'provider' and 'model'" if self.kind == "llm" else "'model'"
+            raise ValueError(f"a table 'judge.{self.kind}' with {keys}, because kind is '{self.kind}'")
         return self
 
 
