@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+WIDTH = 160  # of a table that is written to a file
 STATE = Path(__file__).resolve().parents[1] / "out" / "benchmarks"
 
 
@@ -79,10 +80,13 @@ def parse_options(description: str | None, argv: Sequence[str] | None = None) ->
     return Options(**vars(parser.parse_args(argv)))
 
 
-def interleaved(runs: Mapping[str, Callable[[], object]], num: int) -> dict[str, Timing]:
-    """Time each in turn, `num` times, after one unmeasured round: what disturbs the machine disturbs all alike."""
+def interleaved(runs: Mapping[str, Callable[[], object]], num: int, *, warm: bool = False) -> dict[str, Timing]:
+    """Time each in turn, `num` times: what disturbs the machine disturbs all alike.
+
+    A round without measurement comes first, unless all were run before (`warm`).
+    """
     timings = {name: Timing() for name in runs}
-    for round_ in range(num + 1):
+    for round_ in range(int(warm), num + 1):
         for name, run in runs.items():
             cpu, wall = time.process_time(), time.perf_counter()
             run()
@@ -121,6 +125,8 @@ def run_cells(
     An interrupted run of the same name, seed and size is continued. `summary` adds figures made of the cells' own.
     """
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
     chosen = {key: cell for key, cell in cells.items() if fnmatch.fnmatch(key, options.only)}
     if not chosen:
         raise SystemExit(f"no cell matches {options.only!r}: there are {', '.join(cells)}")

@@ -1,0 +1,258 @@
+"""Measuring a case: losses compared and memory taken at the first step, then the engines' steps in turns."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import gc
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from _common import Measured, Options, Timing, interleaved
+from _offline_engines import OBJECTIVES, Objective, Ours, Padded
+from _offline_models import SMALL, WIDE, MatmulRate, Shape, Work, new_model, noisy_copy, work_of
+from _offline_rows import MissingDataError, as_records, llmbar_pairs, random_pairs, tau_bench_group, varied_lengths
+from _offline_trl import COMPACT, Theirs
+from prefloop.batch.examples import Example
+from prefloop.batch.packed import pack
+from prefloop.batch.packing import pack_group
+from prefloop.models.forward import layout_for
+from prefloop.training.kl_samples import rotated
+
+REPETITIONS = 5
+PACKED_REPETITIONS = 9  # equal work, so that the interval should hold 1: five would miss it once in 16 times
+TOLERANCE = {"padded": 5e-5, "installed": 1e-3, "compact": 1e-3, "bf16": 2e-2}
+"""Relative differences of losses. The padded loop sums in float64 as prefloop does; TRL sums log-probs in float32,
+where one unit in the last place of -4,300 nats is 5e-4; bf16 rounds every product."""
+
+TAU_QUANTILE = 0.3
+QUICK_NUM = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """An objective on some rows: PROMPT_COMPLETION lengths, `llmbar` or `tau_bench`; `num` pairs make a step."""
+
+    objective: str
+    rows: str
+    num: int
+    wide: bool = False
+    bf16: bool = False
+    varied: bool = False
+
+    @property
+    def label(self) -> str:
+        flags = {"wide": self.wide, "bf16": self.bf16, "varied": self.varied}
+        return "_".join([self.objective, *(flag for flag, on in flags.items() if on)])
+
+    @property
+    def name(self) -> str:
+        return self.figure("").replace("__", "_")
+
+    def figure(self, what: str) -> str:
+        return f"{self.label}_{what}_{self.rows}"
+
+    @property
+    def shape(self) -> Shape:
+        return WIDE if self.wide else SMALL
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether rows differ in length, so that a padded batch wastes places."""
+        return self.varied or not self.rows[0].isdigit()
+
+    def examples(self, options: Options) -> list[Example]:
+        found = OBJECTIVES[self.objective]
+        num = min(self.num, QUICK_NUM) if options.quick else self.num
+        if self.rows == "tau_bench":
+            return list(tau_bench_group(TAU_QUANTILE, num, num_messages=3 if options.quick else None))
+        if self.rows == "llmbar":
+            return as_records(llmbar_pairs(num, options.seed), found.records, grouped=found.grouped)
+        prompt, completion = map(int, self.rows.split("_"))
+        fixed = [(prompt, completion, completion)] * num
+        lengths = varied_lengths(prompt, completion, num, options.seed) if self.varied else fixed
+        pairs = random_pairs(lengths, self.shape.vocab, options.seed)
+        return as_records(pairs, found.records, grouped=found.grouped)
+
+
+Engine = Callable[[], float]
+
+
+def measure(case: Case, options: Options) -> Measured:
+    """Time all engines on a case. Rows that are not there give no figure."""
+    try:
+        examples = case.examples(options)
+    except MissingDataError as missing:
+        return Measured({}, [{"engine": f"skipped: {missing}"}])
+    objective = OBJECTIVES[case.objective]
+    model = new_model(case.shape, options.seed, scores=objective.scores)
+    reference = noisy_copy(model, options.seed) if objective.has_reference else None
+    engines = new_engines(case, objective, model, reference, examples)
+    losses, memory = first_steps(engines)
+    check_losses(case, losses)
+    policy, flops, visited = needed_work(objective, model, examples)
+    rate = MatmulRate(model, policy.tokens, policy.read, torch.bfloat16 if case.bf16 else torch.float32)
+    repetitions = 1 if options.quick else REPETITIONS
+    timings = interleaved({**engines, "matmul": rate}, repetitions, warm=True)
+    del timings["matmul"]
+    return summarise(case, timings, memory, losses, Needed(policy, flops, visited, rate.best))
+
+
+def new_engines(
+    case: Case, objective: Objective, model: nn.Module, reference: nn.Module | None, examples: Sequence[Example]
+) -> dict[str, Engine]:
+    def build(engine: Any, **options: Any) -> Engine:
+        return engine(objective, copy.deepcopy(model), copy.deepcopy(reference), examples, bf16=case.bf16, **options)
+
+    engines = {"ours": build(Ours), "installed": build(Theirs)}
+    if objective.trainer in COMPACT:
+        engines["compact"] = build(Theirs, compact=True)
+        if case.is_ragged and objective.algorithm in ("dpo", "sft"):
+            engines["compact_by_one"] = build(Theirs, compact=True, micro=1)
+    engines["padded"] = build(Padded)
+    if case.rows == "tau_bench":
+        engines["plain"] = build(Ours, plain=True)
+    return engines
+
+
+def first_steps(engines: Mapping[str, Engine]) -> tuple[dict[str, float], dict[str, float]]:
+    """The loss of each engine's first step, and the bytes by which memory rose in it."""
+    losses, memory = {}, {}
+    for name, step in engines.items():
+        losses[name], peak = with_peak(step)
+        if peak is not None:
+            memory[name] = peak
+    return losses, memory
+
+
+def with_peak(run: Callable[[], Any]) -> tuple[Any, float | None]:
+    """What a call gives, and by how many bytes the process grew at its peak; None where the system cannot say."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what the allocator holds back would hide the first of the growth
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = _status("VmRSS")
+    except (OSError, AttributeError):
+        return run(), None
+    result = run()
+    return result, _status("VmHWM") - before
+
+
+def _status(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+
+
+def check_losses(case: Case, losses: Mapping[str, float]) -> None:
+    """That all engines compute the same."""
+    for name, loss in losses.items():
+        tolerance = TOLERANCE["bf16"] if case.bf16 else TOLERANCE.get(name, TOLERANCE["compact"])
+        assert abs(loss / losses["ours"] - 1) < tolerance, f"{case.name}: loss {losses['ours']}, {name} {loss}"
+
+
+def needed_work(objective: Objective, model: Any, examples: Sequence[Example]) -> tuple[Work, float, int]:
+    """The policy's work with everything shared, the FLOPs of a step, and the tokens that its paths visit.
+
+    KTO also scores mismatched completions under both models without gradient.
+    """
+    algorithm = objective.make()
+    batch = pack(examples)
+    policy = everything = work_of(batch, algorithm.read_V(batch))
+    num_visits = batch.visit_token_V.shape[0]
+    if objective.algorithm == "kto":
+        joint = pack([*examples, *rotated(examples, (0,))])
+        everything = work_of(joint, joint.loss_mask_V)
+        num_visits = joint.visit_token_V.shape[0]
+    num_reference = int(algorithm.needs_reference and not objective.precomputed)
+    flops = 2 * policy.flops(model) + (1 + num_reference) * everything.flops(model)
+    return everything, flops, num_visits
+
+
+@dataclass(frozen=True)
+class Needed:
+    """What a step needs at least, and the rate of the machine in FLOP/s."""
+
+    work: Work
+    flops: float
+    num_visits: int
+    rate: float
+
+    @property
+    def sharing(self) -> float:
+        return self.num_visits / self.work.tokens
+
+
+def summarise(
+    case: Case,
+    timings: Mapping[str, Timing],
+    memory: Mapping[str, float],
+    losses: Mapping[str, float],
+    needed: Needed,
+) -> Measured:
+    """Ratios of medians to ours and what else was found; one row of the table an engine."""
+    seconds = {name: timing.median_cpu for name, timing in timings.items()}
+    ratios = {name: value / seconds["ours"] for name, value in seconds.items() if name != "ours"}
+    share = needed.flops / seconds["ours"] / needed.rate
+    text = f"{needed.work.tokens} of {needed.num_visits} tokens, {share:.0%} of {needed.rate / 1e9:.0f} GFLOP/s"
+    rows = [
+        {
+            "engine": name,
+            **times(timing),
+            "× ours": f"{ratios[name]:.2f}" if name in ratios else "",
+            "peak MB": f"{memory[name] / 1e6:.0f}" if name in memory else "",
+            "distinct": text if name == "ours" else "",
+        }
+        for name, timing in timings.items()
+    ]
+    if "compact" not in ratios:  # its head has no compact form
+        ratios["compact"] = ratios["installed"]
+        rows.append({"engine": "compact", "CPU s": "as installed"})
+    figures = {
+        **ratios,
+        "s": seconds["ours"],
+        **{f"mb_{name}": peak / 1e6 for name, peak in memory.items()},
+        "visited": float(needed.num_visits),
+        "computed": float(needed.work.tokens),
+        "matmul_share": share,
+        "loss_rel_diff": abs(losses["padded"] / losses["ours"] - 1),
+        "reported_loss_rel_diff": abs(losses["installed"] / losses["ours"] - 1),
+    }
+    if "plain" in ratios:
+        figures["of_sharing"] = ratios["plain"] / needed.sharing
+    return Measured({case.figure(what): value for what, value in figures.items()}, rows)
+
+
+def times(timing: Timing) -> dict[str, str]:
+    return {"CPU s": Timing.text(timing.cpu), "wall s": Timing.text(timing.wall)}
+
+
+def measure_packed(options: Options) -> Measured:
+    """SFT on rows that share nothing against plain packing: the same code path, so the same time."""
+    case = Case("sft", "512_128", 4)
+    objective, examples = OBJECTIVES["sft"], case.examples(options)
+    model = new_model(case.shape, options.seed)
+    check_same_path(model, examples)
+    engines = {
+        name: Ours(objective, copy.deepcopy(model), None, examples, plain=name == "plain") for name in ("ours", "plain")
+    }
+    check_losses(case, {name: step() for name, step in engines.items()})
+    timings = interleaved(engines, 3 if options.quick else PACKED_REPETITIONS, warm=True)
+    ratios = [plain / ours for plain, ours in zip(timings["plain"].cpu, timings["ours"].cpu, strict=True)]
+    figures = {"sft_packed": statistics.median(ratios), "sft_packed_min": min(ratios), "sft_packed_max": max(ratios)}
+    rows = [{"engine": name, **times(timing)} for name, timing in timings.items()]
+    rows[1]["× ours"] = Timing.text(ratios)
+    return Measured(figures, rows)
+
+
+def check_same_path(model: nn.Module, examples: Sequence[Example]) -> None:
+    """That what the step packs is what plain packing gives, and lies before the model alike."""
+    ours, plain = pack_group(examples, range(len(examples))), pack(examples, merge=False)
+    for name in ("token_T", "parent_T", "end_T", "visit_token_V"):
+        assert torch.equal(getattr(ours, name), getattr(plain, name)), f"rows that share nothing: {name} differs"
+    assert layout_for(model, ours).segments == layout_for(model, plain).segments
