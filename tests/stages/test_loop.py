@@ -241,7 +241,7 @@ def test_other_settings_under_the_same_name_are_named():
         run_loop(run)
     message = str(caught.value)
     assert "\n" not in message
-    for key in ("train.beta: 0.1 → 0.5", "rollout.sampling.max_new_tokens: 40 → 9", "seed: 3 → 4"):
+    for key in ("train.beta: nothing → 0.5", "rollout.sampling.max_new_tokens: 40 → 9", "seed: 3 → 4"):
         assert key in message
     assert "give the run file another name, or set them back" in message
 
@@ -249,7 +249,9 @@ def test_other_settings_under_the_same_name_are_named():
 def test_a_run_is_not_gone_on_with_in_another_directory():
     with tiny_run(iterations=0) as run:
         run_loop(run)
-    elsewhere = pytest.raises(PrefloopError, match=r"run mini lies in runs/mini, not in elsewhere/mini: set the key")
+    elsewhere = pytest.raises(
+        PrefloopError, match=r"run mini lies in runs/mini, not in elsewhere/mini: give the run file"
+    )
     with tiny_run(iterations=0, directory="elsewhere") as run, elsewhere:
         run_loop(run)
 

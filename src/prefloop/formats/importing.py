@@ -93,8 +93,8 @@ def import_file(
         raise PrefloopError(f"format {format!r} is not one of {', '.join((AUTO, *FORMATS))}")
     if on_error not in ("stop", "skip"):
         raise PrefloopError(f"on_error is {on_error!r}: expected 'stop' or 'skip'")
-    if not 0 <= held_out < 1:
-        raise PrefloopError(f"held_out is {held_out}: expected a share of the prompts, at least 0 and below 1")
+    if not 0 <= held_out <= 1:
+        raise PrefloopError(f"held_out is {held_out}: expected a share of the prompts, from 0 to 1")
     with store.transaction(), _fewer_collections():
         importer = _Importer(store, path, format, on_error, limits or Limits(), rater, held_out, on_row)
         return importer.run()

@@ -178,37 +178,48 @@ def opened(run: Run) -> Iterator[Run]:
     Raises:
         PrefloopError: another process holds the run, it lies elsewhere, or it was started with other settings.
     """
-    _check_place(run)
-    run.directory.mkdir(parents=True, exist_ok=True)
-    with _locked(run.directory / "lock", run.settings.name):
-        settings = run.settings.model_dump(mode="json", exclude={"store", "directory"})
-        known = run.store.run(run.id)
-        changed = _differences(known["settings"], settings) if known is not None else []
-        if changed and run.store.events(run.id):
-            raise PrefloopError(
-                f"run {run.settings.name} was started with other settings ({', '.join(changed)}): "
-                "give the run file another name, or set them back"
-            )
-        if changed:  # nothing was done under the settings before, such as a model that is not there
-            run.store.change_settings(run.id, settings)
-        run.store.add_run(run.id, run.settings.name, str(run.directory), settings)
+    settings = run.settings.model_dump(mode="json", exclude={"store", "directory"})
+    with claimed(run.store, run.settings.name, run.directory, settings, "give the run file another name"):
         run.store.add_raters([run.verifier])
         yield run
 
 
-def _check_place(run: Run) -> None:
+@contextmanager
+def claimed(store: Store, name: str, directory: Path, settings: JSONObject, otherwise: str) -> Iterator[None]:
+    """Lock a run's directory, record the run, and check that it is the same as before.
+
+    `otherwise` is what to do, in words, for a run of its own.
+
+    Raises:
+        PrefloopError: another process holds the run, it lies elsewhere, or it was started with other settings.
+    """
+    _check_place(store, name, directory, otherwise)
+    directory.mkdir(parents=True, exist_ok=True)
+    with _locked(directory / "lock", name):
+        known = store.run(run_id(name))
+        changed = _differences(known["settings"], settings) if known is not None else []
+        if changed and store.events(run_id(name)):
+            raise PrefloopError(
+                f"run {name} was started with other settings ({', '.join(changed)}): {otherwise}, or set them back"
+            )
+        if changed:  # nothing was done under the settings before, such as a model that is not there
+            store.change_settings(run_id(name), settings)
+        store.add_run(run_id(name), name, str(directory), settings)
+        yield
+
+
+def _check_place(store: Store, name: str, directory: Path, otherwise: str) -> None:
     """A lock made anew in another place would hold nobody off, and the run's checkpoints are not there."""
-    known = run.store.run(run.id)
+    known = store.run(run_id(name))
     if known is None:
         return
-    if known["directory"] != str(run.directory):
+    if known["directory"] != str(directory):
         raise PrefloopError(
-            f"run {run.settings.name} lies in {known['directory']}, not in {run.directory}: set the key directory "
-            "back, or give the run file another name"
+            f"run {name} lies in {known['directory']}, not in {directory}: {otherwise}, or name its directory again"
         )
-    if not (run.directory / "lock").exists():
+    if not (directory / "lock").exists():
         raise PrefloopError(
-            f"run {run.settings.name} is in {run.store.location}, but its directory {run.directory} is not here: "
+            f"run {name} is in {store.location}, but its directory {directory} is not here: "
             "run this where it was started, or restore the directory"
         )
 
@@ -250,14 +261,19 @@ def _shown(value: object) -> str:
 
 def circumstances(settings: RunSettings) -> JSONObject:
     """What a result depends on besides the settings of the components."""
-    found: JSONObject = {}
-    for package in ("prefloop", "torch", "transformers", "numpy"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
     return {
         "name": settings.name,
         "seed": settings.seed,
         "device": settings.policy.device,
         "num_threads": settings.num_threads,
-        "versions": found,
+        "versions": versions("prefloop", "torch", "transformers", "numpy"),
     }
+
+
+def versions(*packages: str) -> JSONObject:
+    """The versions of those of these packages that are installed."""
+    found: JSONObject = {}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found

@@ -92,7 +92,7 @@ def curate_store(store: Store, rater: str, overrides: Sequence[str]) -> JSONObje
             f"there are no trajectories in {store.location} to train on: `prefloop import` or `rollout` first"
         )
     judgements = store.judgements()
-    chosen = _rater(store, {j.rater_id for j in judgements}, rater)
+    chosen = rater_with_scores(store, {j.rater_id for j in judgements}, rater)
     curated = curate(
         trajectories,
         [judgement for judgement in judgements if judgement.rater_id == chosen],
@@ -109,7 +109,12 @@ def curate_store(store: Store, rater: str, overrides: Sequence[str]) -> JSONObje
     return curated.report
 
 
-def _rater(store: Store, scoring: set[str], wanted: str) -> str | None:
+def rater_with_scores(store: Store, scoring: set[str], wanted: str) -> str | None:
+    """The id of the rater of this id or name among those that score; None where nobody does and none is wanted.
+
+    Raises:
+        PrefloopError: there is no such rater, or none is named and several score.
+    """
     raters = {i: rater for i, rater in store.raters().items() if i in scoring}
     found = [i for i, rater in raters.items() if wanted in ("", i, rater.name)]
     if not found and not wanted:
