@@ -78,5 +78,5 @@ def weight_advice(
         if ratio < low
         else ("undesirable_weight", good / (high * num_undesirable), good / (low * num_undesirable))
     )
-    advice = f"a {name} from {least:.4g} to {most:.4g} would be inside"
+    advice = f"{name} from {least:.4g} to {most:.4g} would be inside"
     return WeightAdvice(ratio, False, f"{found}, outside the advised 1 to 4/3; {advice}")
