@@ -61,6 +61,12 @@ class PreferencePair:
         """Chosen, then rejected."""
         return (self.chosen, self.rejected)
 
+    @property
+    def prompt(self) -> bytes:
+        """What tells pairs of different prompts apart: the tokens before the first that the policy said."""
+        first = self.chosen[0]
+        return first.token[: int(np.argmax(first.loss_mask))].tobytes()
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LabelledSample:

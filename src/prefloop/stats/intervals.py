@@ -51,8 +51,11 @@ class PairedComparison:
         return {**counts, "difference": self.difference.to_dict(), "p_value": self.p_value}
 
 
-def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """The Wilson score interval (1927) of a share, without continuity correction; inside [0, 1].
+
+    Outcomes may be anything in [0, 1], such as a half for a tie: they vary less than all-or-nothing ones, so that
+    the interval is never too narrow for them.
 
     Raises:
         PrefloopError: no observations, successes outside [0, n], or a confidence outside (0, 1).

@@ -94,20 +94,26 @@ def parts(reward_model: RewardModel, pairs: Sequence[PreferencePair], seed: int)
 
 def bootstrap_weights(pairs: Sequence[PreferencePair], num_members: int, seed: int) -> NDArray[np.float64]:
     """What each pair weighs for each member, [P, H]: Exp(1), the same for all pairs of one prompt."""
-    index = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(prompt_of, pairs)))}
+    index = {prompt: i for i, prompt in enumerate(dict.fromkeys(pair.prompt for pair in pairs))}
     weights = np.random.default_rng([seed, num_members]).exponential(size=(len(index), num_members))
-    return weights[[index[prompt_of(pair)] for pair in pairs]]
-
-
-def prompt_of(pair: PreferencePair) -> bytes:
-    """What tells pairs of different prompts apart: the tokens before the first that the policy said."""
-    first = pair.chosen[0]
-    return first.token[: int(np.argmax(first.loss_mask))].tobytes()
+    return weights[[index[pair.prompt] for pair in pairs]]
 
 
 def scored_paths(pair: PreferencePair) -> tuple[TokenPath, TokenPath]:
     """The paths at whose ends a reward model is read: the last of each side."""
     return pair.chosen[-1], pair.rejected[-1]
+
+
+def score_pairs(
+    reward_model: RewardModel, pairs: Sequence[PreferencePair], max_tokens: int = 16384
+) -> NDArray[np.float64]:
+    """The scores of the members for both sides of each pair, [P, 2, H].
+
+    Raises:
+        PrefloopError: as `RewardModel.scores`.
+    """
+    score_NH = reward_model.sequence_scores([path for pair in pairs for path in scored_paths(pair)], max_tokens)
+    return score_NH.reshape(len(pairs), 2, -1)
 
 
 def _as_scored(pair: PreferencePair) -> PreferencePair:
