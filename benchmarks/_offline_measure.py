@@ -16,14 +16,13 @@ from torch import nn
 
 from _common import Measured, Options, Timing, interleaved
 from _offline_engines import OBJECTIVES, Objective, Ours, Padded
-from _offline_models import SMALL, WIDE, MatmulRate, Shape, Work, new_model, noisy_copy, work_of
+from _offline_models import SMALL, WIDE, MatmulRate, Shape, Work, needed_work, new_model, noisy_copy
 from _offline_rows import MissingDataError, as_records, llmbar_pairs, random_pairs, tau_bench_group, varied_lengths
 from _offline_trl import COMPACT, Theirs
 from prefloop.batch.examples import Example
 from prefloop.batch.packed import pack
 from prefloop.batch.packing import pack_group
 from prefloop.models.forward import layout_for
-from prefloop.training.kl_samples import rotated
 
 REPETITIONS = 5
 PACKED_REPETITIONS = 9  # equal work, so that the interval should hold 1: five would miss it once in 16 times
@@ -154,24 +153,6 @@ def check_losses(case: Case, losses: Mapping[str, float]) -> None:
     for name, loss in losses.items():
         tolerance = TOLERANCE["bf16"] if case.bf16 else TOLERANCE.get(name, TOLERANCE["compact"])
         assert abs(loss / losses["ours"] - 1) < tolerance, f"{case.name}: loss {losses['ours']}, {name} {loss}"
-
-
-def needed_work(objective: Objective, model: Any, examples: Sequence[Example]) -> tuple[Work, float, int]:
-    """The policy's work with everything shared, the FLOPs of a step, and the tokens that its paths visit.
-
-    KTO also scores mismatched completions under both models without gradient.
-    """
-    algorithm = objective.make()
-    batch = pack(examples)
-    policy = everything = work_of(batch, algorithm.read_V(batch))
-    num_visits = batch.visit_token_V.shape[0]
-    if objective.algorithm == "kto":
-        joint = pack([*examples, *rotated(examples, (0,))])
-        everything = work_of(joint, joint.loss_mask_V)
-        num_visits = joint.visit_token_V.shape[0]
-    num_reference = int(algorithm.needs_reference and not objective.precomputed)
-    flops = 2 * policy.flops(model) + (1 + num_reference) * everything.flops(model)
-    return everything, flops, num_visits
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,10 @@ import torch
 import transformers
 from torch import nn
 
-from prefloop.batch.packed import PackedBatch
+from _offline_engines import Objective
+from prefloop.batch.examples import Example
+from prefloop.batch.packed import PackedBatch, pack
+from prefloop.training.kl_samples import rotated
 
 PAD_TOKEN = 0
 NOISE = 2e-3  # between policy and reference, so that losses are not those of equal models
@@ -101,6 +104,24 @@ def work_of(batch: PackedBatch, read_V: torch.Tensor) -> Work:
     """The work of a forward over a batch that shares all it can."""
     read = int(torch.unique(batch.visit_token_V[read_V]).numel())
     return Work(batch.num_tokens, int((batch.depth_T + 1).sum()), read)
+
+
+def needed_work(objective: Objective, model: Any, examples: Sequence[Example]) -> tuple[Work, float, int]:
+    """The policy's work with everything shared, the FLOPs of a step, and the tokens that its paths visit.
+
+    KTO also scores mismatched completions under both models without gradient.
+    """
+    algorithm = objective.make()
+    batch = pack(examples)
+    policy = everything = work_of(batch, algorithm.read_V(batch))
+    num_visits = batch.visit_token_V.shape[0]
+    if objective.algorithm == "kto":
+        joint = pack([*examples, *rotated(examples, (0,))])
+        everything = work_of(joint, joint.loss_mask_V)
+        num_visits = joint.visit_token_V.shape[0]
+    num_reference = int(algorithm.needs_reference and not objective.precomputed)
+    flops = 2 * policy.flops(model) + (1 + num_reference) * everything.flops(model)
+    return everything, flops, num_visits
 
 
 class MatmulRate:

@@ -10,8 +10,10 @@ over the whole batch), Liger kernels need Triton: none of them helps on a CPU.
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -76,10 +78,9 @@ class Theirs:
         bf16: bool = False,
         micro: int = 0,
         use_cpu: bool = True,
-        liger: bool = False,
     ) -> None:
         self.compact = compact
-        options = {**objective.options, "bf16": bf16, "use_cpu": use_cpu, "use_liger_kernel": liger}
+        options = {**objective.options, "bf16": bf16, "use_cpu": use_cpu}
         self.trainer = new_trainer(objective.trainer, model, reference, options)
         self.model = self.trainer.accelerator.prepare_model(model)  # what its own loop does: mixed precision
         self.optimizer = new_optimizer(model)
@@ -107,6 +108,14 @@ class Theirs:
         chosen, rejected = self.trainer.compute_ref_log_probs(reference, self.trainer.data_collator(rows))
         for row, *logprobs in zip(rows, chosen.tolist(), rejected.tolist(), strict=True):
             row["ref_chosen_logps"], row["ref_rejected_logps"] = logprobs
+
+
+def quieten() -> None:
+    """No progress bars and advice of the peers."""
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
 
 
 @contextmanager

@@ -16,18 +16,15 @@ them these cells are skipped. Needs `pip install 'prefloop[oracle]'`.
 
 from __future__ import annotations
 
-import logging
-import warnings
 from functools import partial
 
-import datasets
 import torch
-import transformers
 
 from _common import Cell, Options, parse_options, run_cells, versions
 from _offline_engines import OBJECTIVES
 from _offline_head import measure_head
 from _offline_measure import Case, measure, measure_packed
+from _offline_trl import quieten
 
 NUM_PAIRS = {"64_64": 8, "512_128": 4, "1024_64": 2, "128_512": 2}
 """Pairs of a step: fewer where they are long, so that the whole takes less than half an hour."""
@@ -57,14 +54,6 @@ def all_cells(*, quick: bool) -> dict[str, Cell]:
         "sft_packed": measure_packed,
         "head": measure_head,
     }
-
-
-def quieten() -> None:
-    """No progress bars and advice of the peers."""
-    transformers.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    logging.disable(logging.WARNING)
-    warnings.simplefilter("ignore")
 
 
 def main(options: Options) -> None:

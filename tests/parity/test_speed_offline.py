@@ -1,18 +1,17 @@
 """The offline speed benchmark: its engines compute the same, and its arithmetic is that of the definitions."""
 
 import importlib
-import json
 import math
-import subprocess
-import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from benchmark_runs import BENCHMARKS, run_quickly
 
 pytest.importorskip("trl", reason="the oracle is not installed (pip install 'prefloop[oracle]')")
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+DATA = Path(__file__).parents[2] / "../shared/data"
 
 
 @pytest.fixture
@@ -20,14 +19,6 @@ def offline(monkeypatch):
     """The modules of the benchmark by their short names."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return lambda name: importlib.import_module(f"_offline_{name}")
-
-
-def run_quickly(script, folder, only):
-    figures = folder / "figures.json"
-    command = [sys.executable, str(BENCHMARKS / script), "--quick", "--fresh", "--only", only, "--json", str(figures)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=True)
-    assert list(folder.iterdir()) == [figures]
-    return " ".join(done.stdout.split()), json.loads(figures.read_text())
 
 
 @pytest.mark.slow
@@ -43,17 +34,17 @@ def test_quick_run_writes_the_ratios_and_equal_losses(tmp_path):
 
 def test_work_is_counted_as_the_formula_says(offline):
     """Two pairs with prompts of 5 and completions of 3 and 4, by hand."""
-    models, engines, measure = offline("models"), offline("engines"), offline("measure")
+    models, engines = offline("models"), offline("engines")
     shape = models.Shape(hidden=16, layers=2, intermediate=24, heads=2, kv_heads=1, vocab=64, head_size=8)
     model = models.new_model(shape, 0)
     pairs = offline("rows").random_pairs([(5, 3, 4)] * 2, shape.vocab, 0)
-    work, flops, num_visits = measure.needed_work(engines.OBJECTIVES["dpo"], model, pairs)
+    work, flops, num_visits = models.needed_work(engines.OBJECTIVES["dpo"], model, pairs)
     attended = 2 * (sum(range(1, 6)) + sum(range(6, 9)) + sum(range(6, 10)))
     assert (work.tokens, work.attended, work.read, num_visits) == (2 * 12, attended, 2 * 7, 2 * 17)
     body = 2 * (16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 24)
     once = 2 * body * 24 + 4 * 2 * 16 * attended + 2 * 16 * 64 * 14
     assert flops == 4 * once  # forward, twice that for backward, and the reference's forward
-    (_, precomputed, _) = measure.needed_work(engines.OBJECTIVES["dpo_precomputed"], model, pairs)
+    (_, precomputed, _) = models.needed_work(engines.OBJECTIVES["dpo_precomputed"], model, pairs)
     assert precomputed == 3 * once
 
 
@@ -105,8 +96,6 @@ def test_a_ratio_outside_the_tolerance_stops_the_benchmark(offline):
 
 
 def test_missing_rows_are_said_and_give_no_figure(offline, monkeypatch, tmp_path):
-    from argparse import Namespace
-
     measure, rows = offline("measure"), offline("rows")
     monkeypatch.setattr(rows, "DATA", tmp_path)
     measured = measure.measure(measure.Case("dpo", "llmbar", 2), Namespace(quick=True, seed=0))
@@ -114,7 +103,7 @@ def test_missing_rows_are_said_and_give_no_figure(offline, monkeypatch, tmp_path
     assert "llmbar/natural.json" in measured.rows[0]["engine"]
 
 
-@pytest.mark.skipif(not (Path(__file__).parents[2] / "../shared/data").exists(), reason="the shared data is not there")
+@pytest.mark.skipif(not DATA.exists(), reason="the shared data is not there")
 def test_tau_bench_trials_share_the_policy_of_the_airline(offline):
     from prefloop.batch.packed import pack
 
