@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import _chains
 import numpy as np
 import torch
 import transformers
