@@ -1,10 +1,14 @@
 """Small models and token paths for the tests of the packed batch, and an independent oracle for their log-probs."""
 
+import copy
+import sys
+
 import numpy as np
 import torch
 import transformers
+from torch.overrides import TorchFunctionMode
 
-from prefloop.batch.examples import Demonstration, PreferencePair
+from prefloop.batch.examples import Demonstration, LabelledSample, PreferencePair, Step, SteppedSample
 from prefloop.records import Source, TokenPath
 
 VOCAB = 61
@@ -54,7 +58,90 @@ def branching_demonstrations():
     return [Demonstration((one,)) for one in paths[:4]] + [Demonstration(tuple(paths[4:]))]
 
 
-def tiny_model(kind="qwen3", dtype=torch.float32, **settings):
+def of_sources(tokens, sources):
+    """A path of tokens from these sources."""
+    token, source = np.asarray(tokens, dtype=np.int32), np.asarray(sources, dtype=np.uint8)
+    unknown = np.full(len(token), np.nan, dtype=np.float32)
+    return TokenPath(token, source, np.zeros(len(token), dtype=np.int32), unknown)
+
+
+def agent_paths(num, seed=0):
+    """Paths of agents that begin alike: they branch anywhere after the prompt, tools answer between sampled turns,
+    some are prefixes of others and some are equal."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(3, VOCAB, rng.integers(2, 6)).tolist()
+    num_prompt, paths = len(tokens), []
+    while len(paths) < num:
+        tokens, sources = tokens[:num_prompt], [Source.PROMPT] * num_prompt
+        if paths:
+            other = paths[rng.integers(len(paths))]
+            cut = rng.integers(num_prompt, len(other.token) + 1)
+            tokens, sources = other.token[:cut].tolist(), other.source[:cut].tolist()
+        for kind in (Source.SAMPLED, Source.TOOL, Source.SAMPLED)[rng.integers(4) :]:
+            new = rng.integers(3, VOCAB, rng.integers(1, 4)).tolist()
+            tokens, sources = tokens + new, sources + [kind] * len(new)
+        if Source.SAMPLED in sources:
+            paths.append(of_sources(tokens, sources))
+    return paths
+
+
+def _agent_samples(num, seed):
+    """Samples of two tasks; every third is of two contexts, as where a template drops earlier reasoning."""
+    paths = [one for task in range(2) for one in agent_paths((2 * num) // 3 + 1, seed + 100 * task)]
+    return [(paths[i],) if i % 3 else (paths[i], paths[-1 - i]) for i in range(num)]
+
+
+WEIGHTS = (1.0, 0.3, 2.5)
+
+
+def agent_demonstrations(num, seed=0):
+    samples = _agent_samples(num, seed)
+    return [Demonstration(sample, WEIGHTS[i % 3], f"demo-{i}") for i, sample in enumerate(samples)]
+
+
+def agent_pairs(num, seed=0):
+    """Pairs of agents' samples, with weights, margins, ties and probabilities."""
+    samples = _agent_samples(2 * num, seed)
+    pairs = []
+    for i, (chosen, rejected) in enumerate(zip(samples[::2], samples[1::2], strict=True)):
+        tied = i % 4 == 3
+        probability = 0.5 if tied else (1.0, 0.7, 0.35)[i % 3]
+        margin = 0.2 * (i % 3)
+        pairs.append(PreferencePair(chosen, rejected, probability, margin, tied, WEIGHTS[i % 3], f"pair-{i}"))
+    return pairs
+
+
+def agent_labels(num, seed=0):
+    samples = _agent_samples(num, seed)
+    return [LabelledSample(sample, i % 2 == 0, WEIGHTS[i % 3], f"label-{i}") for i, sample in enumerate(samples)]
+
+
+def agent_steps(num, seed=0):
+    """Samples with labels at the end of each sampled turn, some of them soft."""
+    stepped = []
+    for i, sample in enumerate(_agent_samples(num, seed)):
+        masks = [one.loss_mask for one in sample]
+        ends = [(p, t) for p, own in enumerate(masks) for t in np.flatnonzero(own & ~np.append(own[1:], False))]
+        steps = [Step(p, int(t), (1.0, 0.0, 0.3)[k % 3], WEIGHTS[k % 3]) for k, (p, t) in enumerate(ends, start=i)]
+        stepped.append(SteppedSample(sample, tuple(steps), WEIGHTS[i % 3], f"steps-{i}"))
+    return stepped
+
+
+def single_turn_labels(num, seed=0):
+    """Samples of one turn, whose completions may be dealt to other prompts."""
+    paths = paths_of(random_pairs((num + 1) // 2, seed))[:num]
+    return [LabelledSample((one,), i % 3 != 0, WEIGHTS[i % 3], f"label-{i}") for i, one in enumerate(paths)]
+
+
+HEADS = {
+    "logits": transformers.AutoModelForCausalLM,
+    "score": transformers.AutoModelForSequenceClassification,
+    "scores": transformers.AutoModelForTokenClassification,
+}
+"""What a model gives: logits, a score for each sequence, scores for each token."""
+
+
+def tiny_model(kind="qwen3", dtype=torch.float32, *, head="logits", **settings):
     """A random model of an architecture, with grouped-query attention."""
     torch.manual_seed(0)
     shape = {
@@ -73,18 +160,70 @@ def tiny_model(kind="qwen3", dtype=torch.float32, **settings):
     }
     if kind == "mistral":
         shape["sliding_window"] = None
+    if "moe" in kind or kind == "mixtral":
+        shape |= {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+        shape |= {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}
     config = transformers.AutoConfig.for_model(kind, **{**shape, **settings})
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return HEADS[head].from_config(config, dtype=dtype)
 
 
-def padded_logprobs(model, paths):
-    """log p of each token of each path but the first, from plain right-padded logits of the whole vocabulary."""
+def perturbed(model, scale=0.02):
+    """A copy with other weights near by."""
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in other.parameters():
+            p += scale * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    return other
+
+
+class _KeepFloat64(TorchFunctionMode):
+    """Casts from float64 to float32 do nothing."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if args and getattr(args[0], "dtype", None) == torch.float64:
+            if function is torch.Tensor.float or (function is torch.Tensor.to and torch.float32 in args):
+                return args[0]
+            if function is torch.nn.functional.softmax:
+                kwargs.pop("dtype", None)
+        return function(*args, **kwargs)
+
+
+def keep_float64(monkeypatch, model):
+    """Keep a model's norm layers, routers and own attention in float64: they would cast down to float32."""
+
+    def exact(original):
+        def call(*args, **kwargs):
+            with _KeepFloat64():
+                return original(*args, **kwargs)
+
+        return call
+
+    for kind in {type(module) for module in model.modules()}:
+        if kind.__name__.endswith(("RMSNorm", "Router")):
+            monkeypatch.setattr(kind, "forward", exact(kind.forward))
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")  # grouped products of matrices know no float64
+    architecture = sys.modules[type(model).__module__]
+    if hasattr(architecture, "eager_attention_forward"):
+        monkeypatch.setattr(architecture, "eager_attention_forward", exact(architecture.eager_attention_forward))
+
+
+def padded(paths):
+    """Token ids and mask of right-padded rows."""
     longest = max(len(one.token) for one in paths)
     ids = torch.zeros(len(paths), longest, dtype=torch.long)
     mask = torch.zeros(len(paths), longest, dtype=torch.long)
     for i, one in enumerate(paths):
         ids[i, : len(one.token)] = torch.from_numpy(one.token)
         mask[i, : len(one.token)] = 1
+    return ids, mask
+
+
+def padded_logprobs(model, paths):
+    """log p of each token of each path but the first, from plain right-padded logits of the whole vocabulary."""
+    ids, mask = padded(paths)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     logprobs = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
     return [

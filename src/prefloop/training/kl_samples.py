@@ -13,18 +13,25 @@ from prefloop.records import PrefloopError, TokenPath
 def deranged(examples: Sequence[Example], seed: Sequence[int]) -> list[Demonstration]:
     """Each prompt with the completion of another row, no row with its own: a uniform random derangement.
 
-    Drawn by rejection: about e permutations are tried.
+    Drawn by rejection: about e permutations are tried. It is drawn over the rows in the order of their tokens, so that
+    the order in which a step has them changes nothing.
 
     Raises:
         PrefloopError: fewer than two rows, or rows of several turns, whose completions answer their own tools.
     """
     _check(examples)
+    rows = sorted(examples, key=_content)
     rng = np.random.default_rng(seed)
-    own = np.arange(len(examples))
+    own = np.arange(len(rows))
     order = rng.permutation(own)
     while (order == own).any():
         order = rng.permutation(own)
-    return [_dealt(examples[i], examples[j]) for i, j in enumerate(order)]
+    return [_dealt(rows[i], rows[j]) for i, j in enumerate(order)]
+
+
+def _content(example: Example) -> tuple[bytes, bytes]:
+    path = example.samples[0][0]
+    return path.token.tobytes(), path.source.tobytes()
 
 
 def rotated(examples: Sequence[Example], seed: Sequence[int]) -> list[Demonstration]:
