@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from prefloop.chat import AssistantParser, ChatRenderer, PathBuilder
-from prefloop.clients.sampling import Conversation, MessageSampler, SamplingSettings, TokenSampler
+from prefloop.clients.sampling import Conversation, MessageSampler, Sampled, SamplingSettings, TokenSampler
 from prefloop.environments.base import Environment, Episode, Outcome
 from prefloop.records import (
     AuthorKind,
@@ -28,6 +31,9 @@ from prefloop.records import (
     Trajectory,
     content_hash,
 )
+
+Tokens: TypeAlias = NDArray[np.int32]
+NOTHING: Tokens = np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,21 +110,34 @@ class LocalSpeaker:
         self._settings = settings
         self._seed = seed
         self._builders = [PathBuilder(renderer, episode.messages, episode.tools) for episode in episodes]
+        self._begun: dict[int, Tokens] = {}
+
+    def repeat(self, episode: int, tokens: Tokens, message: Message) -> None:
+        """Take an episode's next turn as it was said before; int [N] and what they say."""
+        self._builders[episode].append_sampled(tokens, None, message)
+
+    def begin(self, episode: int, tokens: Tokens) -> None:
+        """Make an episode's next turn begin with these tokens, int [N]: only what follows them is sampled."""
+        self._begun[episode] = tokens
 
     def speak(self, episodes: Sequence[int], turn: int) -> list[Turn]:
         """Sample each episode's next turn in one batch."""
-        contexts = [self._builders[i].context for i in episodes]
+        begun = [self._begun.pop(i, NOTHING) for i in episodes]
+        contexts = [np.concatenate([self._builders[i].context, b]) for i, b in zip(episodes, begun, strict=True)]
+        budgets = [max(0, self._settings.max_new_tokens - len(b)) for b in begun]
         # A seed for each turn: a context that is written anew meets positions that were drawn before.
-        sampled = self._session.generate(contexts, list(episodes), self._settings, derived_seed(self._seed, turn))
-        turns = []
-        for at, (i, sample) in enumerate(zip(episodes, sampled, strict=True)):
-            if not len(sample.token):
-                turns.append(Turn(None, cut=True))
-                continue
-            message = _numbered(self._parser.parse_assistant(sample.token.tolist(), contexts[at].tolist()), turn)
-            self._builders[i].append_sampled(sample.token, sample.logprob, message)
-            turns.append(Turn(message, cut=sample.stopped == "length"))
-        return turns
+        seed = derived_seed(self._seed, turn)
+        sampled = self._session.generate(contexts, list(episodes), self._settings, seed, budgets)
+        return [self._turn(*found, turn) for found in zip(episodes, begun, sampled, strict=True)]
+
+    def _turn(self, episode: int, begun: Tokens, sampled: Sampled, turn: int) -> Turn:
+        tokens = np.concatenate([begun, sampled.token])
+        if not len(tokens):
+            return Turn(None, cut=True)
+        builder = self._builders[episode]
+        message = _numbered(self._parser.parse_assistant(tokens.tolist(), builder.context.tolist()), turn)
+        builder.append_sampled(tokens, np.concatenate([np.full(len(begun), np.nan), sampled.logprob]), message)
+        return Turn(message, cut=sampled.stopped == "length")
 
     def hear(self, episode: int, messages: Sequence[Message]) -> None:
         """Append what the environment said to the episode's context."""

@@ -3,7 +3,7 @@
 from prefloop.chat.parse import AssistantParser
 from prefloop.chat.paths import PathBuilder, render_demonstration, stop_ids, trajectory_paths
 from prefloop.chat.render import ChatRenderer, RenderedPrompt
-from prefloop.chat.steps import StepFinder, StepKind, StepPlace, steps_of
+from prefloop.chat.steps import StepFinder, StepKind, StepPlace, own_tokens, steps_of
 
 __all__ = [
     "AssistantParser",
@@ -13,6 +13,7 @@ __all__ = [
     "StepFinder",
     "StepKind",
     "StepPlace",
+    "own_tokens",
     "render_demonstration",
     "steps_of",
     "stop_ids",

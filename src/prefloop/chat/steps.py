@@ -101,7 +101,7 @@ class StepFinder:
         """
         try:
             message = _assistant_message(trajectory, place)
-            path, tokens = _own_tokens(paths, place.message)
+            path, tokens = own_tokens(paths, place.message)
             last = len(tokens) - 1
             at = self._last_token(paths[path].token[tokens].tolist(), message, place)
         except PrefloopError as error:
@@ -151,6 +151,19 @@ class StepFinder:
         return next((before for before in nearby if holds(before)), count) - 1
 
 
+def own_tokens(paths: Sequence[TokenPath], message: int) -> tuple[int, NDArray[np.int64]]:
+    """The path in which the policy sampled a message, and the places of its tokens there.
+
+    Raises:
+        PrefloopError: it is in none.
+    """
+    for index, path in enumerate(paths):
+        tokens = np.flatnonzero(path.loss_mask & (path.message == message))
+        if len(tokens):
+            return index, tokens
+    raise PrefloopError("no path holds tokens that were sampled for that message")
+
+
 def _assistant_message(trajectory: Trajectory, place: StepPlace) -> Message:
     if not trajectory.num_prompt_messages <= place.message < len(trajectory.messages):
         raise PrefloopError(f"there is no such message after the prompt, only {len(trajectory.messages)} in all")
@@ -162,15 +175,6 @@ def _assistant_message(trajectory: Trajectory, place: StepPlace) -> Message:
     if place.span is not None and not 0 <= place.span[0] < place.span[1] <= len(message.content):
         raise PrefloopError(f"the message's content has {len(message.content)} characters")
     return message
-
-
-def _own_tokens(paths: Sequence[TokenPath], message: int) -> tuple[int, NDArray[np.int64]]:
-    """The path in which a message was sampled, and the places of its tokens there."""
-    for index, path in enumerate(paths):
-        tokens = np.flatnonzero(path.loss_mask & (path.message == message))
-        if len(tokens):
-            return index, tokens
-    raise PrefloopError("no path holds tokens that were sampled for that message")
 
 
 def _call_end(text: str, message: Message, call: int) -> int:

@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from prefloop.chat import StepPlace
-from prefloop.records import PrefloopError, StepLabel
+from prefloop.chat import StepKind, StepPlace
+from prefloop.records import Labelled, PrefloopError, StepLabel
 
 EVEN = 0.5
 """A label above says that the step is good, one below that it is not."""
@@ -77,3 +77,23 @@ def _same_side(one: float, other: float) -> bool:
 def _conflict(labels: Sequence[StepLabel]) -> bool:
     values = [label.label for label in labels]
     return min(values) < EVEN < max(values)
+
+
+def step_members(merged: MergedSteps) -> tuple[Labelled, ...]:
+    """The members of a dataset of labelled steps: each trajectory, with the ids of its labels."""
+    return tuple(
+        Labelled(trajectory_id, None, evidence=tuple(i for step in steps for i in step.evidence))
+        for trajectory_id, steps in merged.steps.items()
+    )
+
+
+def kind_of_steps(labels: Iterable[StepLabel]) -> StepKind:
+    """Which steps were labelled: pieces of text where one is, else tool calls where one is, else turns.
+
+    Raises:
+        PrefloopError: pieces of text and tool calls side by side.
+    """
+    kinds = {"tool_call" if label.tool_call is not None else "separator" if label.span else "turn" for label in labels}
+    if {"tool_call", "separator"} <= kinds:
+        raise PrefloopError("pieces of text and tool calls are labelled side by side: a model scores steps of one kind")
+    return "separator" if "separator" in kinds else "tool_call" if "tool_call" in kinds else "turn"

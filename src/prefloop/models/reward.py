@@ -32,7 +32,8 @@ from transformers.utils import logging as transformers_logging
 
 from prefloop.batch.examples import Demonstration
 from prefloop.batch.packing import pack_group, split_examples
-from prefloop.chat import ChatRenderer, stop_ids
+from prefloop.chat import ChatRenderer, StepKind, stop_ids
+from prefloop.chat.steps import SEPARATOR
 from prefloop.models.attention import causal_model, why_not_shared
 from prefloop.models.forward import forward, score_head
 from prefloop.models.load import ADAPTER_CONFIG, Policy, load_peft, load_policy, lora_config
@@ -66,7 +67,8 @@ class RewardModel:
     the model was trained on, and `scale` the standard deviation of the members' mean there: preferences say nothing
     of where a score's zero lies. Both are empty where they are not known. `own_base`: the model below the adapters
     is nowhere else, so that it is saved with them. `whole_template`: scores are read where the chat template ends, as
-    with models of others, and not where the last turn does.
+    with models of others, and not where the last turn does. `step` and `separator` say which steps a model of kind
+    "token" was trained on (`prefloop.chat.steps`).
     """
 
     model: Any
@@ -77,6 +79,8 @@ class RewardModel:
     scale: float | None = None
     own_base: bool = False
     whole_template: bool = False
+    step: StepKind = "separator"
+    separator: str = SEPARATOR
 
     @property
     def num_members(self) -> int:
@@ -145,6 +149,8 @@ class RewardModel:
             "centres": list(self.centres),
             "scale": self.scale,
             "whole_template": self.whole_template,
+            "step": self.step,
+            "separator": self.separator,
         }
         (directory / SAVED).write_text(json.dumps(saved, indent=1) + "\n")
 
@@ -195,7 +201,8 @@ def load_reward_model(
     """Load a reward model from a directory or a hub id, to give scores.
 
     Beside those that were saved here, any model that transformers opens as a sequence (or token) classification
-    model, and an adapter of such a model; their `centres` and `scale` are not known.
+    model, and an adapter of such a model; their `centres` and `scale` are not known. One of two classes for each token,
+    as TRL trains them, gives the difference of its two scores: the logistic function of it is the softmax of both.
 
     Raises:
         PrefloopError: nothing is there, or it is not such a model; peft is missing.
@@ -207,6 +214,8 @@ def load_reward_model(
     alone = (directory / ADAPTER_CONFIG).is_file()
     adapters = tuple(saved.get("adapters", ("default",) if alone else ()))
     tokenizer, model = _open(name, kind, adapters, saved.get("num_heads", 1), dtype)
+    if kind == "token" and not saved and _config(model).num_labels == 2:
+        _fold_two_classes(model, name)
     return RewardModel(
         model.to(device).eval().requires_grad_(False),
         tokenizer,
@@ -216,6 +225,8 @@ def load_reward_model(
         saved.get("scale"),
         (directory / BASE).is_dir(),
         bool(saved.get("whole_template", True)),
+        saved.get("step", "separator"),
+        saved.get("separator", SEPARATOR),
     )
 
 
@@ -334,6 +345,20 @@ def _open(name: str, kind: Kind, adapters: Sequence[str], num_heads: int, dtype:
         ) from None
     score_head(model)
     return tokenizer, model
+
+
+def _fold_two_classes(model: Any, name: str) -> None:
+    """Put the difference of two scores in place of both."""
+    bare: Any = causal_model(model)
+    head = bare.score
+    if not isinstance(head, nn.Linear):
+        raise PrefloopError(f"reward model {name!r} has two classes in an adapter: merge it into its model first")
+    bare.score = nn.Linear(head.in_features, 1, head.bias is not None, dtype=head.weight.dtype)
+    bare.config.num_labels = 1
+    with torch.no_grad():
+        bare.score.weight.copy_(head.weight[1:] - head.weight[:1])
+        if head.bias is not None:
+            bare.score.bias.copy_(head.bias[1:] - head.bias[:1])
 
 
 @contextmanager

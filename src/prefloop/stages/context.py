@@ -28,7 +28,7 @@ from prefloop.records import (
     Status,
     content_hash,
 )
-from prefloop.stages.scorers import reward_judge
+from prefloop.stages.scorers import process_reward_judge, reward_judge
 from prefloop.stages.settings import RunSettings
 from prefloop.store import Store
 
@@ -88,6 +88,8 @@ class Run:
             return LLMJudge(settings.llm, self.store)
         if settings.kind == "reward" and settings.reward is not None:
             return reward_judge(settings.reward, self.settings.num_threads)
+        if settings.kind == "process" and settings.process is not None:
+            return process_reward_judge(settings.process, self.settings.num_threads)
         return RuleJudge(self.verifier, settings.rules)
 
     def check_judge(self) -> None:

@@ -6,7 +6,13 @@ import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefloop.judges.reward_model import RewardJudgeSettings, RewardModelJudge, outcome_judge
+from prefloop.judges.reward_model import (
+    ProcessJudgeSettings,
+    RewardJudgeSettings,
+    RewardModelJudge,
+    outcome_judge,
+    process_judge,
+)
 from prefloop.records import content_hash
 
 if TYPE_CHECKING:
@@ -31,6 +37,23 @@ def reward_judge(settings: RewardJudgeSettings, num_threads: int) -> RewardModel
     model = load_reward_model(settings.model, dtype=settings.dtype, device=settings.device)
     found = weights_hash(model, settings.model)
     return outcome_judge(LocalRewardScorer(model, settings.model, found, max_tokens=settings.max_tokens), settings)
+
+
+def process_reward_judge(settings: ProcessJudgeSettings, num_threads: int) -> RewardModelJudge:
+    """The judge of kind `process`; its model is loaded now, and hashed.
+
+    Raises:
+        PrefloopError: the model cannot be loaded or is damaged.
+    """
+    import torch
+
+    from prefloop.models.process import ProcessRewardScorer
+    from prefloop.models.reward import load_reward_model
+
+    torch.set_num_threads(num_threads)
+    model = load_reward_model(settings.model, kind="token", dtype=settings.dtype, device=settings.device)
+    found = weights_hash(model, settings.model)
+    return process_judge(ProcessRewardScorer(model, settings.model, found, max_tokens=settings.max_tokens), settings)
 
 
 def weights_hash(model: RewardModel, name: str) -> str:

@@ -6,13 +6,14 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from prefloop.chat import StepKind
 from prefloop.clients.sampling import SamplingSettings
 from prefloop.config import Settings
 from prefloop.curation.settings import CurationSettings
 from prefloop.environments import EnvironmentSettings
 from prefloop.judges.base import JudgingSettings
 from prefloop.judges.llm import LLMJudgeSettings
-from prefloop.judges.reward_model import RewardJudgeSettings
+from prefloop.judges.reward_model import ProcessJudgeSettings, RewardJudgeSettings
 from prefloop.judges.rules import RuleJudgeSettings
 from prefloop.models.settings import PolicySettings
 from prefloop.training.settings import GuardSettings, TrainingSettings, UpdateSettings
@@ -24,11 +25,12 @@ class JudgeSettings(JudgingSettings):
     The mean of the replicates counts, and two or more tell the judge's noise.
     """
 
-    kind: Literal["rules", "llm", "reward"] = "rules"
+    kind: Literal["rules", "llm", "reward", "process"] = "rules"
     num_replicates: int = Field(default=1, ge=1)
     rules: RuleJudgeSettings = RuleJudgeSettings()
     llm: LLMJudgeSettings | None = None
     reward: RewardJudgeSettings | None = None
+    process: ProcessJudgeSettings | None = None
 
     @model_validator(mode="after")
     def _has_its_table(self) -> JudgeSettings:
@@ -56,6 +58,23 @@ class RolloutSettings(Settings):
     sampling: SamplingSettings = SamplingSettings()
 
 
+class ValuingSettings(Settings):
+    """What a step is, and how its value is estimated: the share of `num_completions` attempts from it that end well.
+
+    `ended_well` says who tells: the environment (`verified`: a success), or the judge by a score of at least
+    `threshold`. With `agree` the judge labels the steps, too, and only those count of which it says the same.
+    """
+
+    num_completions: int = Field(default=8, ge=1)
+    step: StepKind = "turn"
+    separator: str = Field(default="\n", min_length=1)
+    ended_well: Literal["verified", "judge"] = "verified"
+    threshold: float = Field(default=0.5, ge=0.0, le=1.0)
+    agree: bool = False
+    trajectories_per_unit: int = Field(default=16, ge=1)
+    sampling: SamplingSettings = SamplingSettings()
+
+
 class EvaluationSettings(Settings):
     """How the start and the end policy are compared on held-out tasks: sampled at temperature 1, and greedily."""
 
@@ -77,6 +96,7 @@ class RunSettings(Settings):
     sft: SFTSettings | None = None
     rollout: RolloutSettings = RolloutSettings()
     judge: JudgeSettings = JudgeSettings()
+    value: ValuingSettings = ValuingSettings()
     curation: CurationSettings = CurationSettings()
     train: UpdateSettings
     guard: GuardSettings = GuardSettings()
