@@ -7,19 +7,21 @@ from dataclasses import dataclass
 
 from prefloop.curation import people, summary
 from prefloop.curation.confirm import Rejudge
-from prefloop.curation.judged import Judged, judge_pairs
+from prefloop.curation.judged import Judged, judge_pairs, margin_in_scores
+from prefloop.curation.labels import label, overruled
 from prefloop.curation.scores import Pool, Scored, has_replicates, make_pool, noise_sd
 from prefloop.curation.select import keep
 from prefloop.curation.settings import CurationSettings
-from prefloop.records import Comparison, Dataset, JSONObject, Judgement, Pair, Trajectory
+from prefloop.records import Comparison, Dataset, JSONObject, Judgement, Labelled, Pair, Trajectory
 
 
 @dataclass(frozen=True, slots=True)
 class Curated:
-    """The pairs as a frozen dataset, the ids of the kept trajectories (best first in each task), and the report."""
+    """The pairs as a frozen dataset, the ids of the kept trajectories (best first in each task), labels, the report."""
 
     dataset: Dataset
     kept_ids: tuple[str, ...]
+    labels: tuple[Labelled, ...]
     report: JSONObject
 
     @property
@@ -27,6 +29,12 @@ class Curated:
         """The kept trajectories as a dataset of demonstrations."""
         recipe = {**self.dataset.recipe, "of": "kept"}
         return Dataset(recipe, (), self.kept_ids, self.dataset.run_id, self.dataset.iteration)
+
+    @property
+    def labelled(self) -> Dataset:
+        """The labelled trajectories as a dataset."""
+        recipe = {**self.dataset.recipe, "of": "labelled"}
+        return Dataset(recipe, (), (), self.dataset.run_id, self.dataset.iteration, self.labels)
 
 
 def curate(
@@ -43,7 +51,7 @@ def curate(
     run_id: str = "",
     iteration: int = -1,
 ) -> Curated:
-    """Keep the best trajectories and make preference pairs.
+    """Keep the best trajectories, make preference pairs, and label what is good and what is bad.
 
     Args:
         trajectories: the candidates; identical completions of a task count once.
@@ -70,6 +78,7 @@ def curate(
     votes = people.pairs_from_votes(standing, pool.standing_for, settings.vote_reliability)
     undisputed, num_contradicted = people.overrule(judged.pairs, votes.pairs)
     pairs = sorted([*votes.pairs, *undisputed], key=lambda pair: (pair.task_id, pair.chosen_id, pair.rejected_id))
+    labels = overruled(label(pool.scored, kept, settings, margin_in_scores(pool, settings), seed), votes.pairs)
     dataset = Dataset(_recipe(pool, pairs, settings, seed), tuple(pairs), (), run_id, iteration)
     report = {
         "dataset_id": dataset.id,
@@ -78,12 +87,14 @@ def curate(
         **_judge_report(pool, judged),
         "num_human_pairs": len(votes.pairs),
         "num_contradicted": num_contradicted,
+        "num_desirable": sum(one.desirable is True for one in labels),
+        "num_undesirable": sum(one.desirable is False for one in labels),
         "num_votes_elsewhere": votes.num_elsewhere,
         "mean_probability": summary.mean([pair.probability for pair in pairs]),
         **summary.pair_precision(pairs, verified or {}, settings.precision_sample, seed),
         **summary.pair_lengths(pairs, pool.trajectories),
     }
-    return Curated(dataset, tuple(one.id for one in kept), report)
+    return Curated(dataset, tuple(one.id for one in kept), tuple(labels), report)
 
 
 def _recipe(pool: Pool, pairs: Sequence[Pair], settings: CurationSettings, seed: int) -> JSONObject:

@@ -20,13 +20,21 @@ class Judged:
     candidates: tuple[Candidate, ...]
 
 
+def margin_in_scores(pool: Pool, settings: CurationSettings) -> float:
+    """The margin in units of the score.
+
+    Raises:
+        PrefloopError: it is given in noise, which cannot be measured.
+    """
+    in_noise = settings.margin_unit == "noise" and bool(pool.scored)
+    return settings.margin * (noise_sd(pool.judgements) if in_noise else 1.0)
+
+
 def judge_pairs(
     pool: Pool, kept: Sequence[Scored], settings: CurationSettings, rejudge: Rejudge | None, seed: int
 ) -> Judged:
     """Pairs of kept trajectories and others of their tasks; see `curate`."""
-    margin = settings.margin
-    if settings.margin_unit == "noise" and pool.scored:
-        margin *= noise_sd(pool.judgements)
+    margin = margin_in_scores(pool, settings)
     found = candidates(pool.scored, kept, settings, margin, seed)
     if settings.confirm == 0:
         return Judged(tuple(_pair(candidate) for candidate in found), tuple(found))

@@ -37,7 +37,7 @@ def by_task(scored: Iterable[Scored]) -> dict[str, list[Scored]]:
 def keep(scored: Sequence[Scored], settings: CurationSettings, seed: int) -> list[Scored]:
     """The best ceil(fraction · n) of each task, or of all together, best first."""
     groups = by_task(scored).values() if settings.scope == "group" else [scored]
-    return [one for group in groups for one in _best_first(group, seed)[: num_kept(settings.fraction, len(group))]]
+    return [one for group in groups for one in best_first(group, seed)[: num_kept(settings.fraction, len(group))]]
 
 
 def num_kept(fraction: float, num: int) -> int:
@@ -45,7 +45,8 @@ def num_kept(fraction: float, num: int) -> int:
     return math.ceil(round(fraction * num, 9))
 
 
-def _best_first(scored: Iterable[Scored], seed: int) -> list[Scored]:
+def best_first(scored: Iterable[Scored], seed: int) -> list[Scored]:
+    """Sorted by score; where equal, as the seed says."""
     return sorted(scored, key=lambda one: (-one.score, tie_break(seed, one.id)))
 
 
@@ -59,7 +60,7 @@ def candidates(
     kept_ids = {one.id for one in kept}
     found = []
     for group in by_task(scored).values():
-        chosen = _best_first((one for one in group if one.id in kept_ids), seed)
+        chosen = best_first((one for one in group if one.id in kept_ids), seed)
         rest = [one for one in group if one.id not in kept_ids]
         found += _match(chosen, _rejection_order(group, rest, settings, seed), margin)
     return found
@@ -71,7 +72,7 @@ def _rejection_order(
     if settings.rejected == "random":
         return sorted(rest, key=lambda one: tie_break(seed, "rejected", one.id))
     # Where equal, the one that is least likely to have been kept goes first.
-    worst_first = _best_first(rest, seed)[::-1]
+    worst_first = best_first(rest, seed)[::-1]
     if settings.rejected == "lowest":
         return worst_first
     quartile = float(np.quantile([one.score for one in group], 0.25))
