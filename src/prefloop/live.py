@@ -1,20 +1,32 @@
-"""What a run shows while it goes: a table of iterations and a bar for the stage at work.
+"""What a run shows while it goes: a table of iterations and a bar for the stage at work; of a training, its bar.
 
-On a terminal the table is live; elsewhere each finished stage is one line.
+On a terminal it is live; elsewhere each finished stage, and now and then a step, is one line.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from prefloop.records import JSONObject
 from prefloop.stages.context import BEFORE
 from prefloop.stages.context import Progress as Quiet
+from prefloop.stages.fit_settings import FitProgress
+from prefloop.stages.fitting import Fitted
+from prefloop.training.model_card import CARD
 
 _STAGES = {
     "demonstrations": "demonstrate",
@@ -155,3 +167,83 @@ def _percent(value: float | None) -> str:
 
 def _number(value: float | None, digits: int = 2) -> str:
     return "" if value is None else f"{value:.{digits}f}"
+
+
+LINE_EVERY_S = 30.0  # a line of progress where there is no terminal
+
+
+class LiveTraining(FitProgress):
+    """Shows how a training goes, with its tokens a second and the time that is left; use as a context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=32),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+        )
+        self._task = self._bar.add_task("", total=None, note="", visible=False)
+        self._total = 0
+        self._num_tokens = 0.0
+        self._started: float | None = None
+        self._line_due = 0.0
+        self._first = 0
+
+    def __enter__(self) -> LiveTraining:
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._console.is_terminal:
+            self._bar.stop()
+
+    def note(self, text: str) -> None:
+        """Print a line."""
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def begin(self, what: str, total: int) -> None:
+        """Show the bar."""
+        self._total, self._started = total, None
+        self._bar.reset(self._task, total=total, description=what, note="", visible=True)
+
+    def advance(self, done: int, metrics: Mapping[str, float]) -> None:
+        """Move the bar."""
+        now = time.perf_counter()
+        if self._started is None:  # the first step here: others may have been done before a kill, the speed is unknown
+            self._started, self._num_tokens, self._line_due, self._first = now, 0.0, now + LINE_EVERY_S, done
+            self._bar.reset(self._task, total=self._total, completed=done, note=_loss(metrics))
+            return
+        self._num_tokens += metrics.get("num_visits", 0.0)
+        speed = f"{self._num_tokens / max(now - self._started, 1e-9):,.0f} tokens/s"
+        note = f"{_loss(metrics)}  {speed}"
+        self._bar.update(self._task, completed=done, note=note)
+        if not self._console.is_terminal and now >= self._line_due:
+            self._line_due = now + LINE_EVERY_S
+            left = (self._total - done) * (now - self._started) / max(done - self._first, 1)
+            self.note(f"step {done} of {self._total}: {note}, {left:,.0f} s left")
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Print the metrics of the held-out rows."""
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in sorted(metrics.items()))
+        self.note(f"held out, after step {step}: {shown}")
+
+    def finish(self, fitted: Fitted, output: Path) -> None:
+        """Say what came of it."""
+        found = fitted.train
+        if fitted.done_before:
+            self.note(f"{output} was trained before, on the same rows with the same settings: nothing is done again")
+        losses = [loss for loss in found["loss"] if loss is not None]
+        for warning in found["warnings"]:
+            self.note(f"warning: {warning}")
+        if losses:
+            self.note(f"{found['steps']} steps, loss {losses[0]:.4g} at first, {losses[-1]:.4g} at last")
+        self.note(f"model: {output} (its data, recipe, metrics and lineage: {output / CARD})")
+
+
+def _loss(metrics: Mapping[str, float]) -> str:
+    return f"loss {metrics['loss']:.4f}" if "loss" in metrics else "step skipped"

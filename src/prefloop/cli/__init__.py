@@ -4,41 +4,36 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, Parameter
-from rich.console import Console
 
 from prefloop import __version__
+from prefloop.cli.plumbing import (
+    IterationOption,
+    RunFile,
+    SetOption,
+    StoreOption,
+    console,
+    described_run,
+    iteration_of,
+    location_of,
+    open_stage,
+    open_store,
+    shown_progress,
+)
 from prefloop.records import PrefloopError
 
 if TYPE_CHECKING:
-    from prefloop.stages.context import Run
     from prefloop.store import Store
-
-DEFAULT_STORE = "runs/prefloop.db"
 
 app = App(
     name="prefloop",
     version=__version__,
     help="Preference learning for language-model agents: roll out, judge, curate, train, prove it is better.",
 )
-console = Console()
-
-RunFile = Annotated[Path, Parameter(help="the run file (TOML)")]
-StoreOption = Annotated[
-    str | None, Parameter(name="--store", help="path or database URL of the store (else PREFLOOP_STORE)")
-]
-SetOption = Annotated[
-    list[str] | None,
-    Parameter(name="--set", negative=(), help="set one key of the run file: --set train.beta=0.2"),
-]
-IterationOption = Annotated[
-    int | None, Parameter(name="--iteration", help="which iteration, from 1 on; the current one when left out")
-]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,9 +62,9 @@ def run(file: RunFile, *, store: StoreOption = None, overrides: SetOption = None
     from prefloop.loop import run_loop
     from prefloop.report import final_table
 
-    with _run(file, store, overrides) as opened:
+    with described_run(file, store, overrides) as opened:
         finished_before = opened.found(opened.settings.iterations, "finish") is not None
-        with _progress(opened):
+        with shown_progress(opened):
             run_loop(opened)
         console.print(final_table(opened.store, opened.id))
         if finished_before:
@@ -85,8 +80,8 @@ def rollout(
     from prefloop.stages.rollouts import rollout_stage
     from prefloop.stages.start import start_policy
 
-    with _stage(file, store, overrides) as opened:
-        number = _iteration(opened, iteration, "rollout")
+    with open_stage(file, store, overrides) as opened:
+        number = iteration_of(opened, iteration, "rollout")
         start_policy(opened)
         rollout_stage(opened, number)
 
@@ -98,8 +93,24 @@ def judge(
     """Score an iteration's rollouts with the frozen judge."""
     from prefloop.stages.judging import judge_stage
 
-    with _stage(file, store, overrides) as opened:
-        judge_stage(opened, _iteration(opened, iteration, "judge"))
+    with open_stage(file, store, overrides) as opened:
+        judge_stage(opened, iteration_of(opened, iteration, "judge"))
+
+
+@app.command
+def value(
+    file: RunFile, *, iteration: IterationOption = None, store: StoreOption = None, overrides: SetOption = None
+) -> None:
+    """Estimate what each step of an iteration's rollouts is worth, and freeze the labels as a dataset."""
+    from prefloop.stages.valuing import value_stage
+
+    with open_stage(file, store, overrides) as opened:
+        number = iteration_of(opened, iteration, "value")
+        value_stage(opened, number)
+        found = opened.found(number, "value") or {}
+        console.print(
+            f"dataset {found['dataset_id']}: {found['num_kept']} of {found['num_steps']} steps", highlight=False
+        )
 
 
 @app.command
@@ -115,36 +126,18 @@ def curate(
     from prefloop.stages.curating import curate_stage, curate_store
 
     if file is None:
-        with _store(store) as opened_store:
+        with open_store(store) as opened_store:
             _print_curated(curate_store(opened_store, rater, overrides or []))
         return
-    with _stage(file, store, overrides) as opened:
-        number = _iteration(opened, iteration, "curate")
+    with open_stage(file, store, overrides) as opened:
+        number = iteration_of(opened, iteration, "curate")
         curate_stage(opened, number)
         _print_curated(opened.found(number, "curate") or {})
 
 
-@app.command
-def train(
-    file: RunFile,
-    *,
-    dataset: Annotated[str, Parameter(help="id (or its beginning) of a dataset of the store to train on instead")] = "",
-    iteration: IterationOption = None,
-    store: StoreOption = None,
-    overrides: SetOption = None,
-) -> None:
-    """Update the policy on an iteration's dataset, guarded."""
-    from prefloop.stages.curating import adopt_dataset
-    from prefloop.stages.looking import find_dataset
-    from prefloop.stages.start import start_policy
-    from prefloop.stages.updating import train_stage
-
-    with _stage(file, store, overrides) as opened:
-        start_policy(opened)
-        number = _iteration(opened, iteration, "train")
-        if dataset:
-            adopt_dataset(opened, number, find_dataset(opened.store, dataset))
-        train_stage(opened, number)
+app.command(
+    "prefloop.cli.training:app", name="train", help="Update a run's policy, or train an objective on data of your own."
+)
 
 
 @app.command
@@ -154,7 +147,7 @@ def evaluate(file: RunFile, *, store: StoreOption = None, overrides: SetOption =
     from prefloop.stages.evaluating import evaluate_stage
     from prefloop.stages.start import start_policy
 
-    with _stage(file, store, overrides) as opened:
+    with open_stage(file, store, overrides) as opened:
         evaluate_stage(opened, BEFORE, start_policy(opened))
         done = opened.current_iteration()
         if done:
@@ -178,7 +171,7 @@ def annotate(
     from prefloop.stages.looking import find_run
     from prefloop.web.app import serve
 
-    with _store(store) as opened:
+    with open_store(store) as opened:
         settings = QueueSettings(run_id=find_run(opened, run)["id"] if run else "", judge=judge)
         serve(opened, settings, rater, port=port, announce=console.print)
 
@@ -196,7 +189,7 @@ def report(
     """Write the HTML report of a run."""
     from prefloop.stages.looking import find_run
 
-    with _store(store) as opened:
+    with open_store(store) as opened:
         found = find_run(opened, run)
         _write_report(opened, found["id"], output or Path(found["directory"]) / "report.html")
 
@@ -206,7 +199,7 @@ def status(*, store: StoreOption = None) -> None:
     """Say what the store holds and how far each run is."""
     from prefloop.stages.looking import status_table
 
-    with _store(store) as opened:
+    with open_store(store) as opened:
         console.print(status_table(opened))
 
 
@@ -220,7 +213,7 @@ def chat(
     """Talk to a checkpoint, with the tools of its environment if that has some."""
     from prefloop.stages.talking import talk
 
-    with _store(store, must_exist=not Path(checkpoint).exists()) as opened:
+    with open_store(store, must_exist=not Path(checkpoint).exists()) as opened:
         talk(opened, checkpoint, temperature, console)
 
 
@@ -233,7 +226,7 @@ def doctor(
     """Say what is installed, which devices, extras, keys and templates work, and whether the store is whole."""
     from prefloop.doctor import examine
 
-    healthy = examine(_location(store), model, console)
+    healthy = examine(location_of(store), model, console)
     if not healthy:
         raise PrefloopError("not all is well: see the lines marked ✗")
     return 0
@@ -258,7 +251,7 @@ def import_(
 
     if not file.exists():  # before a store is made
         raise PrefloopError(f"there is no file {file}")
-    with _store(store, must_exist=False) as opened:
+    with open_store(store, must_exist=False) as opened:
         done = import_file(opened, file, format=format, on_error=on_error, held_out=held_out)
     for error in done.errors:
         console.print(f"[yellow]skipped[/yellow] {error}", highlight=False, soft_wrap=True)
@@ -286,7 +279,7 @@ def export(
     from prefloop.formats import export_dataset
     from prefloop.stages.looking import find_dataset
 
-    with _store(store) as opened:
+    with open_store(store) as opened:
         num_rows = export_dataset(opened, find_dataset(opened, dataset), output, format=format, force=force)
     console.print(f"{num_rows} rows → {output}", highlight=False)
 
@@ -309,70 +302,6 @@ def init_model(
     console.print(f"{output}: {num_parameters:,} parameters, {vocabulary} tokens", highlight=False)
 
 
-# --- plumbing ---------------------------------------------------------------------------------------------------
-
-
-def _location(store: str | None, of_run_file: str | None = None) -> str:
-    return store or os.environ.get("PREFLOOP_STORE") or of_run_file or DEFAULT_STORE
-
-
-@contextmanager
-def _store(store: str | None, *, must_exist: bool = True) -> Iterator[Store]:
-    from prefloop.store import Store
-
-    with Store(_location(store), must_exist=must_exist) as opened:
-        yield opened
-
-
-@contextmanager
-def _run(file: Path, store: str | None, overrides: list[str] | None) -> Iterator[Run]:
-    """A run as its file describes it; not locked yet."""
-    from prefloop.config import apply_overrides, parse_settings, read_run_file
-    from prefloop.stages.context import Run
-    from prefloop.stages.settings import RunSettings
-    from prefloop.store import Store
-
-    data = apply_overrides(read_run_file(file), overrides or [])
-    settings = parse_settings(RunSettings, data, str(file))
-    default = str(Path(settings.directory) / Path(DEFAULT_STORE).name)
-    with Store(_location(store, settings.store or default)) as opened:
-        yield Run(settings, opened)
-
-
-@contextmanager
-def _stage(file: Path, store: str | None, overrides: list[str] | None) -> Iterator[Run]:
-    """A locked run whose progress is shown."""
-    from prefloop.stages.context import opened
-
-    with _run(file, store, overrides) as described, _progress(described), opened(described) as run:
-        yield run
-
-
-@contextmanager
-def _progress(run: Run) -> Iterator[None]:
-    from prefloop.live import LiveProgress
-
-    with LiveProgress(console, run.settings.iterations) as progress:
-        run.progress = progress
-        yield
-
-
-def _iteration(run: Run, number: int | None, stage: str) -> int:
-    """The iteration whose stage is to be done, from 0 on; says so where that is done already."""
-    there_are = run.settings.iterations
-    if number is None:
-        number = run.current_iteration() + 1
-        if number > there_are:
-            raise PrefloopError(
-                f"all {there_are} iterations of run {run.settings.name} are done: name one by --iteration"
-            )
-    if not 1 <= number <= there_are:
-        raise PrefloopError(f"--iteration {number}: the run file has iterations 1 to {there_are}")
-    if run.found(number - 1, stage) is not None:
-        console.print(f"{stage} of iteration {number} was done before; nothing is done again", highlight=False)
-    return number - 1
-
-
 def _print_curated(detail: dict[str, object]) -> None:
     console.print(
         f"dataset {detail['dataset_id']}: {detail['num_pairs']} pairs from {detail['num_scored']} scored trajectories "
@@ -386,7 +315,3 @@ def _write_report(store: Store, run_id: str, path: Path) -> None:
     from prefloop.report import write_report
 
     console.print(f"report: {write_report(store, run_id, path)}", highlight=False, soft_wrap=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

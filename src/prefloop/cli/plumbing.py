@@ -1,0 +1,110 @@
+"""What commands have in common: their options, and opening stores and runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+from rich.console import Console
+
+from prefloop.records import PrefloopError
+
+if TYPE_CHECKING:
+    from prefloop.stages.context import Run
+    from prefloop.store import Store
+
+DEFAULT_STORE = "runs/prefloop.db"
+
+console = Console()
+
+RunFile = Annotated[Path, Parameter(help="the run file (TOML)")]
+StoreOption = Annotated[
+    str | None, Parameter(name="--store", help="path or database URL of the store (else PREFLOOP_STORE)")
+]
+SetOption = Annotated[
+    list[str] | None,
+    Parameter(name="--set", negative=(), help="set one key of the run file: --set train.beta=0.2"),
+]
+IterationOption = Annotated[
+    int | None, Parameter(name="--iteration", help="which iteration, from 1 on; the current one when left out")
+]
+
+
+def location_of(store: str | None, otherwise: str | None = None) -> str:
+    """Where the store is: as the option or PREFLOOP_STORE says, else `otherwise`, else in its usual place."""
+    return store or os.environ.get("PREFLOOP_STORE") or otherwise or DEFAULT_STORE
+
+
+@contextmanager
+def open_store(store: str | None, *, must_exist: bool = True) -> Iterator[Store]:
+    """The store that an option names."""
+    from prefloop.store import Store
+
+    with Store(location_of(store), must_exist=must_exist) as opened:
+        yield opened
+
+
+@contextmanager
+def training_store(store: str | None, output: Path, *, own: bool) -> Iterator[Store]:
+    """The store of a training on data of one's own: beside its output where its rows come from files."""
+    from prefloop.stages.fit_settings import work_directory
+    from prefloop.store import Store
+
+    beside = work_directory(output) / Path(DEFAULT_STORE).name
+    location = location_of(store, str(beside) if own else None)
+    with Store(location, must_exist=not own) as opened:
+        yield opened
+
+
+@contextmanager
+def described_run(file: Path, store: str | None, overrides: list[str] | None) -> Iterator[Run]:
+    """A run as its file describes it; not locked yet."""
+    from prefloop.config import apply_overrides, parse_settings, read_run_file
+    from prefloop.stages.context import Run
+    from prefloop.stages.settings import RunSettings
+    from prefloop.store import Store
+
+    data = apply_overrides(read_run_file(file), overrides or [])
+    settings = parse_settings(RunSettings, data, str(file))
+    default = str(Path(settings.directory) / Path(DEFAULT_STORE).name)
+    with Store(location_of(store, settings.store or default)) as opened:
+        yield Run(settings, opened)
+
+
+@contextmanager
+def open_stage(file: Path, store: str | None, overrides: list[str] | None) -> Iterator[Run]:
+    """A locked run whose progress is shown."""
+    from prefloop.stages.context import opened
+
+    with described_run(file, store, overrides) as described, shown_progress(described), opened(described) as run:
+        yield run
+
+
+@contextmanager
+def shown_progress(run: Run) -> Iterator[None]:
+    """Show how a run goes."""
+    from prefloop.live import LiveProgress
+
+    with LiveProgress(console, run.settings.iterations) as progress:
+        run.progress = progress
+        yield
+
+
+def iteration_of(run: Run, number: int | None, stage: str) -> int:
+    """The iteration whose stage is to be done, from 0 on; says so where that is done already."""
+    there_are = run.settings.iterations
+    if number is None:
+        number = run.current_iteration() + 1
+        if number > there_are:
+            raise PrefloopError(
+                f"all {there_are} iterations of run {run.settings.name} are done: name one by --iteration"
+            )
+    if not 1 <= number <= there_are:
+        raise PrefloopError(f"--iteration {number}: the run file has iterations 1 to {there_are}")
+    if run.found(number - 1, stage) is not None:
+        console.print(f"{stage} of iteration {number} was done before; nothing is done again", highlight=False)
+    return number - 1

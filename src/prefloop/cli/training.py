@@ -1,0 +1,160 @@
+"""`prefloop train`: the update of a run's iteration, and one command for each objective on stored data.
+
+The options of an objective's command are the fields of the settings, so that a knob exists once; those of other
+objectives are taken, too, so that the error can say whose they are.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, Group, Parameter
+from pydantic.fields import FieldInfo
+
+from prefloop.cli.plumbing import (
+    IterationOption,
+    RunFile,
+    SetOption,
+    StoreOption,
+    console,
+    iteration_of,
+    open_stage,
+    training_store,
+)
+from prefloop.config import parse_settings
+from prefloop.losses.registry import OBJECTIVES, Objective
+from prefloop.losses.settings import LossSettings
+from prefloop.models.settings import LoraSettings
+from prefloop.stages.fit_settings import FitSettings, default_learning_rate
+from prefloop.training.settings import TrainingSettings
+
+app = App(
+    name="train",
+    help="Update the policy on an iteration's dataset, guarded; or train an objective on data of your own.",
+)
+
+ROWS, MODEL, OBJECTIVE, TRAINING = (
+    Group(name, sort_key=i) for i, name in enumerate(("Rows", "Model", "Objective", "Training"))
+)
+OF_MODEL = ("model", "reference", "dtype", "device", "seed", "num_threads")
+
+
+@app.default
+def update(
+    file: RunFile,
+    *,
+    dataset: Annotated[str, Parameter(help="id (or its beginning) of a dataset of the store to train on instead")] = "",
+    iteration: IterationOption = None,
+    store: StoreOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Update the policy on an iteration's dataset, guarded; or train an objective on data of your own."""
+    from prefloop.stages.curating import adopt_dataset
+    from prefloop.stages.looking import find_dataset
+    from prefloop.stages.start import start_policy
+    from prefloop.stages.updating import train_stage
+
+    with open_stage(file, store, overrides) as opened:
+        start_policy(opened)
+        number = iteration_of(opened, iteration, "train")
+        if dataset:
+            adopt_dataset(opened, number, find_dataset(opened.store, dataset))
+        train_stage(opened, number)
+
+
+def _fit(name: str, output: Path | None, store: str | None, options: dict[str, Any]) -> None:
+    """Train an objective on data of your own."""
+    from prefloop.live import LiveTraining
+    from prefloop.stages.fitting import fit
+
+    settings = _settings(name, options)
+    output = output or Path("runs") / name
+    with training_store(store, output, own=bool(settings.data)) as opened, LiveTraining(console) as progress:
+        fitted = fit(settings, opened, output, progress)
+        progress.finish(fitted, output)
+
+
+def _settings(name: str, options: dict[str, Any]) -> FitSettings:
+    """The settings that options say; what was left out has its default."""
+    given = {key: value for key, value in options.items() if value is not None}
+    lora = {key: given.pop(f"lora_{key}") for key in LoraSettings.model_fields if f"lora_{key}" in given}
+    if lora:
+        given["lora"] = {"alpha": 2 * lora.get("rank", 0), **lora}
+    given.setdefault("learning_rate", default_learning_rate(name, lora=bool(lora)))
+    return parse_settings(FitSettings, {"objective": name, **given}, f"prefloop train {name}")
+
+
+# --- options from settings --------------------------------------------------------------------------------------
+
+
+def _command(name: str, found: Objective) -> Callable[..., None]:
+    """The command of an objective."""
+    parameters = list(_parameters(name, found))
+
+    def command(*, output: Path | None = None, store: str | None = None, **options: Any) -> None:
+        _fit(name, output, store, options)
+
+    rows = "" if found.records in found.summary else f"; learns from {found.records}"
+    command.__doc__ = f"{found.summary[0].upper()}{found.summary[1:]}{rows}."
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def _parameters(name: str, found: Objective) -> Iterator[inspect.Parameter]:
+    output_help = f"a new directory for the model; runs/{name} when left out"
+    yield _parameter("output", Path | None, None, Parameter(name=["--output", "-o"], help=output_help, group=MODEL))
+    store_help = "path or database URL of the store; OUTPUT.run/prefloop.db for files (else PREFLOOP_STORE)"
+    yield _parameter("store", str | None, None, Parameter(name="--store", help=store_help, group=ROWS))
+    inherited = {*TrainingSettings.model_fields} - {"held_out"}
+    for key, field in sorted(FitSettings.model_fields.items(), key=lambda item: item[0] in inherited):
+        if key == "lora":
+            yield from _lora_parameters()
+        elif key in LossSettings.model_fields:
+            yield _knob(key, field, found)
+        elif key != "objective":
+            yield _field(name, key, field, found)
+
+
+def _lora_parameters() -> Iterator[inspect.Parameter]:
+    said = {"rank": "train a LoRA adapter of this rank", "alpha": "updates are scaled by alpha / rank; twice the rank"}
+    for key in LoraSettings.model_fields:
+        text = said.get(key, "of the adapter's first weights")
+        yield _parameter(f"lora_{key}", int | None, None, Parameter(help=text, group=MODEL))
+
+
+def _knob(key: str, field: FieldInfo, found: Objective) -> inspect.Parameter:
+    default = found.knobs.get(key)
+    text = f"{field.description} (default {default})" if default not in (None, {}) else field.description
+    return _parameter(key, field.annotation, None, Parameter(help=text, group=OBJECTIVE, show=key in found.knobs))
+
+
+def _field(name: str, key: str, field: FieldInfo, found: Objective) -> inspect.Parameter:
+    group = TRAINING if key in TrainingSettings.model_fields and key != "held_out" else ROWS
+    group = MODEL if key in OF_MODEL else group
+    text, annotation = field.description or "", field.annotation
+    default = None if field.is_required() else field.get_default(call_default_factory=True)
+    if key == "learning_rate":
+        rates = [default_learning_rate(name, lora=lora) for lora in (False, True)]
+        text, annotation = f"{text} (default {rates[0]:g}, with LoRA {rates[1]:g})", float | None
+    many = isinstance(default, list)
+    usable = key not in ("top_k", "rater", "min_score") or found.records == "demonstrations"
+    usable = usable and (found.reference or key not in ("reference", "sync_reference_every", "sync_reference_mixup"))
+    parameter = Parameter(
+        help=text, group=group, show=usable, show_default=default not in ("", []) and None,
+        consume_multiple=many, negative=() if many else None,
+    )  # fmt: skip
+    return _parameter(key, annotation, inspect.Parameter.empty if key == "model" else default, parameter)
+
+
+def _parameter(name: str, annotation: Any, default: Any, parameter: Parameter) -> inspect.Parameter:
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, parameter]
+    )
+
+
+for _name, _found in OBJECTIVES.items():
+    app.command(_command(_name, _found), name=_name)

@@ -1,0 +1,146 @@
+"""The rows of one training: selected, held out, rendered for its model, checked, and frozen as datasets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prefloop.losses.registry import Records, objective
+from prefloop.records import Dataset, JSONObject, PrefloopError
+from prefloop.stages.curating import rater_with_scores
+from prefloop.stages.fit_settings import FitSettings
+from prefloop.stages.looking import find_dataset
+from prefloop.stages.selecting import (
+    Corpus,
+    Rows,
+    Skips,
+    count_shared,
+    read_corpus,
+    rows_of_dataset,
+    rows_of_files,
+    rows_of_top_k,
+    split_rows,
+)
+from prefloop.store import Store
+
+if TYPE_CHECKING:
+    from prefloop.batch.examples import Example
+    from prefloop.chat import ChatRenderer
+
+
+@dataclass(slots=True)
+class Selected:
+    """Rows to train on and rows held out (None: none are), with all that they name, and those that were bad."""
+
+    rows: Rows
+    held_out: Rows | None
+    corpus: Corpus
+    skips: Skips
+
+
+@dataclass(frozen=True, slots=True)
+class FitData:
+    """Examples to train on and examples held out, the frozen dataset of the first, and what was done to the rows."""
+
+    examples: list[Example]
+    held_out: list[Example]
+    dataset: Dataset
+    detail: JSONObject
+
+    def notes(self) -> Iterator[str]:
+        """What the training learns from, and what was cut or left out, in words."""
+        train, held = self.detail["train"], self.detail.get("held_out", {"num_examples": 0})
+        yield (
+            f"{train['num_examples']:,} rows to train on ({train['num_tokens']:,} tokens, {train['num_own_tokens']:,} "
+            f"of them in the loss), {held['num_examples']:,} held out"
+        )
+        for part, name in (("train", "training"), ("held_out", "held-out")):
+            counts = self.detail.get(part)
+            if counts and counts["num_dropped"]:
+                yield f"{counts['num_dropped']} of {counts['num_rows']} {name} rows are too long and were left out"
+            if counts and counts["num_cut"]:
+                yield f"{counts['num_cut']} of {counts['num_rows']} {name} rows are too long: their ends were cut off"
+        if self.detail["num_skipped"]:
+            yield f"{self.detail['num_skipped']} bad rows were left out"
+        if self.detail.get("num_shared_prompts"):
+            yield f"{self.detail['num_shared_prompts']} held-out rows have a prompt that is trained on"
+
+
+def select(settings: FitSettings, store: Store) -> Selected:
+    """The rows that the settings name, from files (imported into the store) or from the store.
+
+    Raises:
+        PrefloopError: a file, dataset or rater that is not there, or a bad row that is not to be skipped.
+    """
+    records, skips = objective(settings.objective).records, Skips(settings.on_error)
+    rows = _source(settings, store, records, skips)
+    held_out = None
+    if settings.eval_data:
+        held_out = rows_of_files(store, [Path(file) for file in settings.eval_data], records, skips, 1.0)
+    corpus = read_corpus(store, rows, *([held_out] if held_out else []))
+    if settings.held_out:
+        rows, held_out = split_rows(rows, corpus, settings.held_out)
+    return Selected(rows, held_out, corpus, skips)
+
+
+def _source(settings: FitSettings, store: Store, records: Records, skips: Skips) -> Rows:
+    if settings.data:
+        return rows_of_files(store, [Path(file) for file in settings.data], records, skips, settings.held_out)
+    if settings.dataset:
+        return rows_of_dataset(store, find_dataset(store, settings.dataset), records, skips)
+    assert settings.top_k is not None  # the settings see to it
+    rater = rater_with_scores(store, {judgement.rater_id for judgement in store.judgements()}, settings.rater)
+    if rater is None:
+        raise PrefloopError(f"--top-k: nobody has scored trajectories in {store.location}")
+    return rows_of_top_k(store, rater, settings.top_k, settings.min_score)
+
+
+def ready(
+    selected: Selected, settings: FitSettings, store: Store, renderer: ChatRenderer, context: int | None, run_id: str
+) -> FitData:
+    """The examples of the rows for a model of this tokenizer and context length; freezes their datasets.
+
+    Raises:
+        PrefloopError: as `prepare`; `max_length` is more than the model can read; labels of one class only.
+    """
+    from prefloop.stages.examples import LengthLimit, prepare
+
+    if settings.max_length and context and settings.max_length > context:
+        raise PrefloopError(f"--max-length {settings.max_length}: {settings.model} reads {context} tokens at most")
+    limit = LengthLimit(settings.max_length or context, settings.truncate)
+    ids = list(selected.corpus.trajectories)
+    labels = (
+        {}
+        if selected.rows.source["records"] != "steps"
+        else {label.id: label for label in store.step_labels(trajectory_ids=ids)}
+    )
+    skips = selected.skips
+    train = prepare(selected.rows, selected.corpus, renderer, limit, skips, labels)
+    _check_classes(train.examples)
+    dataset = selected.rows.freeze(run_id, part="train", held_out=settings.held_out)
+    detail: JSONObject = {"dataset_id": store.add_dataset(dataset), "train": train.to_dict()}
+    held: list[Example] = []
+    if selected.held_out is not None:
+        prepared = prepare(selected.held_out, selected.corpus, renderer, limit, skips, labels)
+        frozen = selected.held_out.freeze(run_id, part="held_out", held_out=settings.held_out)
+        detail |= {"held_out_id": store.add_dataset(frozen), "held_out": prepared.to_dict()}
+        detail["num_shared_prompts"] = count_shared(selected.corpus, selected.rows, selected.held_out)
+        held = prepared.examples
+    detail |= {"num_skipped": skips.num, "skipped": skips.listed, "max_length": limit.max_length}
+    detail |= {"truncate": limit.truncate, "source": selected.rows.source}
+    return FitData(train.examples, held, dataset, detail)
+
+
+def _check_classes(examples: Sequence[Example]) -> None:
+    """Labels of one class only teach nothing of what tells the classes apart."""
+    from prefloop.batch.examples import LabelledSample
+
+    labelled = [example for example in examples if isinstance(example, LabelledSample)]
+    if len({example.desirable for example in labelled}) == 1:
+        said = "true (desirable)" if labelled[0].desirable else "false (undesirable)"
+        raise PrefloopError(
+            f"all {len(labelled)} rows, {labelled[0].name} to {labelled[-1].name}, have the label {said}: this "
+            "objective needs rows of both labels"
+        )

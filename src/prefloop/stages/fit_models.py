@@ -1,0 +1,257 @@
+"""The model of one training: loaded, given its reference, trained, saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefloop.losses.registry import objective, resolve_knobs
+from prefloop.records import JSONObject, PrefloopError
+from prefloop.stages.context import versions
+from prefloop.stages.fit_data import FitData
+from prefloop.stages.fit_settings import FitProgress, FitSettings
+from prefloop.store import Store
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from prefloop.batch.examples import Example
+    from prefloop.chat import ChatRenderer
+    from prefloop.models.load import Policy
+    from prefloop.models.reward import Kind, RewardModel
+    from prefloop.training.state import TrainingResult
+
+SCORED: Mapping[str, Kind] = {"reward": "sequence", "process_reward": "token"}
+"""What the objectives give scores to that train a reward model in place of a policy."""
+
+PACKAGES = ("prefloop", "torch", "transformers", "peft", "numpy")
+
+
+@dataclass
+class Learner:
+    """A policy or reward model that is to be trained."""
+
+    trained: Policy | RewardModel
+
+    @property
+    def model(self) -> Any:
+        """The module."""
+        return self.trained.model
+
+    @cached_property
+    def renderer(self) -> ChatRenderer:
+        """The renderer of its chat template."""
+        from prefloop.chat import ChatRenderer
+
+        return ChatRenderer(self.trained.tokenizer)
+
+    @cached_property
+    def context(self) -> int | None:
+        """How many tokens it can read; None where its configuration does not say."""
+        from prefloop.models.attention import causal_model
+
+        config: Any = causal_model(self.model).config
+        found = getattr(config.get_text_config(), "max_position_embeddings", None)
+        return None if found is None else int(found)
+
+
+def settle(settings: FitSettings) -> None:
+    """Set torch up: its threads, and that results repeat."""
+    import torch
+
+    if settings.num_threads is not None:
+        torch.set_num_threads(settings.num_threads)
+    torch.use_deterministic_algorithms(True, warn_only=device_of(settings) != "cpu")
+
+
+def circumstances(settings: FitSettings) -> JSONObject:
+    """What the bits of a training depend on besides its settings and rows: weights, device, threads, versions.
+
+    Raises:
+        PrefloopError: the reference is not there.
+    """
+    import torch
+
+    found: JSONObject = {"model": settings.model, "weights": _weights(settings.model, settings)}
+    if objective(settings.objective).reference:
+        name = settings.reference or settings.model
+        found |= {"reference": name, "reference_weights": _weights(name, settings)}
+    threads = torch.get_num_threads()
+    return {**found, "device": device_of(settings), "num_threads": threads, "versions": versions(*PACKAGES)}
+
+
+def _weights(name: str, settings: FitSettings) -> str:
+    from prefloop.models.load import load_policy
+    from prefloop.training.weights import weights_hash
+
+    try:
+        return weights_hash(located(name))
+    except PrefloopError:
+        load_policy(located(name), dtype=settings.dtype)  # says what is wrong, or fetches it from the hub
+        return weights_hash(located(name))
+
+
+def device_of(settings: FitSettings) -> str:
+    """The device to train on."""
+    import torch
+
+    if settings.device != "auto":
+        return settings.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def located(name: str) -> str:
+    """A directory by its whole path, so that what names it opens from anywhere; a hub id as it is."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def load_learner(settings: FitSettings) -> Learner:
+    """The model as it is before the training.
+
+    Raises:
+        PrefloopError: it cannot be loaded, or `lora` is given for a model that is an adapter already.
+    """
+    from prefloop.models.load import ADAPTER_CONFIG, load_policy
+    from prefloop.models.reward import new_reward_model
+
+    name, options = located(settings.model), _options(settings)
+    kind = SCORED.get(settings.objective)
+    if kind is not None:
+        return Learner(new_reward_model(name, kind=kind, lora=settings.lora, seed=settings.seed, **options))
+    if settings.lora is not None and (Path(name) / ADAPTER_CONFIG).is_file():
+        raise PrefloopError(f"--lora-rank: {settings.model} is an adapter already, which is trained on: leave it out")
+    return Learner(load_policy(name, lora=settings.lora, **options))
+
+
+def _options(settings: FitSettings) -> dict[str, Any]:
+    return {"dtype": settings.dtype, "device": device_of(settings)}
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a training came to: the results of its parts by name (one, but for ensembles of adapters)."""
+
+    results: dict[str, TrainingResult]
+
+    def to_dict(self) -> JSONObject:
+        """The metrics at the end and on the way, for the event and the model card."""
+        parts = {name: _detail(result) for name, result in self.results.items()}
+        first, *others = parts.values()
+        if not others:
+            return first
+        metrics = mean_metrics([part["metrics"] for part in parts.values()])
+        return {**first, "metrics": metrics, "parts": parts}
+
+
+def _detail(result: TrainingResult) -> JSONObject:
+    from prefloop.training.watch import WINDOW
+
+    return {
+        "steps": len(result.history),
+        "metrics": mean_metrics(result.history[-WINDOW:]),
+        "loss": [metrics.get("loss") for metrics in result.history],
+        "evaluations": [{"step": one.step, "metrics": dict(one.metrics)} for one in result.evaluations],
+        "best_step": result.best_step,
+        "stopped_early": result.stopped_early,
+        "num_skipped_steps": len(result.skipped),
+        "warnings": result.warnings,
+    }
+
+
+def mean_metrics(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the steps that have it."""
+    names = sorted({name for metrics in history for name in metrics})
+    found = {name: [metrics[name] for metrics in history if name in metrics] for name in names}
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
+def train_learner(
+    learner: Learner,
+    data: FitData,
+    settings: FitSettings,
+    store: Store,
+    start: JSONObject,
+    *,
+    identity: str,
+    state_directory: Path,
+    progress: FitProgress,
+) -> Outcome:
+    """Train a model in place on its data.
+
+    Raises:
+        PrefloopError: as `train`, and as the reference.
+    """
+    from prefloop.batch.examples import PreferencePair
+    from prefloop.models.reward import RewardModel
+    from prefloop.training.algorithms import make_algorithm
+    from prefloop.training.ensemble import train_reward_model
+    from prefloop.training.trainer import count_steps, train
+
+    algorithm = make_algorithm(settings.objective, settings)
+    examples, held_out = data.examples, data.held_out
+    reference = None
+    if algorithm.needs_reference:
+        reference, examples, held_out = _with_reference(learner, data, settings, store, start)
+    progress.begin("train", count_steps(settings, len(examples)))
+    options: dict[str, Any] = {
+        "seed": settings.seed,
+        "identity": identity,
+        "state_directory": state_directory,
+        "held_out": held_out,
+        "on_step": lambda step, _, metrics: progress.advance(step, metrics),
+        "on_evaluation": progress.evaluated,
+    }
+    if isinstance(learner.trained, RewardModel) and learner.trained.kind == "sequence":
+        pairs = [example for example in examples if isinstance(example, PreferencePair)]
+        return Outcome(train_reward_model(learner.trained, algorithm, pairs, settings, **options))
+    return Outcome({"all": train(learner.model, reference, algorithm, examples, settings, **options)})
+
+
+def _with_reference(
+    learner: Learner, data: FitData, settings: FitSettings, store: Store, start: JSONObject
+) -> tuple[nn.Module | None, list[Example], list[Example]]:
+    """The reference model where it must be at hand, else its log-probs with the examples.
+
+    Raises:
+        PrefloopError: the reference has another tokenizer or chat template than the model.
+    """
+    from prefloop.models.load import load_policy
+    from prefloop.training.reference import following, stored_reference
+
+    def load() -> nn.Module:
+        """The reference as a model of its own."""
+        name = settings.reference or settings.model
+        policy = load_policy(located(name), **_options(settings))
+        theirs, ours = Learner(policy).renderer, learner.renderer
+        if (theirs.tokenizer_hash, theirs.template_hash) != (ours.tokenizer_hash, ours.template_hash):
+            raise PrefloopError(
+                f"--reference {name} has another tokenizer or chat template than {settings.model}: its log-probs would "
+                "be of other tokens"
+            )
+        module: nn.Module = policy.model.eval().requires_grad_(False)
+        return module
+
+    def first() -> nn.Module:
+        """The reference while nothing was trained yet: the model itself where none is named."""
+        own: nn.Module = learner.model
+        return load() if settings.reference else own
+
+    if settings.sync_reference_every is not None:
+        return following(load()), data.examples, data.held_out
+    precision: Any = settings.dtype
+    if settings.precision == "bfloat16" and settings.dtype == "float32":
+        precision = "float32 in bfloat16"
+
+    def scored(examples: list[Example]) -> list[Example]:
+        if not examples:
+            return []
+        weights = str(start["reference_weights"])
+        own_kind: Any = examples
+        return stored_reference(store, first, weights, own_kind, precision=precision, max_tokens=settings.max_tokens)
+
+    examples, held_out = scored(data.examples), scored(data.held_out)
+    live = resolve_knobs(settings.objective, settings).get("kl", "none") != "none"
+    return load() if live else None, examples, held_out

@@ -1,0 +1,92 @@
+"""What `prefloop train OBJECTIVE` may be told, and how it tells how it goes; free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from prefloop.losses.registry import objective, resolve_knobs
+from prefloop.losses.settings import LossSettings
+from prefloop.models.settings import LoraSettings
+from prefloop.records import PrefloopError
+from prefloop.training.settings import TrainingSettings
+
+LORA_RATE = 10.0  # an adapter takes about ten times the learning rate of whole weights (TRL's guide says the same)
+WORK_SUFFIX = ".run"
+
+
+class FitSettings(TrainingSettings, LossSettings):
+    """One training on stored data: an objective with its knobs, a model, rows, and what is done about bad ones."""
+
+    objective: str
+    model: str = Field(description="a directory in Hugging Face's layout, or a hub id")
+    reference: str = Field(default="", description="the reference model, else the model itself as it starts")
+    data: list[str] = Field(default_factory=list, description="files of rows, in any format that `import` reads")
+    dataset: str = Field(default="", description="in place of files: id of a frozen dataset of the store")
+    top_k: int | None = Field(default=None, ge=1, description="in place of files: the store's K best of each task")
+    rater: str = Field(default="", description="whose scores those are: a rater's id or name")
+    min_score: float = Field(default=0.0, ge=0, le=1, description="the least score of those")
+    eval_data: list[str] = Field(default_factory=list, description="files of held-out rows, in place of a share")
+    on_error: Literal["stop", "skip"] = Field(default="stop", description="what to do with a bad row")
+    max_length: int | None = Field(default=None, ge=2, description="longest row in tokens, else the model's context")
+    truncate: Literal["stop", "drop", "keep_start"] = Field(
+        default="stop", description="a longer row is an error, is left out, or has its end cut off"
+    )
+    lora: LoraSettings | None = None
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the weights")
+    device: str = Field(default="auto", description="of torch; auto: a GPU if there is one")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="of every random draw")
+    num_threads: int | None = Field(default=None, ge=1, description="of torch, else its own choice")
+
+    @model_validator(mode="after")
+    def _knobs_fit(self) -> FitSettings:
+        try:
+            resolve_knobs(self.objective, self)
+        except PrefloopError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    @model_validator(mode="after")
+    def _one_source(self) -> FitSettings:
+        given = [name for name in ("data", "dataset", "top_k") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError("exactly one of data, dataset and top_k: where the rows come from")
+        records = objective(self.objective).records
+        if self.top_k is not None and records != "demonstrations":
+            raise ValueError(f"no top_k: {self.objective} learns from {records}, and the best are demonstrations")
+        if self.top_k is None and (self.rater or self.min_score):
+            raise ValueError("with rater and min_score also top_k, which they belong to")
+        if self.held_out and self.eval_data:
+            raise ValueError("one of held_out and eval_data: which rows are evaluated")
+        return self
+
+
+def default_learning_rate(name: str, *, lora: bool) -> float:
+    """The learning rate of an objective where none is given: TRL's, and with LoRA ten times that."""
+    rates = {"demonstrations": 2e-5, "pairs": 1e-6, "labelled samples": 1e-6, "steps": 1e-5}
+    rate = 1e-4 if name == "reward" else rates[objective(name).records]
+    return rate * LORA_RATE if lora else rate
+
+
+def work_directory(output: Path) -> Path:
+    """Where a training's store, lock and state lie: beside its output, which is there whole or not at all."""
+    return output.with_name(output.name + WORK_SUFFIX)
+
+
+class FitProgress:
+    """Told how a training goes; this one keeps quiet."""
+
+    def note(self, text: str) -> None:
+        """Something that whoever watches should know."""
+
+    def begin(self, what: str, total: int) -> None:
+        """A part of `total` units of work begins."""
+
+    def advance(self, done: int, metrics: Mapping[str, float]) -> None:
+        """`done` units are done; the metrics of the last."""
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """The held-out rows were evaluated."""

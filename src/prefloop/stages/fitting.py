@@ -1,0 +1,197 @@
+"""`prefloop train OBJECTIVE`: one objective on stored data, from a model to a checkpoint with its card.
+
+Everything is a run in a store: the rows become a frozen dataset, what was done to them and what came of it are events,
+the result is a checkpoint with its parent. Killed anywhere, the same call goes on and ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prefloop.losses.registry import resolve_knobs
+from prefloop.losses.settings import LossSettings
+from prefloop.records import Checkpoint, JSONObject, PrefloopError, content_hash
+from prefloop.stages.context import BEFORE, claimed, run_id
+from prefloop.stages.fit_data import FitData, ready, select
+from prefloop.stages.fit_settings import FitProgress, FitSettings, work_directory
+from prefloop.stages.selecting import sha256_of
+from prefloop.store import Store
+
+if TYPE_CHECKING:
+    from prefloop.stages.fit_models import Learner, Outcome
+
+FIRST = 0  # the iteration of a run that has only one
+STATES = "training"
+ANEW = "put it back, or give another --output to train anew"
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """What a training came to: its checkpoint, and the details of its events `start`, `data` and `train`."""
+
+    checkpoint: Checkpoint
+    start: JSONObject
+    data: JSONObject
+    train: JSONObject
+    done_before: bool = False
+
+
+def fit(settings: FitSettings, store: Store, output: Path, progress: FitProgress | None = None) -> Fitted:
+    """Train an objective on stored data, or go on with it where it was killed; `output` becomes the checkpoint.
+
+    Raises:
+        PrefloopError: the output is there and comes of something else, another process is at it, or a bad row, model
+            or setting, each in one line.
+    """
+    fitting = _Fitting(settings, store, output, progress or FitProgress())
+    with claimed(store, output.name, fitting.directory, fitting.recipe(), "give another --output"):
+        return fitting.found() or fitting.go_on()
+
+
+@dataclass(slots=True)
+class _Fitting:
+    """One training, as a run of the store."""
+
+    settings: FitSettings
+    store: Store
+    output: Path
+    progress: FitProgress
+
+    @property
+    def id(self) -> str:
+        """The run's id."""
+        return run_id(self.output.name)
+
+    @property
+    def directory(self) -> Path:
+        """Where its lock and state lie."""
+        return work_directory(self.output)
+
+    def recipe(self) -> JSONObject:
+        """All that decides the result, with the content of files in place of where they lie."""
+        recipe = self.settings.model_dump(mode="json", exclude={"data", "eval_data", "report_to"})
+        for name in ("data", "eval_data"):
+            files = [Path(file) for file in getattr(self.settings, name)]
+            recipe[name] = [{"file": file.name, "sha256": sha256_of(file)} for file in files]
+        return recipe
+
+    def _settings(self) -> JSONObject:
+        """The recipe with every knob of the objective as it counts."""
+        knobs = resolve_knobs(self.settings.objective, self.settings)
+        others = {key: value for key, value in self.recipe().items() if key not in LossSettings.model_fields}
+        return {"objective": others.pop("objective"), **knobs, **others}
+
+    def found(self) -> Fitted | None:
+        """What an earlier call came to; None where it is not finished.
+
+        Raises:
+            PrefloopError: its checkpoint is not there or damaged, or the output is there without being its.
+        """
+        from prefloop.training.checkpoint import verify
+
+        start, data, done = (self._event(BEFORE, "start"), self._event(FIRST, "data"), self._event(FIRST, "train"))
+        if done is None:
+            if start is None and self.output.exists():
+                raise PrefloopError(f"{self.output} exists already: name a new --output")
+            return None
+        checkpoint = self.store.checkpoint(str(done["checkpoint_id"]))
+        assert checkpoint is not None
+        if verify(self.output) != checkpoint.manifest_hash:
+            raise PrefloopError(
+                f"{self.output} is not what was recorded: restore it, or remove {self.directory} to train anew"
+            )
+        return Fitted(checkpoint, start or {}, data or {}, done, done_before=True)
+
+    def go_on(self) -> Fitted:
+        """The training, from its last saved state.
+
+        Raises:
+            PrefloopError: what it began with is not what is there now; and as its parts.
+        """
+        from prefloop.stages.fit_models import circumstances, load_learner, settle, train_learner
+
+        started = time.perf_counter()
+        selected = select(self.settings, self.store)
+        settle(self.settings)
+        learner = load_learner(self.settings)
+        data = ready(selected, self.settings, self.store, learner.renderer, learner.context, self.id)
+        start = circumstances(self.settings)
+        self._begin(start, data)
+        for note in data.notes():
+            self.progress.note(note)
+        outcome = train_learner(
+            learner,
+            data,
+            self.settings,
+            self.store,
+            start,
+            identity=content_hash(self.recipe(), start["weights"], data.dataset.id, learner.renderer.tokenizer_hash),
+            state_directory=self.directory / STATES,
+            progress=self.progress,
+        )
+        return self._save(learner, start, data, outcome, time.perf_counter() - started)
+
+    def _begin(self, start: JSONObject, data: FitData) -> None:
+        """Record what the training begins with, or hold it against what it began with.
+
+        Raises:
+            PrefloopError: the model, the reference or the rows are others than they were.
+        """
+        before, rows_before = self._event(BEFORE, "start"), self._event(FIRST, "data")
+        for name, what in (("weights", f"model {start['model']}"), ("reference_weights", "the reference")):
+            if before is not None and before.get(name) != start.get(name):
+                raise PrefloopError(f"{what} has other weights than when this training began: {ANEW}")
+        if rows_before is not None and rows_before["dataset_id"] != data.dataset.id:
+            raise PrefloopError(f"the store gives other rows than when this training began: {ANEW}")
+        with self.store.transaction():
+            self.store.add_event(self.id, BEFORE, "start", start)
+            self.store.add_event(self.id, FIRST, "data", data.detail)
+
+    def _save(self, learner: Learner, start: JSONObject, data: FitData, outcome: Outcome, seconds: float) -> Fitted:
+        from prefloop.training.checkpoint import save_atomically
+        from prefloop.training.model_card import CARD, model_card
+        from prefloop.training.trainer import forget_state
+
+        detail = outcome.to_dict()
+        card = model_card(self.output.name, self._settings(), start, data.detail, detail)
+
+        def write(directory: Path) -> None:
+            learner.trained.save(directory)
+            (directory / CARD).write_text(card, encoding="utf-8")
+
+        base = self._base(start)
+        manifest_hash = save_atomically(self.output, write)
+        checkpoint = Checkpoint(
+            content_hash("checkpoint", self.id, self.settings.objective, base.id, data.dataset.id),
+            str(self.output),
+            manifest_hash,
+            self.settings.objective,
+            base.id,
+            data.dataset.id,
+            self.id,
+            FIRST,
+            detail["metrics"],
+        )
+        detail |= {"checkpoint_id": checkpoint.id, "algorithm": self.settings.objective, "seconds": seconds}
+        with self.store.transaction():
+            self.store.add_checkpoint(base)
+            self.store.add_checkpoint(checkpoint)
+            self.store.add_event(self.id, FIRST, "train", detail)
+            self.store.add_event(self.id, FIRST, "finish", {"checkpoint_id": checkpoint.id, "wall_s": seconds})
+        forget_state(self.directory / STATES)
+        return Fitted(checkpoint, start, data.detail, detail)
+
+    def _base(self, start: JSONObject) -> Checkpoint:
+        """The model that the training started from: a checkpoint of the store where it is one."""
+        here = Path(self.settings.model)
+        for checkpoint in self.store.checkpoints():
+            if here.is_dir() and Path(checkpoint.path).is_dir() and here.samefile(checkpoint.path):
+                return checkpoint
+        key = content_hash("checkpoint", self.id, "load", start["model"], start["weights"])
+        return Checkpoint(key, self.settings.model, "", "load", run_id=self.id)
+
+    def _event(self, iteration: int, kind: str) -> JSONObject | None:
+        return self.store.event(self.id, iteration, kind)
