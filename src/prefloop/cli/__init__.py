@@ -251,6 +251,8 @@ def import_(
 
     if not file.exists():  # before a store is made
         raise PrefloopError(f"there is no file {file}")
+    if held_out == 1:
+        raise PrefloopError("held_out is 1: expected a share of the prompts below 1, or nothing is left to train on")
     with open_store(store, must_exist=False) as opened:
         done = import_file(opened, file, format=format, on_error=on_error, held_out=held_out)
     for error in done.errors:
