@@ -19,15 +19,15 @@ class LossSettings(Settings):
 
     beta: float | None = Field(default=None, gt=0, description="strength of the pull to the reference")
     label_smoothing: float | None = Field(default=None, ge=0, lt=0.5, description="assumed share of flipped labels")
-    gamma: float | None = Field(default=None, ge=0, description="target margin of the rewards")
+    gamma: float | None = Field(default=None, ge=0, description="target margin of simpo's rewards")
     tau: float | None = Field(default=None, gt=0, le=1, description="temperature of discopop's mixing")
     divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] | None = Field(
         default=None, description="f-divergence to the reference"
     )
     divergence_alpha: float | None = Field(
-        default=None, gt=0, lt=1, description="of the alpha divergence, between reverse (0) and forward KL (1)"
+        default=None, gt=0, lt=1, description="of the alpha divergence, between reverse KL (0) and forward KL (1)"
     )
-    reduction: Literal["sum", "mean"] | None = Field(default=None, description="log-probs of a completion")
+    reduction: Literal["sum", "mean"] | None = Field(default=None, description="of a completion's log-probs")
     ld_alpha: float | None = Field(
         default=None, ge=0, le=1, description="weight of tokens beyond the length that both completions have"
     )
@@ -43,8 +43,8 @@ class LossSettings(Settings):
     kl: Literal["derangement", "rotation", "samples", "none"] | None = Field(
         default=None, description="where the reference point comes from"
     )
-    desirable_weight: float | None = Field(default=None, gt=0, description="of desirable samples")
-    undesirable_weight: float | None = Field(default=None, gt=0, description="of undesirable samples")
+    desirable_weight: float | None = Field(default=None, gt=0, description="weight of desirable samples")
+    undesirable_weight: float | None = Field(default=None, gt=0, description="weight of undesirable samples")
     ties: Literal["half", "davidson"] | None = Field(default=None, description="what a tie says")
     tie_strength: float | None = Field(default=None, gt=0, description="ν of Davidson's model")
     center_coef: float | None = Field(default=None, ge=0, description="weight of the centring of scores")
