@@ -260,7 +260,8 @@ def _config(model: nn.Module) -> Any:
 def _set_padding(model: Any, tokenizer: Any) -> bool:
     """Give tokenizer and model a token for padding; returns whether the embeddings had to grow."""
     num_embeddings = model.get_input_embeddings().num_embeddings
-    tokenizer.pad_token = choose_pad_token(tokenizer, ending_tokens(model, tokenizer), num_embeddings)
+    pad = choose_pad_token(tokenizer, ending_tokens(model, tokenizer), num_embeddings)
+    tokenizer.add_special_tokens({"pad_token": pad})
     tokenizer.padding_side = "right"
     grows = len(tokenizer) > num_embeddings
     if grows:
