@@ -1,11 +1,13 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from packed_examples import (
     VOCAB,
     branching_demonstrations,
     gradient,
+    keep_float64,
     padded_logprobs,
     path,
     paths_of,
@@ -16,6 +18,7 @@ from packed_examples import (
 from prefloop.batch.examples import Demonstration
 from prefloop.batch.layout import forest_layout, rows_layout
 from prefloop.batch.packed import pack
+from prefloop.models import attention
 from prefloop.models import forward as forward_module
 from prefloop.models.attention import SHARING_MODEL_TYPES, sharing
 from prefloop.models.forward import forward, layout_for
@@ -51,52 +54,94 @@ def assert_parity(model, examples, layout, value_tolerance, gradient_tolerance):
     assert relative_error(*gradients) < gradient_tolerance
 
 
-@pytest.mark.parametrize("kind", sorted(SHARING_MODEL_TYPES))
+MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
+WINDOWS = {
+    "gemma2": MIXED,
+    "gemma3_text": MIXED,
+    "ministral": {"sliding_window": 4},
+    "mistral": {"sliding_window": 4},
+    "mixtral": {"sliding_window": 4},
+    "olmo3": MIXED,
+    "phi3": {"sliding_window": 4},
+    "qwen2": MIXED | {"use_sliding_window": True},
+    "qwen2_moe": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    "qwen3": MIXED | {"use_sliding_window": True},
+    "qwen3_moe": {"use_sliding_window": True, "sliding_window": 4},
+    "smollm3": MIXED | {"use_sliding_window": True},
+}
+CAPS = {
+    "gemma2": {"attn_logit_softcapping": 1.0, "final_logit_softcapping": 2.0},
+    "gemma3_text": {"final_logit_softcapping": 2.0},
+}
+VARIANTS = [
+    *(pytest.param(kind, {}, id=kind) for kind in sorted(SHARING_MODEL_TYPES)),
+    *(pytest.param(kind, settings, id=f"{kind} windowed") for kind, settings in WINDOWS.items()),
+    *(pytest.param(kind, settings, id=f"{kind} capped") for kind, settings in CAPS.items()),
+]
+"""Windows of 4 tokens where paths have up to 24, and caps that bite."""
+
+
+@pytest.mark.parametrize(("kind", "settings"), VARIANTS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_logprobs_and_gradients_equal_plain_padded_sequences(kind, layout):
+def test_logprobs_and_gradients_equal_plain_padded_sequences(kind, settings, layout):
     for examples in EXAMPLES.values():
-        assert_parity(tiny_model(kind), examples, LAYOUTS[layout], 5e-6, 5e-6)
+        assert_parity(tiny_model(kind, **settings), examples, LAYOUTS[layout], 1e-5, 5e-6)
 
 
-@pytest.mark.parametrize("kind", sorted(SHARING_MODEL_TYPES))
-def test_float64_parity_up_to_the_norms_that_compute_in_float32(kind):
+@pytest.mark.parametrize(("kind", "settings"), VARIANTS)
+def test_in_float64_they_are_equal_exactly(kind, settings, monkeypatch):
+    """The models' own casts to float32 left out."""
+    model = tiny_model(kind, torch.float64, **settings)
+    keep_float64(monkeypatch, model)
     for examples in EXAMPLES.values():
-        assert_parity(tiny_model(kind, torch.float64), examples, forest_layout, 1e-6, 1e-6)
+        assert_parity(model, examples, forest_layout, 1e-13, 1e-13)
 
 
-def test_float64_is_exact_once_the_norms_are(monkeypatch):
-    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
-
-    def exact(self, x):
-        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-
-    monkeypatch.setattr(Qwen3RMSNorm, "forward", exact)
-    for examples in EXAMPLES.values():
-        assert_parity(tiny_model("qwen3", torch.float64), examples, forest_layout, 1e-13, 1e-13)
+def test_every_architecture_that_can_have_a_window_is_tried_with_one():
+    configs = {kind: transformers.AutoConfig.for_model(kind) for kind in SHARING_MODEL_TYPES}
+    assert {kind for kind, config in configs.items() if hasattr(config, "sliding_window")} == set(WINDOWS)
 
 
-@pytest.mark.parametrize(
-    ("kind", "settings"),
-    [
-        ("mistral", {"sliding_window": 4}),
-        ("gpt_neox", {"num_key_value_heads": 4}),
-        ("mamba", {"state_size": 4}),
-    ],
-)
+def test_a_window_that_reaches_everything_uses_the_cascade(monkeypatch):
+    monkeypatch.setattr(attention, "piecewise_attention", None)
+    batch = pack([Demonstration((path(range(1, 9), 2),)), Demonstration((path([1, 2, 3, 9], 2),))])
+    forward(tiny_model("mistral", sliding_window=8), batch, layout=forest_layout(batch))
+    with pytest.raises(TypeError):
+        forward(tiny_model("mistral", sliding_window=7), batch, layout=forest_layout(batch))
+
+
+FALLBACKS = [
+    ("gpt_neox", {"num_key_value_heads": 4}),
+    ("gpt2", {}),
+    ("opt", {"num_key_value_heads": 4, "word_embed_proj_dim": 32}),
+    ("mamba", {"state_size": 4}),
+    ("recurrent_gemma", {"lru_width": 32, "num_hidden_layers": 3}),
+    ("lfm2", {"layer_types": ["conv", "full_attention"]}),
+    ("bloom", {}),
+    ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4}),
+    ("granite", {"logits_scaling": 4.0}),
+    ("cohere2", {"sliding_window": 4}),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings"), FALLBACKS, ids=[kind for kind, _ in FALLBACKS])
 def test_models_that_cannot_share_run_as_rows(kind, settings):
-    model = tiny_model(kind, **settings)
+    model = tiny_model(kind, **settings).eval()
+    assert_parity(model, EXAMPLES["pairs"], lambda batch: layout_for(model, batch), 2e-5, 2e-5)
     batch = pack(EXAMPLES["pairs"])
-    torch.testing.assert_close(
-        ours(model, batch, None).double(), theirs(model, batch, paths_of(EXAMPLES["pairs"])), rtol=2e-5, atol=2e-5
-    )
     with pytest.raises(PrefloopError, match="cannot run over shared prefixes"):
         forward(model, batch, layout=forest_layout(batch))
 
 
-def test_a_head_that_does_more_than_a_product_is_refused():
-    model = tiny_model("gemma2", final_logit_softcapping=1.0)
-    with pytest.raises(PrefloopError, match="'gemma2' changes its logits after the output layer"):
-        forward(model, pack(EXAMPLES["pairs"]))
+@pytest.mark.parametrize("kind", ["bloom", "recurrent_gemma", "lfm2", "mamba"])
+def test_without_the_guard_they_would_be_silently_wrong(kind):
+    model, batch = tiny_model(kind, **dict(FALLBACKS)[kind]).eval(), pack(EXAMPLES["branching"])
+    forest, rows = forest_layout(batch), rows_layout(batch)
+    with torch.no_grad():
+        truth = model.base_model(input_ids=rows.input_ids_BL).last_hidden_state.flatten(0, 1)[rows.place_T]
+        with sharing(model):
+            wrong = model.base_model(forest.input_ids_BL, position_ids=forest.position_ids_BL, forest=forest)
+    assert relative_error(wrong.last_hidden_state[0], truth) > 0.05
 
 
 def test_tokens_outside_the_loss_are_zero_and_first_tokens_of_siblings_are_right():

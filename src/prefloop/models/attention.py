@@ -12,6 +12,8 @@ Shape suffixes: H query heads, G key-value heads, T tokens, D head size.
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -22,18 +24,28 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from prefloop.batch.layout import Segment
+from prefloop.batch.layout import Layout, Segment
+from prefloop.models.piecewise import piecewise_attention
 from prefloop.records import PrefloopError
+
+log = logging.getLogger(__name__)
 
 NAME = "prefloop_forest"
 """The name under which the attention is registered with transformers."""
 
-SHARING_MODEL_TYPES = frozenset({"llama", "qwen2", "qwen3", "mistral", "olmo2", "smollm3"})
-"""Architectures whose layers see other tokens only through causal attention with rotary positions. Each one has a
-parity test against plain padded sequences; anything else runs as one row a path."""
+SHARING_MODEL_TYPES = frozenset(
+    {"gemma", "gemma2", "gemma3_text", "llama", "ministral", "mistral", "mixtral", "olmo2", "olmo3", "phi3"}
+    | {"qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3"}
+)
+"""Architectures whose layers see other tokens only through causal attention, in full or within a sliding window, with
+rotary positions. Each one has a parity test against plain padded sequences; anything else runs as one row a path.
+Experts are chosen for each token alone; the balancing loss of routers counts tokens and is no part of our losses."""
 
-ATTENTION_DROPOUT = "attention_dropout"
-"""The attribute of attention layers in transformers that holds its probability."""
+ATTENDING_LAYERS = frozenset({"full_attention", "sliding_attention"})
+"""The kinds of layers (`layer_types` of a config) that the forest's attention computes."""
+
+NOISE = re.compile(r"dropout|layerdrop|^(input_)?jitter_noise$")
+"""Numbers of modules that are the probability or width of random changes, beside the `p` of dropout layers."""
 
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -116,29 +128,48 @@ def cascade_attention(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segmen
     return _Cascade.apply(q.to(v.dtype), k.to(v.dtype), v, segments, scale)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _flex_attention(q: Tensor, k: Tensor, v: Tensor, end_T: Tensor, scale: float) -> Tensor:
-    """The same by FlexAttention on an accelerator; `end_T` one past each token's last descendant."""
+def _flex_attention(
+    q: Tensor, k: Tensor, v: Tensor, forest: Layout, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """The same by FlexAttention on an accelerator, with a window and capped scores where there are any."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    mask = _flex_mask(end_T)
+    cap = torch.tensor(softcap or 0.0, device=q.device)  # tensors: numbers would be compiled into symbols that fail
+
+    def capped(score: Tensor, b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return cap * torch.tanh(score / cap)
+
     return _compiled(flex_attention)(  # type: ignore[no-any-return]
-        q.to(v.dtype), k.to(v.dtype), v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        q.to(v.dtype),
+        k.to(v.dtype),
+        v,
+        score_mod=None if softcap is None else capped,
+        block_mask=_flex_mask(forest, window),
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
     )
 
 
-_masks: MutableMapping[Tensor, Any] = WeakTensorKeyDictionary()
+_masks: MutableMapping[Tensor, dict[int | None, Any]] = WeakTensorKeyDictionary()
 
 
-def _flex_mask(end_T: Tensor) -> Any:
-    """The block mask of a forest, built once for all layers."""
+def _flex_mask(forest: Layout, window: int | None) -> Any:
+    """The block mask of a forest, built once for all layers of a window."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    if end_T not in _masks:
+    assert forest.end_T is not None and forest.position_ids_BL is not None
+    end_T, depth_T = forest.end_T, forest.position_ids_BL[0]
+
+    reach = torch.tensor(end_T.shape[0] if window is None else window, device=end_T.device)
+
+    def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (k <= q) & (q < end_T[k]) & (depth_T[q] - depth_T[k] < reach)
+
+    masks = _masks.setdefault(end_T, {})
+    if window not in masks:
         num = end_T.shape[0]
-        _masks[end_T] = create_block_mask(
-            lambda b, h, q, k: (k <= q) & (q < end_T[k]), None, None, num, num, device=str(end_T.device)
-        )
-    return _masks[end_T]
+        masks[window] = create_block_mask(seen, None, None, num, num, device=str(end_T.device))
+    return masks[window]
 
 
 @cache
@@ -152,24 +183,40 @@ def _registered(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    dropout: float = 0.0,
     scaling: float | None = None,
-    segments: Sequence[Segment] | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    forest: Layout | None = None,
     last_segments: Sequence[Segment] | None = None,
-    end_T: Tensor | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """The function that transformers calls in each layer; returns [1, T, H, D]."""
-    if segments is None or end_T is None or attention_mask is not None:
+    if forest is None or forest.segments is None or attention_mask is not None:
         raise PrefloopError("forest attention was called outside prefloop's forward; leave `sharing(model)` first")
+    if dropout or any(others.get(name) is not None for name in ("s_aux", "position_bias")):
+        raise PrefloopError("forest attention knows neither dropout nor sinks nor position biases; use rows_layout")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.device.type == "cpu":
-        config: Any = module.config
-        if last_segments is not None and module.layer_idx == config.num_hidden_layers - 1:
-            segments = last_segments
+    window = _window(module, sliding_window, forest.num_positions)
+    if query.device.type != "cpu":
+        out = _flex_attention(query, key, value, forest, scale, window, softcap)
+        return out.transpose(1, 2).contiguous(), None
+    config: Any = module.config
+    last = last_segments is not None and module.layer_idx == config.num_hidden_layers - 1
+    segments = last_segments if last and last_segments is not None else forest.segments
+    if window is None and softcap is None:
         out = cascade_attention(query, key, value, segments, scale)
     else:
-        out = _flex_attention(query, key, value, end_T, scale)
+        out = piecewise_attention(query, key, value, segments, scale, window=window, softcap=softcap)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _window(module: Any, sliding_window: int | None, num_positions: int) -> int | None:
+    """The window of a layer where it hides anything of paths this long; Qwen2-MoE says it in its config alone."""
+    kinds = getattr(module.config, "layer_types", None)
+    if sliding_window is None and kinds and kinds[module.layer_idx] == "sliding_attention":
+        sliding_window = module.config.sliding_window
+    return sliding_window if sliding_window is not None and sliding_window < num_positions else None
 
 
 @cache
@@ -195,26 +242,58 @@ def causal_model(model: nn.Module) -> nn.Module:
 def why_not_shared(model: nn.Module) -> str:
     """Why this model cannot run over a forest of shared prefixes, in words; empty where it can."""
     config: Any = causal_model(model).config
+    if obstacle := _obstacle(config):
+        return obstacle
     if config.model_type not in SHARING_MODEL_TYPES:
         return f"architecture {config.model_type!r} is not on the list of those with a parity test"
-    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
-        return "some layers do not use full attention"
-    if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None) is not None:
-        return "its attention has a sliding window"
-    if model.training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
-        return "dropout is on, and a shared token would get one mask instead of one for each path"
-    if model.training and any(getattr(m, ATTENTION_DROPOUT, 0) for m in model.modules()):
-        return "attention dropout is on"
+    if model.training and (noises := _noises(model)):
+        return f"{_named(noises)} is on, and a shared token would get one mask instead of one for each path"
     return ""
 
 
+def _obstacle(config: Any) -> str:
+    """What would make the numbers of a forest silently wrong, as far as a config tells; empty if nothing."""
+    kinds = set(getattr(config, "layer_types", None) or ()) - ATTENDING_LAYERS
+    if kinds:
+        return f"layers of the kind {min(kinds)!r} are no attention to all ancestors, and may hand a state on"
+    if "mrope_section" in (getattr(config.get_text_config(), "rope_parameters", None) or {}):
+        return "its positions have three axes (M-RoPE)"
+    if config.model_type in {"bloom", "mpt"} or getattr(config, "alibi", False):
+        return "its attention is biased by the distance in the row (ALiBi)"
+    if config.model_type == "gpt_oss":
+        return "its attention has sinks"
+    if getattr(config, "use_bidirectional_attention", False):
+        return "its attention is not causal"
+    return ""
+
+
+def _noises(model: nn.Module) -> list[tuple[Any, str]]:
+    """Everything random in the forward of a model in training: modules and configs, with names of numbers above 0."""
+    found = (getattr(module, "config", None) for module in model.modules())
+    configs = {id(config): config for config in found if hasattr(config, "model_type")}
+    return [
+        (holder, name)
+        for holder in (*model.modules(), *configs.values())
+        for name, value in vars(holder).items()
+        if isinstance(value, float) and value > 0
+        if NOISE.search(name) or (name == "p" and isinstance(holder, nn.Dropout))
+    ]
+
+
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout of a model to 0, also that of its attention, which is not a layer of its own."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, ATTENTION_DROPOUT):
-            setattr(module, ATTENTION_DROPOUT, 0.0)
+    """Set every dropout of a model and of its config to 0, and the jitter of its routers; a notice names them.
+
+    A token that several paths share is computed once and would get one mask for all.
+    """
+    noises = _noises(model)
+    for holder, name in noises:
+        setattr(holder, name, 0.0)
+    if noises:
+        log.warning("switched off, since a token that several samples share is computed once: %s", _named(noises))
+
+
+def _named(noises: Sequence[tuple[Any, str]]) -> str:
+    return ", ".join(sorted({"dropout" if name == "p" else name for _, name in noises}))
 
 
 @contextmanager

@@ -10,8 +10,7 @@ score heads.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,8 +20,9 @@ from torch import Tensor, nn
 
 from prefloop.batch.layout import Layout, forest_layout, num_row_places, rows_layout
 from prefloop.batch.packed import PackedBatch
-from prefloop.models.attention import SHARING_MODEL_TYPES, causal_model, is_sharing, sharing, why_not_shared
+from prefloop.models.attention import causal_model, is_sharing, sharing, why_not_shared
 from prefloop.models.last_layer import asking_segments, only_at
+from prefloop.models.logits import Head, body_of, head_of
 from prefloop.records import PrefloopError
 
 Want = Literal["logprob", "entropy", "score"]
@@ -67,8 +67,8 @@ def forward(
     on it beyond rounding.
 
     Raises:
-        PrefloopError: a forest for a model that cannot share, gradient checkpointing outside `sharing`, a head
-            that is more than a linear layer, or no such head.
+        PrefloopError: a forest for a model that cannot share, gradient checkpointing outside `sharing`, or no such
+            head; and as `head_of`.
     """
     if layout is None:
         layout = layout_for(model, batch)
@@ -83,9 +83,7 @@ def forward(
         score_UH = score_head(model)(hidden_LD[read_U])
         return Outputs(score_TH=spread(score_UH.to(torch.promote_types(score_UH.dtype, torch.float32))))
     hidden_UD = hidden_LD[read_U]
-    logprob_U, entropy_U = _head(
-        hidden_UD, _linear_head(model), batch.token_T[token_U], "entropy" in want, logit_budget
-    )
+    logprob_U, entropy_U = _head(hidden_UD, head_of(model), batch.token_T[token_U], "entropy" in want, logit_budget)
     return Outputs(spread(logprob_U), spread(entropy_U) if "entropy" in want else None)
 
 
@@ -127,7 +125,7 @@ def hidden_states(model: nn.Module, layout: Layout, read_R: Tensor | None = None
     """
     causal: Any = causal_model(model)
     if layout.segments is None:
-        return causal.base_model(input_ids=layout.input_ids_BL, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+        return body_of(causal)(input_ids=layout.input_ids_BL, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
     reason = why_not_shared(model)
     if reason:
         raise PrefloopError(f"this model cannot run over shared prefixes: {reason}; use rows_layout")
@@ -144,9 +142,8 @@ def hidden_states(model: nn.Module, layout: Layout, read_R: Tensor | None = None
             input_ids=layout.input_ids_BL,
             position_ids=layout.position_ids_BL,
             use_cache=False,
-            segments=layout.segments,
+            forest=layout,
             last_segments=last_segments,
-            end_T=layout.end_T,
         ).last_hidden_state
 
 
@@ -156,34 +153,12 @@ def _recomputes(causal: nn.Module) -> bool:
     return checkpointing and causal.training and torch.is_grad_enabled()
 
 
-_plain_heads: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
-def _linear_head(model: nn.Module) -> nn.Module:
-    """The output embedding; for architectures without a parity test, checked once to be the whole head."""
-    causal: Any = causal_model(model)
-    head: nn.Module = causal.get_output_embeddings()
-    if causal.config.model_type in SHARING_MODEL_TYPES or causal in _plain_heads:
-        return head
-    with torch.no_grad():
-        ids = torch.arange(4, device=causal.device)[None] % causal.config.vocab_size
-        logits = causal(input_ids=ids, use_cache=False).logits
-        ours = head(causal.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-    if not torch.allclose(logits, ours.to(logits.dtype), rtol=1e-2, atol=1e-3):
-        raise PrefloopError(
-            f"architecture {causal.config.model_type!r} changes its logits after the output layer "
-            "(soft caps, scales), which is not supported; use another model"
-        )
-    _plain_heads.add(causal)
-    return head
-
-
 def _head(
-    hidden_UD: Tensor, head: Any, token_U: Tensor, want_entropy: bool, logit_budget: int
+    hidden_UD: Tensor, head: Head, token_U: Tensor, want_entropy: bool, logit_budget: int
 ) -> tuple[Tensor, Tensor]:
     """Log-prob and entropy [U] of tokens; the entropy empty unless wanted."""
-    if type(head) is not nn.Linear:  # an adapter on the head, or quantised weights: chunks through the module itself
-        return _module_head(hidden_UD, head, token_U, want_entropy)
+    if not isinstance(head, nn.Linear):
+        return _own_head(hidden_UD, head, token_U, want_entropy)
     weight_WD: Tensor = head.weight
     bias_W: Tensor | None = head.bias
     if torch.is_autocast_enabled(hidden_UD.device.type):
@@ -282,12 +257,14 @@ def _score(logits: Tensor, token: Tensor, want_entropy: bool) -> tuple[Tensor, T
     return logprob, -(logprobs.exp() * logprobs).sum(-1).detach()
 
 
-def _module_head(hidden_UD: Tensor, head: Any, token_U: Tensor, want_entropy: bool) -> tuple[Tensor, Tensor]:
-    """The same through any module, computed again in the backward pass."""
+def _own_head(
+    hidden_UD: Tensor, logits_of: Callable[[Tensor], Tensor], token_U: Tensor, want_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """The same through any function, computed again in the backward pass."""
     from torch.utils.checkpoint import checkpoint
 
     def chunk(hidden: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
-        return _score(head(hidden), token, want_entropy)
+        return _score(logits_of(hidden), token, want_entropy)
 
     chunks = zip(_chunks(hidden_UD), _chunks(token_U), strict=True)
     scored = [checkpoint(chunk, hidden, token, use_reentrant=False) for hidden, token in chunks]
