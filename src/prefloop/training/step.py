@@ -156,6 +156,7 @@ class TrainingStep:
             for batch in batches:
                 self._backward(batch, denominator, totals)
         return totals.means() | {
+            "num_computed": float(totals.num_computed),
             "num_tokens": float(sum(batch.num_tokens for batch in batches)),
             "num_visits": float(sum(batch.visit_token_V.shape[0] for batch in batches)),
             "num_loss_tokens": float(sum(int(batch.loss_mask_V.sum()) for batch in batches)),
@@ -183,6 +184,7 @@ class TrainingStep:
             if torch.is_grad_enabled():
                 loss.backward()  # type: ignore[no-untyped-call]
         totals.add(loss, unit_loss, batch)
+        totals.num_computed += layout.input_ids_BL.numel()
 
     def _backward_coupled(
         self, joint: PackedBatch, batches: Sequence[PackedBatch], groups: Sequence[Sequence[int]], totals: _Totals
@@ -193,8 +195,10 @@ class TrainingStep:
         where = [
             torch.nonzero(torch.isin(example_V, torch.tensor(group, device=example_V.device)))[:, 0] for group in groups
         ]
+        layouts = [layout_for(self.model, batch) for batch in batches]
+        totals.num_computed += sum(layout.input_ids_BL.numel() for layout in layouts)
         with torch.no_grad():
-            outputs = [self._output(batch, layout_for(self.model, batch)) for batch in batches]
+            outputs = [self._output(batch, layout) for batch, layout in zip(batches, layouts, strict=True)]
         output_V = outputs[0].new_zeros(len(example_V), *outputs[0].shape[1:])
         for visits, output in zip(where, outputs, strict=True):
             output_V[visits] = output
@@ -205,8 +209,7 @@ class TrainingStep:
         if not torch.is_grad_enabled():
             return
         (grad_V,) = torch.autograd.grad(loss, output_V)
-        for visits, batch in zip(where, batches, strict=True):
-            layout = layout_for(self.model, batch)
+        for visits, batch, layout in zip(where, batches, layouts, strict=True):
             with self._attention(layout):
                 self._output(batch, layout).backward(grad_V[visits])  # type: ignore[no-untyped-call]
 
@@ -289,9 +292,10 @@ class _Denominators:
 
 
 class _Totals:
-    """The loss of a step so far, and weighed sums of its metrics over the units that have them."""
+    """The loss of a step so far, weighed sums of its metrics over the units that have them, and places computed."""
 
     def __init__(self) -> None:
+        self.num_computed = 0
         self._loss = torch.zeros((), dtype=torch.float64)
         self._sums: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
 
@@ -305,6 +309,8 @@ class _Totals:
 
     def means(self) -> dict[str, float]:
         found = {name: float(total / weight) for name, (total, weight) in self._sums.items() if weight > 0}
+        if {"rewards/chosen", "rewards/rejected"} <= found.keys():  # of labelled samples, too, which make no pairs
+            found.setdefault("rewards/margins", found["rewards/chosen"] - found["rewards/rejected"])
         return {"loss": float(self._loss), **found}
 
 
