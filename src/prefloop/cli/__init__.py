@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; an error is one line on standard error and exit code 1."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
+        _check_objective(sys.argv[1:] if arguments is None else arguments)
         app(arguments, result_action="return_value", exit_on_error=True)
     except PrefloopError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -51,6 +52,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
+
+
+def _check_objective(arguments: Sequence[str]) -> None:
+    """Whether the word after `train`, where it can be nothing else, is an objective: a parser blames its options."""
+    if (
+        len(arguments) > 1
+        and arguments[0] == "train"
+        and arguments[1].isidentifier()
+        and not Path(arguments[1]).exists()
+    ):
+        from prefloop.losses.registry import objective
+
+        objective(arguments[1])
 
 
 # --- the loop and its stages ------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from prefloop.config import parse_settings
 from prefloop.losses.registry import OBJECTIVES, Objective
 from prefloop.losses.settings import LossSettings
 from prefloop.models.settings import LoraSettings
+from prefloop.records import PrefloopError
 from prefloop.stages.fit_settings import FitSettings, default_learning_rate
 from prefloop.training.settings import TrainingSettings
 
@@ -72,6 +73,9 @@ def _fit(name: str, output: Path | None, store: str | None, options: dict[str, A
 
     settings = _settings(name, options)
     output = output or Path("runs") / name
+    for file in (*settings.data, *settings.eval_data):  # before a store is made
+        if not Path(file).exists():
+            raise PrefloopError(f"there is no file {file}")
     with training_store(store, output, own=bool(settings.data)) as opened, LiveTraining(console) as progress:
         fitted = fit(settings, opened, output, progress)
         progress.finish(fitted, output)

@@ -41,26 +41,26 @@ class FitSettings(TrainingSettings, LossSettings):
     seed: int = Field(default=0, ge=0, lt=2**63, description="of every random draw")
     num_threads: int | None = Field(default=None, ge=1, description="of torch, else its own choice")
 
+    # An error that is no ValueError leaves pydantic as it is: these speak of options, not of tables.
+
     @model_validator(mode="after")
     def _knobs_fit(self) -> FitSettings:
-        try:
-            resolve_knobs(self.objective, self)
-        except PrefloopError as error:
-            raise ValueError(str(error)) from None
+        resolve_knobs(self.objective, self)
         return self
 
     @model_validator(mode="after")
     def _one_source(self) -> FitSettings:
         given = [name for name in ("data", "dataset", "top_k") if getattr(self, name)]
         if len(given) != 1:
-            raise ValueError("exactly one of data, dataset and top_k: where the rows come from")
+            found = " and ".join(f"--{name.replace('_', '-')}" for name in given) or "nothing"
+            raise PrefloopError(f"rows: give one of --data FILE, --dataset ID and --top-k K; given was {found}")
         records = objective(self.objective).records
         if self.top_k is not None and records != "demonstrations":
-            raise ValueError(f"no top_k: {self.objective} learns from {records}, and the best are demonstrations")
+            raise PrefloopError(f"--top-k: {self.objective} learns from {records}, and the best are demonstrations")
         if self.top_k is None and (self.rater or self.min_score):
-            raise ValueError("with rater and min_score also top_k, which they belong to")
+            raise PrefloopError("--rater and --min-score say which are the best: they go with --top-k")
         if self.held_out and self.eval_data:
-            raise ValueError("one of held_out and eval_data: which rows are evaluated")
+            raise PrefloopError("which rows are held out: give --held-out SHARE or --eval-data FILE, not both")
         return self
 
 

@@ -84,8 +84,9 @@ def _how_far(store: Store, run: RowMapping) -> tuple[str, str, str]:
     if kinds["finish"]:
         last = "finished"
     else:
-        newest = max(events, key=lambda event: event["created_at"])
+        newest = max(events, key=lambda event: event["created_at"], default={"kind": "–", "iteration": -1})
         last = newest["kind"] if newest["iteration"] < 0 else f"{newest['kind']} of {newest['iteration'] + 1}"
     checkpoints = store.checkpoints(run_id=run["id"])
     newest_id = checkpoints[-1].id[:ID_LENGTH] if checkpoints else "–"
-    return f"{kinds['train']} of {run['settings']['iterations']}", last, newest_id
+    # A training of stored data is a run of one update.
+    return f"{kinds['train']} of {run['settings'].get('iterations', 1)}", last, newest_id

@@ -76,7 +76,7 @@ def talk(store: Store, name: str, temperature: float, console: Console) -> None:
 def _episode(store: Store, run_id: str) -> Episode | None:
     """An episode whose tools the policy may use; None where its environment has no tools."""
     run = store.run(run_id)
-    if run is None:
+    if run is None or "environment" not in run["settings"]:  # a training of stored data
         return None
     settings = parse_settings(RunSettings, run["settings"], f"run {run['name']}")
     environment = make_environment(settings.environment)
