@@ -98,6 +98,8 @@ def _check_body(causal: Any) -> None:
             states.append(body_of(causal)(input_ids=tokens, use_cache=False).last_hidden_state[0])
         torch.manual_seed(0)
         logits = causal(input_ids=ids, use_cache=False).logits[0]
+    if not logits.isfinite().all():
+        return  # weights that have diverged tell nothing; who uses them says so
     if not _close(states[0][: PROBE // 2], states[1][: PROBE // 2]):
         raise PrefloopError(f"{_name(causal)} lets a token see later ones; use a causal language model")
     if not _close(own_logits(causal, states[0]), logits):
