@@ -191,7 +191,8 @@ def new_reward_model(
         model, adapters = _with_adapters(model, CLASSES[kind][1], lora, num_adapters, seed)
     own_base = bool(adapters) and (merged or resized)
     for adapter in adapters if own_base else ():
-        model.peft_config[adapter].base_model_name_or_path = BASE
+        # Relative to the adapter's folder, so that the whole may be moved.
+        model.peft_config[adapter].base_model_name_or_path = BASE if len(adapters) == 1 else f"../{BASE}"
     return RewardModel(model.to(device).eval(), policy.tokenizer, kind, adapters, own_base=own_base)
 
 

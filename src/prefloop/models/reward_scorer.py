@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,8 +14,8 @@ from prefloop.models.reward import RewardModel
 from prefloop.records import JSONObject, PrefloopError, Source, Task, TokenPath, Trajectory
 
 
-class LocalRewardScorer:
-    """A `RewardScorer` over an outcome reward model; `weights_hash` names all files that it was loaded from.
+class LocalScorer(ABC):
+    """What scorers of models that are here have in common; `weights_hash` names the weights.
 
     Raises:
         PrefloopError: the tokenizer has no chat template, or cannot be used (`ChatRenderer`).
@@ -24,14 +25,27 @@ class LocalRewardScorer:
         self.model = model
         self.name = name
         self.max_tokens = max_tokens
-        self._renderer = ChatRenderer(model.tokenizer)
+        self.renderer = ChatRenderer(model.tokenizer)
         self._weights_hash = weights_hash
 
     @property
     def specification(self) -> JSONObject:
-        """The weights, their precision, and which tokens are read."""
-        dtype = str(next(self.model.model.parameters()).dtype)
-        return {"weights": self._weights_hash, "dtype": dtype, "whole_template": self.model.whole_template}
+        """The weights, their precision, tokenizer and chat template, and what is read."""
+        return {
+            "weights": self._weights_hash,
+            "dtype": str(next(self.model.model.parameters()).dtype),
+            "tokenizer": self.renderer.tokenizer_hash,
+            "template": self.renderer.template_hash,
+            "reads": self.reads(),
+        }
+
+    @abstractmethod
+    def reads(self) -> JSONObject:
+        """What of a trajectory is read."""
+
+    @abstractmethod
+    def score(self, trajectories: Sequence[Trajectory], tasks: Sequence[Task]) -> list[Scores]:
+        """The scores of each trajectory, in their order; `tasks` are theirs, one each."""
 
     @property
     def num_members(self) -> int:
@@ -48,6 +62,22 @@ class LocalRewardScorer:
         """The standard deviation of their mean in training."""
         return self.model.scale
 
+    def too_long(self, paths: Sequence[TokenPath]) -> Scores | None:
+        """The failure that a path is longer than the model's context; None where all fit."""
+        limit = getattr(causal_model(self.model.model).config, "max_position_embeddings", None)
+        longest = max(len(path.token) for path in paths)
+        if not isinstance(limit, int) or longest <= limit:
+            return None
+        return Scores(failure=f"it has {longest} tokens, and {self.name} reads no more than {limit}")
+
+
+class LocalRewardScorer(LocalScorer):
+    """A `RewardScorer` over an outcome reward model."""
+
+    def reads(self) -> JSONObject:
+        """The end of the last turn, or of all that the template makes."""
+        return {"whole_template": self.model.whole_template}
+
     def score(self, trajectories: Sequence[Trajectory], tasks: Sequence[Task]) -> list[Scores]:
         """The scores of each trajectory; a failure where it cannot be rendered or is longer than the context."""
         found = [self._path(trajectory, task) for trajectory, task in zip(trajectories, tasks, strict=True)]
@@ -59,15 +89,12 @@ class LocalRewardScorer:
         """What the model reads of a trajectory: the last context in which the policy spoke; or why there is none."""
         try:
             if self.model.whole_template:
-                path = whole_template(self._renderer, trajectory, task)
+                path = whole_template(self.renderer, trajectory, task)
             else:
-                path = trajectory_paths(self._renderer, trajectory, task.tools)[-1]
+                path = trajectory_paths(self.renderer, trajectory, task.tools)[-1]
         except PrefloopError as error:
             return Scores(failure=str(error))
-        longest = getattr(causal_model(self.model.model).config, "max_position_embeddings", None)
-        if isinstance(longest, int) and len(path.token) > longest:
-            return Scores(failure=f"it has {len(path.token)} tokens, and {self.name} reads no more than {longest}")
-        return path
+        return self.too_long([path]) or path
 
 
 def whole_template(renderer: ChatRenderer, trajectory: Trajectory, task: Task) -> TokenPath:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from prefloop.judges.reward_model import (
     ProcessJudgeSettings,
     RewardJudgeSettings,
     RewardModelJudge,
+    ScorerSettings,
     outcome_judge,
     process_judge,
 )
 from prefloop.records import content_hash
 
 if TYPE_CHECKING:
-    from prefloop.models.reward import RewardModel
+    from prefloop.models.reward import Kind
+    from prefloop.models.reward_scorer import LocalScorer
 
-SUFFIXES = frozenset({".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"})
-"""Of the files that decide a model's scores."""
+S = TypeVar("S", bound="LocalScorer")
 
 
 def reward_judge(settings: RewardJudgeSettings, num_threads: int) -> RewardModelJudge:
@@ -28,15 +28,9 @@ def reward_judge(settings: RewardJudgeSettings, num_threads: int) -> RewardModel
     Raises:
         PrefloopError: the model cannot be loaded or is damaged; and as `outcome_judge`.
     """
-    import torch
-
-    from prefloop.models.reward import load_reward_model
     from prefloop.models.reward_scorer import LocalRewardScorer
 
-    torch.set_num_threads(num_threads)
-    model = load_reward_model(settings.model, dtype=settings.dtype, device=settings.device)
-    found = weights_hash(model, settings.model)
-    return outcome_judge(LocalRewardScorer(model, settings.model, found, max_tokens=settings.max_tokens), settings)
+    return outcome_judge(_load(LocalRewardScorer, "sequence", settings, num_threads), settings)
 
 
 def process_reward_judge(settings: ProcessJudgeSettings, num_threads: int) -> RewardModelJudge:
@@ -45,43 +39,23 @@ def process_reward_judge(settings: ProcessJudgeSettings, num_threads: int) -> Re
     Raises:
         PrefloopError: the model cannot be loaded or is damaged.
     """
+    from prefloop.models.process import ProcessRewardScorer
+
+    return process_judge(_load(ProcessRewardScorer, "token", settings, num_threads), settings)
+
+
+def _load(scorer: type[S], kind: Kind, settings: ScorerSettings, num_threads: int) -> S:
+    """A scorer over the model, whose files are verified where a manifest lists them."""
     import torch
 
-    from prefloop.models.process import ProcessRewardScorer
     from prefloop.models.reward import load_reward_model
+    from prefloop.training.checkpoint import MANIFEST, verify
+    from prefloop.training.weights import weights_hash
 
     torch.set_num_threads(num_threads)
-    model = load_reward_model(settings.model, kind="token", dtype=settings.dtype, device=settings.device)
-    found = weights_hash(model, settings.model)
-    return process_judge(ProcessRewardScorer(model, settings.model, found, max_tokens=settings.max_tokens), settings)
-
-
-def weights_hash(model: RewardModel, name: str) -> str:
-    """The hash of all that a reward model was loaded from, the model below its adapters too.
-
-    Raises:
-        PrefloopError: a directory that was saved with a manifest is not what it was.
-    """
-    commit = getattr(model.model.config, "_commit_hash", None)
-    parts = [_saved_hash(name, commit)]
-    for adapter in model.adapters if not model.own_base else ():
-        parts.append(_saved_hash(str(model.model.peft_config[adapter].base_model_name_or_path), commit))
-    return content_hash("reward model", *dict.fromkeys(parts))
-
-
-def _saved_hash(name: str, commit: str | None) -> str:
-    """The manifest's hash where there is a manifest, else that of the files; of a hub id the commit."""
-    from prefloop.training.checkpoint import MANIFEST, verify
-
-    directory = Path(name)
-    if not directory.is_dir():
-        return f"{name}@{commit}"
-    if (directory / MANIFEST).is_file():
-        return verify(directory)
-    files = sorted(path for path in directory.rglob("*") if path.suffix in SUFFIXES)
-    return content_hash({str(path.relative_to(directory)): _sha256(path) for path in files})
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    if (Path(settings.model) / MANIFEST).is_file():
+        verify(Path(settings.model))
+    model = load_reward_model(settings.model, kind=kind, dtype=settings.dtype, device=settings.device)
+    places = [settings.model] if len(model.adapters) < 2 else [f"{settings.model}/{name}" for name in model.adapters]
+    found = content_hash("reward model", [weights_hash(place) for place in places])
+    return scorer(model, settings.model, found, max_tokens=settings.max_tokens)

@@ -38,7 +38,9 @@ def _base_hash(directory: Path) -> str:
     adapter = directory / ADAPTER_CONFIG
     if not adapter.is_file():
         return ""
-    return weights_hash(str(json.loads(adapter.read_text())["base_model_name_or_path"]))
+    base = str(json.loads(adapter.read_text())["base_model_name_or_path"])
+    beside = directory / base  # a reward model's own, relative to the adapter
+    return weights_hash(str(beside) if beside.is_dir() else base)
 
 
 def _listed(directory: Path) -> dict[str, str]:
