@@ -10,7 +10,8 @@ def test_segments_cover_the_forest_in_unbranched_runs():
     segments = segments_of(batch)
     assert [s.start for s in segments] == [0, *(s.stop for s in segments[:-1])]
     assert segments[-1].stop == batch.num_tokens
-    for start, stop, end in segments:
+    for start, stop, end, asks in segments:
+        assert asks
         assert batch.end_T[start:stop].tolist() == [end] * (stop - start)
         assert batch.parent_T[start + 1 : stop].tolist() == list(range(start, stop - 1))
         assert all(start <= batch.parent_T[child] for child in range(stop, end))

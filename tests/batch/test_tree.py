@@ -3,6 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefloop.batch import tree
 from prefloop.batch.tree import build_forest
 from prefloop.records import PrefloopError
 
@@ -53,6 +54,60 @@ def test_a_worked_example():
     assert forest.end_T.tolist() == [4, 4, 3, 4, 5]
     assert forest.visit_token_V.tolist() == [0, 1, 3, 0, 1, 2, 4, 0, 1]
     assert forest.path_start_N.tolist() == [0, 3, 6, 7]
+
+
+def test_equal_paths_and_prefixes_take_no_new_nodes():
+    forest = forest_of([[1, 2, 3], [1, 2, 3], [1, 2], [1, 2, 3, 4], [1, 2]])
+    assert forest.token_T.tolist() == [1, 2, 3, 4]
+    assert [forest.visit_token_V[start] for start in forest.path_start_N] == [0] * 5
+
+
+@given(token_paths)
+def test_it_is_the_same_forest_in_whatever_order_paths_come(paths):
+    one, other = forest_of(paths), forest_of(paths[::-1])
+    for name in ("token_T", "parent_T", "depth_T", "end_T"):
+        assert np.array_equal(getattr(one, name), getattr(other, name))
+
+
+@pytest.mark.parametrize("shape", ["comb", "prompts", "one prefix"])
+def test_each_token_is_compared_a_constant_number_of_times(shape, monkeypatch):
+    compared = count_comparisons(monkeypatch)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 1000, 4000)
+    paths = {
+        "comb": lambda i: [*tokens[: 10 * i], 1000 + i],
+        "prompts": lambda i: [i % 10, *tokens[:1000], *rng.integers(0, 1000, 200)],
+        "one prefix": lambda i: [*tokens, *rng.integers(0, 1000, 20)],
+    }[shape]
+    paths = [np.array(paths(i), dtype=np.int32) for i in range(300)]
+    build_forest(paths)
+    assert sum(compared) < 2.5 * sum(map(len, paths)) + 64 * len(compared)
+    assert len(compared) < 30 * len(paths)
+
+
+def count_comparisons(monkeypatch):
+    """A list that will hold how many tokens each comparison of two paths read, at most."""
+    compared, agreement = [], tree._agreement
+
+    def counted(one, other, depth):
+        agreed = agreement(one, other, depth)
+        compared.append(2 * (agreed - depth) + 64)
+        return agreed
+
+    monkeypatch.setattr(tree, "_agreement", counted)
+    return compared
+
+
+@pytest.mark.slow
+def test_two_thousand_paths_of_one_long_prefix(monkeypatch):
+    compared = count_comparisons(monkeypatch)
+    rng = np.random.default_rng(0)
+    prefix = rng.integers(0, 150_000, 32_000).astype(np.int32)
+    paths = [np.append(prefix, rng.integers(0, 150_000, 64).astype(np.int32)) for _ in range(2000)]
+    forest = build_forest(paths)
+    assert len(forest.token_T) <= 32_000 + 64 * 2000
+    assert len(forest.visit_token_V) == 2000 * 32_064
+    assert sum(compared) < 2.5 * len(forest.visit_token_V)
 
 
 def test_large_token_ids_sort_as_numbers():

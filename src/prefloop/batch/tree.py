@@ -4,6 +4,9 @@ A token that several paths share (the prompt of a pair, the history of branching
 paths lexicographically lists the nodes in pre-order, and the longest common prefix of neighbours says which
 tokens of a path are new; no trie is walked token by token.
 
+Cost: every token of every path is read a constant number of times, also while sorting, where paths that agree so far
+are compared from there on with one of them; and a few calls on arrays for each path and each branching above it.
+
 Shape suffixes: T nodes of the forest, V visits (the sum of the paths' lengths), N paths.
 """
 
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,24 +49,26 @@ def build_forest(paths: Sequence[NDArray[np.integer]]) -> Forest:
         PrefloopError: no path at all, or a path without tokens (the message gives its index).
     """
     length_N = _lengths(paths)
-    order_N = _lexicographic(paths)
-    token_V = np.concatenate([paths[i] for i in order_N]).astype(np.int64)
-    length_N = length_N[order_N]
-    start_N = np.cumsum(length_N) - length_N
-    depth_V = np.arange(len(token_V)) - np.repeat(start_N, length_N)
-    common_N = _common_with_previous(token_V, start_N, length_N)
-
-    new_V = depth_V >= np.repeat(common_N, length_N)
-    node_V = np.cumsum(new_V) - 1
-    for path in np.flatnonzero(common_N):
-        here, previous, common = start_N[path], start_N[path - 1], common_N[path]
-        node_V[here : here + common] = node_V[previous : previous + common]
-
-    parent_V = np.where(depth_V > 0, np.roll(node_V, 1), -1)
-    end_T = np.zeros(int(new_V.sum()), dtype=np.int64)
-    np.maximum.at(end_T, node_V, np.repeat(node_V[start_N + length_N - 1] + 1, length_N))
-    visit_token_V, path_start_N = _in_given_order(node_V, start_N, length_N, order_N)
-    return Forest(token_V[new_V], parent_V[new_V], depth_V[new_V], end_T, visit_token_V, path_start_N)
+    path_start_N = np.cumsum(length_N) - length_N
+    order, common = _sorted(paths)
+    num_new = length_N[order] - common
+    base = np.cumsum(num_new) - num_new
+    num_nodes = int(num_new.sum())
+    token_T, end_T = np.empty(num_nodes, dtype=np.int64), np.full(num_nodes, num_nodes)
+    parent_T = np.arange(-1, num_nodes - 1)
+    node_V = np.empty(int(length_N.sum()), dtype=np.int64)
+    previous = node_V[:0]  # the nodes of the path before
+    for path, shared, first in zip(order.tolist(), common.tolist(), base.tolist(), strict=True):
+        nodes = node_V[path_start_N[path] : path_start_N[path] + length_N[path]]
+        end_T[previous[shared:]] = first  # what the path before does not share with this one has no more descendants
+        nodes[:shared] = previous[:shared]
+        nodes[shared:] = np.arange(first, first + len(nodes) - shared)
+        token_T[first : first + len(nodes) - shared] = paths[path][shared:]
+        if shared < len(nodes):
+            parent_T[first] = previous[shared - 1] if shared else -1
+        previous = nodes
+    depth_T = np.arange(num_nodes) - np.repeat(base - common, num_new)
+    return Forest(token_T, parent_T, depth_T, end_T, node_V, path_start_N)
 
 
 def separate_forest(paths: Sequence[NDArray[np.integer]]) -> Forest:
@@ -87,30 +93,74 @@ def _lengths(paths: Sequence[NDArray[np.integer]]) -> Ints:
     return length_N
 
 
-def _lexicographic(paths: Sequence[NDArray[np.integer]]) -> Ints:
-    """The stable lexicographic order of the paths, a prefix before its extensions."""
-    keys = [path.astype(">u4").tobytes() for path in paths]  # big-endian bytes compare as the numbers do
-    return np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
+class _Part(NamedTuple):
+    """Paths that share their first `depth` tokens, `before` of them with the path that is sorted before."""
+
+    paths: list[int]
+    depth: int
+    before: int
+    equal: bool = False
 
 
-def _common_with_previous(token_V: Ints, start_N: Ints, length_N: Ints) -> Ints:
-    """The length of the longest common prefix of each path with the one before it, 0 for the first."""
-    common_N = np.zeros_like(length_N)
-    compared_N = np.minimum(length_N[1:], length_N[:-1])
-    first_N = np.cumsum(compared_N) - compared_N
-    if len(compared_N) == 0:
-        return common_N
-    depth = np.arange(int(compared_N.sum())) - np.repeat(first_N, compared_N)
-    here, previous = np.repeat(start_N[1:], compared_N) + depth, np.repeat(start_N[:-1], compared_N) + depth
-    agreed = np.where(token_V[here] == token_V[previous], np.repeat(compared_N, compared_N), depth)
-    common_N[1:] = np.minimum.reduceat(agreed, first_N)
-    return common_N
+class _Side(NamedTuple):
+    """Where a path is sorted beside a pivot: those before it by how long they agree, those after it the other way."""
+
+    order: int  # -1, 0 or 1
+    agree: int  # negative after the pivot
+    token: int  # the first of its own, -1 where it ends
 
 
-def _in_given_order(node_V: Ints, start_N: Ints, length_N: Ints, order_N: Ints) -> tuple[Ints, Ints]:
-    """The visits of sorted paths, put back in the order in which the paths were given."""
-    back_N = np.argsort(order_N)
-    given_length_N = length_N[back_N]
-    given_start_N = np.cumsum(given_length_N) - given_length_N
-    offset_V = np.arange(len(node_V)) - np.repeat(given_start_N, given_length_N)
-    return node_V[np.repeat(start_N[back_N], given_length_N) + offset_V], given_start_N
+def _sorted(paths: Sequence[NDArray[np.integer]]) -> tuple[Ints, Ints]:
+    """The lexicographic order of the paths, a prefix before its extensions, and what each shares with the one before.
+
+    Equal paths stay in the order given. Paths that agree so far are compared with one of them, the pivot, and parted
+    by where they leave it and with which token; each part agrees on more, and is parted the same way.
+    """
+    order: list[int] = []
+    common: list[int] = []
+    parts = [_Part(list(range(len(paths))), 0, 0)]
+    while parts:
+        part = parts.pop()
+        if part.equal or len(part.paths) == 1:
+            order += part.paths
+            common += [part.before, *(len(paths[path]) for path in part.paths[1:])]
+        else:
+            parts += reversed(_parted(paths, part))
+    return np.array(order), np.array(common)
+
+
+def _parted(paths: Sequence[NDArray[np.integer]], part: _Part) -> list[_Part]:
+    pivot = paths[part.paths[len(part.paths) // 2]]
+    sides: dict[_Side, list[int]] = {}
+    for path in part.paths:
+        sides.setdefault(_side(paths[path], pivot, part.depth), []).append(path)
+    found: list[_Part] = []
+    left = part.before
+    for side in sorted(sides):
+        agree = abs(side.agree)
+        before = min(left, agree) if found else part.before
+        found.append(_Part(sides[side], agree + 1, before, equal=side.order == 0 or side.token < 0))
+        left = agree
+    return found
+
+
+def _side(path: NDArray[np.integer], pivot: NDArray[np.integer], depth: int) -> _Side:
+    agree = _agreement(path, pivot, depth)
+    if agree == len(path):
+        return _Side(0 if len(path) == len(pivot) else -1, agree, -1)
+    token = int(path[agree])
+    after = agree == len(pivot) or token > pivot[agree]
+    return _Side(1, -agree, token) if after else _Side(-1, agree, token)
+
+
+def _agreement(one: NDArray[np.integer], other: NDArray[np.integer], depth: int) -> int:
+    """How many first tokens two paths share that share `depth`; reads at most about twice as many as it finds."""
+    shorter, size = min(len(one), len(other)), 64
+    while depth < shorter:
+        stop = min(depth + size, shorter)
+        differs = one[depth:stop] != other[depth:stop]
+        first = int(differs.argmax())
+        if differs[first]:
+            return depth + first
+        depth, size = stop, 2 * size
+    return shorter
