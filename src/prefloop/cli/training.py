@@ -40,7 +40,10 @@ app = App(
 ROWS, MODEL, OBJECTIVE, TRAINING = (
     Group(name, sort_key=i) for i, name in enumerate(("Rows", "Model", "Objective", "Training"))
 )
-OF_MODEL = ("model", "reference", "dtype", "device", "seed", "num_threads")
+OF_MODEL = ("model", "reference", "num_heads", "num_adapters", "dtype", "device", "seed", "num_threads")
+OF_REFERENCE = ("reference", "sync_reference_every", "sync_reference_mixup")
+OF_THE_BEST = ("top_k", "rater", "min_score")
+OF_ONE = {"num_heads": "reward", "num_adapters": "reward", "separator": "process_reward"}
 
 
 @app.default
@@ -145,8 +148,11 @@ def _field(name: str, key: str, field: FieldInfo, found: Objective) -> inspect.P
         rates = [default_learning_rate(name, lora=lora) for lora in (False, True)]
         text, annotation = f"{text} (default {rates[0]:g}, with LoRA {rates[1]:g})", float | None
     many = isinstance(default, list)
-    usable = key not in ("top_k", "rater", "min_score") or found.records == "demonstrations"
-    usable = usable and (found.reference or key not in ("reference", "sync_reference_every", "sync_reference_mixup"))
+    usable = (
+        (found.reference or key not in OF_REFERENCE)
+        and (found.records == "demonstrations" or key not in OF_THE_BEST)
+        and OF_ONE.get(key, name) == name
+    )
     parameter = Parameter(
         help=text, group=group, show=usable, show_default=default not in ("", []) and None,
         consume_multiple=many, negative=() if many else None,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from prefloop.chat import ChatRenderer, StepFinder, trajectory_paths
+from prefloop.chat.steps import SEPARATOR
 from prefloop.curation.steps import merge_step_labels
 from prefloop.formats.importing import MAX_LISTED_ERRORS
 from prefloop.formats.limits import RowProblemError
@@ -46,6 +47,14 @@ class LengthLimit:
     truncate: Truncate = "stop"
 
 
+@dataclass(frozen=True, slots=True)
+class LabelledSteps:
+    """Labels of steps by their ids, and what ends a step of text."""
+
+    labels: Mapping[str, StepLabel]
+    separator: str = SEPARATOR
+
+
 @dataclass(slots=True)
 class Prepared:
     """Examples, and what became of the rows that they were made of.
@@ -76,19 +85,20 @@ def prepare(
     renderer: ChatRenderer,
     limit: LengthLimit,
     skips: Skips,
-    step_labels: Mapping[str, StepLabel] | None = None,
+    steps: LabelledSteps | None = None,
 ) -> Prepared:
     """The examples of rows, rendered for a model.
 
     A bad row goes to `skips`: an empty completion, sides that are equal (as tokens), a margin that is not finite, a
-    prompt that alone is longer than the limit, or messages that the template refuses or drops. `step_labels` by id
-    where steps are labelled.
+    prompt that alone is longer than the limit, or messages that the template refuses or drops. `steps` where these are
+    labelled.
 
     Raises:
         PrefloopError: a bad row that is not to be skipped, rows that are too long where that stops, labels of one
             class only, or no row that is left.
     """
-    preparing = _Preparing(corpus, renderer, limit, StepFinder(renderer), step_labels or {})
+    steps = steps or LabelledSteps({})
+    preparing = _Preparing(corpus, renderer, limit, StepFinder(renderer, steps.separator), steps.labels)
     for member, name in zip(rows.members, rows.names, strict=True):
         preparing.found.num_rows += 1
         try:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prefloop.curation.steps import kind_of_steps
 from prefloop.losses.registry import Records, objective
-from prefloop.records import Dataset, JSONObject, PrefloopError
+from prefloop.records import Dataset, JSONObject, Labelled, PrefloopError
 from prefloop.stages.curating import rater_with_scores
 from prefloop.stages.fit_settings import FitSettings
 from prefloop.stages.looking import find_dataset
@@ -27,7 +28,8 @@ from prefloop.store import Store
 
 if TYPE_CHECKING:
     from prefloop.batch.examples import Example
-    from prefloop.chat import ChatRenderer
+    from prefloop.chat import ChatRenderer, StepKind
+    from prefloop.stages.examples import LabelledSteps
 
 
 @dataclass(slots=True)
@@ -42,12 +44,16 @@ class Selected:
 
 @dataclass(frozen=True, slots=True)
 class FitData:
-    """Examples to train on and examples held out, the frozen dataset of the first, and what was done to the rows."""
+    """Examples to train on and examples held out, the frozen dataset of the first, and what was done to the rows.
+
+    `step` says what is a step where steps are labelled.
+    """
 
     examples: list[Example]
     held_out: list[Example]
     dataset: Dataset
     detail: JSONObject
+    step: StepKind | None = None
 
     def notes(self) -> Iterator[str]:
         """What the training learns from, and what was cut or left out, in words."""
@@ -110,27 +116,34 @@ def ready(
     if settings.max_length and context and settings.max_length > context:
         raise PrefloopError(f"--max-length {settings.max_length}: {settings.model} reads {context} tokens at most")
     limit = LengthLimit(settings.max_length or context, settings.truncate)
-    ids = list(selected.corpus.trajectories)
-    labels = (
-        {}
-        if selected.rows.source["records"] != "steps"
-        else {label.id: label for label in store.step_labels(trajectory_ids=ids)}
-    )
+    steps = _steps(selected, settings, store)
     skips = selected.skips
-    train = prepare(selected.rows, selected.corpus, renderer, limit, skips, labels)
+    train = prepare(selected.rows, selected.corpus, renderer, limit, skips, steps)
     _check_classes(train.examples)
     dataset = selected.rows.freeze(run_id, part="train", held_out=settings.held_out)
     detail: JSONObject = {"dataset_id": store.add_dataset(dataset), "train": train.to_dict()}
     held: list[Example] = []
     if selected.held_out is not None:
-        prepared = prepare(selected.held_out, selected.corpus, renderer, limit, skips, labels)
+        prepared = prepare(selected.held_out, selected.corpus, renderer, limit, skips, steps)
         frozen = selected.held_out.freeze(run_id, part="held_out", held_out=settings.held_out)
         detail |= {"held_out_id": store.add_dataset(frozen), "held_out": prepared.to_dict()}
         detail["num_shared_prompts"] = count_shared(selected.corpus, selected.rows, selected.held_out)
         held = prepared.examples
     detail |= {"num_skipped": skips.num, "skipped": skips.listed, "max_length": limit.max_length}
     detail |= {"truncate": limit.truncate, "source": selected.rows.source}
-    return FitData(train.examples, held, dataset, detail)
+    return FitData(train.examples, held, dataset, detail, kind_of_steps(steps.labels.values()) if steps else None)
+
+
+def _steps(selected: Selected, settings: FitSettings, store: Store) -> LabelledSteps | None:
+    """The labels that the members name, where they are of steps."""
+    from prefloop.stages.examples import LabelledSteps
+
+    if selected.rows.source["records"] != "steps":
+        return None
+    parts = [selected.rows, *([selected.held_out] if selected.held_out else [])]
+    named = {i for rows in parts for member in rows.members if isinstance(member, Labelled) for i in member.evidence}
+    found = store.step_labels(trajectory_ids=selected.corpus.trajectories)
+    return LabelledSteps({label.id: label for label in found if label.id in named}, settings.separator)
 
 
 def _check_classes(examples: Sequence[Example]) -> None:

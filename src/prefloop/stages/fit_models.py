@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,15 +20,18 @@ from prefloop.store import Store
 if TYPE_CHECKING:
     from torch import nn
 
-    from prefloop.batch.examples import Example
+    from prefloop.batch.examples import Example, PreferencePair
     from prefloop.chat import ChatRenderer
     from prefloop.models.load import Policy
     from prefloop.models.reward import Kind, RewardModel
+    from prefloop.training.ensemble import OpenWriters
     from prefloop.training.state import TrainingResult
+    from prefloop.training.writers import MetricsWriter
 
 SCORED: Mapping[str, Kind] = {"reward": "sequence", "process_reward": "token"}
 """What the objectives give scores to that train a reward model in place of a policy."""
 
+STATES = "training"
 PACKAGES = ("prefloop", "torch", "transformers", "peft", "numpy")
 
 
@@ -120,7 +125,8 @@ def load_learner(settings: FitSettings) -> Learner:
     name, options = located(settings.model), _options(settings)
     kind = SCORED.get(settings.objective)
     if kind is not None:
-        return Learner(new_reward_model(name, kind=kind, lora=settings.lora, seed=settings.seed, **options))
+        sizes: dict[str, Any] = {"num_heads": settings.num_heads, "num_adapters": settings.num_adapters}
+        return Learner(new_reward_model(name, kind=kind, lora=settings.lora, seed=settings.seed, **sizes, **options))
     if settings.lora is not None and (Path(name) / ADAPTER_CONFIG).is_file():
         raise PrefloopError(f"--lora-rank: {settings.model} is an adapter already, which is trained on: leave it out")
     return Learner(load_policy(name, lora=settings.lora, **options))
@@ -132,18 +138,23 @@ def _options(settings: FitSettings) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class Outcome:
-    """What a training came to: the results of its parts by name (one, but for ensembles of adapters)."""
+    """What a training came to: the results of its parts by name (one, but for ensembles of adapters).
+
+    `reward_model` says how good a reward model is on held-out pairs.
+    """
 
     results: dict[str, TrainingResult]
+    reward_model: JSONObject | None = None
 
     def to_dict(self) -> JSONObject:
         """The metrics at the end and on the way, for the event and the model card."""
         parts = {name: _detail(result) for name, result in self.results.items()}
         first, *others = parts.values()
+        found = first if self.reward_model is None else {**first, "reward_model": self.reward_model}
         if not others:
-            return first
+            return found
         metrics = mean_metrics([part["metrics"] for part in parts.values()])
-        return {**first, "metrics": metrics, "parts": parts}
+        return {**found, "metrics": metrics, "parts": parts}
 
 
 def _detail(result: TrainingResult) -> JSONObject:
@@ -168,18 +179,28 @@ def mean_metrics(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in found.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a training keeps what it is at: its run and its metrics in the store, its state on disk."""
+
+    store: Store
+    run_id: str
+    run_name: str
+    iteration: int
+    directory: Path
+
+
 def train_learner(
     learner: Learner,
     data: FitData,
     settings: FitSettings,
-    store: Store,
     start: JSONObject,
+    place: Place,
     *,
     identity: str,
-    state_directory: Path,
     progress: FitProgress,
 ) -> Outcome:
-    """Train a model in place on its data.
+    """Train a model in place on its data; `identity` names model, rows and recipe.
 
     Raises:
         PrefloopError: as `train`, and as the reference.
@@ -188,26 +209,87 @@ def train_learner(
     from prefloop.models.reward import RewardModel
     from prefloop.training.algorithms import make_algorithm
     from prefloop.training.ensemble import train_reward_model
-    from prefloop.training.trainer import count_steps, train
+    from prefloop.training.trainer import train
 
+    if isinstance(learner.trained, RewardModel) and data.step is not None:
+        learner.trained.step, learner.trained.separator = data.step, settings.separator
     algorithm = make_algorithm(settings.objective, settings)
     examples, held_out = data.examples, data.held_out
     reference = None
     if algorithm.needs_reference:
-        reference, examples, held_out = _with_reference(learner, data, settings, store, start)
-    progress.begin("train", count_steps(settings, len(examples)))
+        reference, examples, held_out = _with_reference(learner, data, settings, place.store, start)
+    _check_kto(examples, settings, progress)
+    opened = _opener(settings, place, len(examples), progress)
     options: dict[str, Any] = {
         "seed": settings.seed,
         "identity": identity,
-        "state_directory": state_directory,
+        "state_directory": place.directory / STATES,
         "held_out": held_out,
         "on_step": lambda step, _, metrics: progress.advance(step, metrics),
         "on_evaluation": progress.evaluated,
     }
-    if isinstance(learner.trained, RewardModel) and learner.trained.kind == "sequence":
+    trained = learner.trained
+    if isinstance(trained, RewardModel) and trained.kind == "sequence":
         pairs = [example for example in examples if isinstance(example, PreferencePair)]
-        return Outcome(train_reward_model(learner.trained, algorithm, pairs, settings, **options))
-    return Outcome({"all": train(learner.model, reference, algorithm, examples, settings, **options)})
+        others = [example for example in held_out if isinstance(example, PreferencePair)]
+        results = train_reward_model(trained, algorithm, pairs, settings, open_writers=opened, **options)
+        return Outcome(results, _evaluated(trained, others, pairs, settings) if others else None)
+    with opened("all", 0) as writers:
+        result = train(learner.model, reference, algorithm, examples, settings, writers=writers, **options)
+    return Outcome({"all": result})
+
+
+def _check_kto(examples: Sequence[Example], settings: FitSettings, progress: FitProgress) -> None:
+    """Say how KTO's weights fit its labels, and that no step is left with a single row where that cannot be."""
+    from prefloop.batch.examples import LabelledSample
+    from prefloop.losses.kto import weight_advice
+
+    if settings.objective != "kto":
+        return
+    knobs = resolve_knobs("kto", settings)
+    labelled = [example for example in examples if isinstance(example, LabelledSample)]
+    good, bad = (math.fsum(e.weight for e in labelled if e.desirable is side) for side in (True, False))
+    weights = {key: knobs[key] for key in ("desirable_weight", "undesirable_weight")}
+    progress.note(weight_advice(good, bad, **weights).sentence)
+    if knobs["kl"] in ("derangement", "rotation") and len(labelled) % settings.batch_size == 1:
+        raise PrefloopError(
+            f"--batch-size {settings.batch_size}: of {len(labelled)} rows the last step would have one, and kto deals "
+            "each row's completion to another of its step; give another batch size"
+        )
+
+
+def _opener(settings: FitSettings, place: Place, num_examples: int, progress: FitProgress) -> OpenWriters:
+    """What opens the writers of the metrics of each part of a training, and says that it begins."""
+    from prefloop.store.metrics import Training
+    from prefloop.training.trainer import count_steps
+    from prefloop.training.writers import metrics_writers
+
+    @contextmanager
+    def opened(name: str, index: int) -> Iterator[Sequence[MetricsWriter]]:
+        progress.begin("train" if name == "all" else f"train {name}", count_steps(settings, num_examples))
+        training = Training(place.run_id, place.iteration, "train", index)
+        with metrics_writers(
+            place.store,
+            training,
+            settings.report_to,
+            run_name=place.run_name,
+            directory=place.directory,
+            config=settings.model_dump(mode="json"),
+        ) as writers:
+            yield writers
+
+    return opened
+
+
+def _evaluated(
+    model: RewardModel, held_out: Sequence[PreferencePair], training: Sequence[PreferencePair], settings: FitSettings
+) -> JSONObject | None:
+    """How good a reward model is on held-out pairs, beside shortcuts; None where all of them are ties."""
+    from prefloop.evaluation.reward_model import evaluate_reward_model
+
+    if all(pair.probability == 0.5 for pair in held_out) or all(pair.probability == 0.5 for pair in training):
+        return None
+    return evaluate_reward_model(model, held_out, training, max_tokens=settings.max_tokens).to_dict()
 
 
 def _with_reference(

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from prefloop.chat.steps import SEPARATOR
 from prefloop.losses.registry import objective, resolve_knobs
 from prefloop.losses.settings import LossSettings
 from prefloop.models.settings import LoraSettings
@@ -36,6 +37,9 @@ class FitSettings(TrainingSettings, LossSettings):
         default="stop", description="a longer row is an error, is left out, or has its end cut off"
     )
     lora: LoraSettings | None = None
+    num_heads: int = Field(default=1, ge=1, description="an ensemble of this many heads on one trunk")
+    num_adapters: int = Field(default=1, ge=1, description="an ensemble of this many LoRA adapters")
+    separator: str = Field(default=SEPARATOR, min_length=1, description="what ends a step of text")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the weights")
     device: str = Field(default="auto", description="of torch; auto: a GPU if there is one")
     seed: int = Field(default=0, ge=0, lt=2**63, description="of every random draw")
@@ -59,6 +63,16 @@ class FitSettings(TrainingSettings, LossSettings):
             raise PrefloopError(f"--top-k: {self.objective} learns from {records}, and the best are demonstrations")
         if self.top_k is None and (self.rater or self.min_score):
             raise PrefloopError("--rater and --min-score say which are the best: they go with --top-k")
+        if self.objective != "reward" and (self.num_heads > 1 or self.num_adapters > 1):
+            raise PrefloopError(
+                f"--num-heads and --num-adapters: ensembles are of reward models, not of {self.objective}"
+            )
+        if self.objective != "process_reward" and self.separator != SEPARATOR:
+            raise PrefloopError(f"--separator ends the steps of process_reward; {self.objective} has none")
+        if self.kl == "samples":
+            raise PrefloopError(
+                "--kl samples: stored rows hold no fresh samples of the policy; for rows of several turns use --kl none"
+            )
         if self.held_out and self.eval_data:
             raise PrefloopError("which rows are held out: give --held-out SHARE or --eval-data FILE, not both")
         return self

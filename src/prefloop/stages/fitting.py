@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from prefloop.stages.fit_models import Learner, Outcome
 
 FIRST = 0  # the iteration of a run that has only one
-STATES = "training"
 ANEW = "put it back, or give another --output to train anew"
 
 
@@ -111,7 +110,7 @@ class _Fitting:
         Raises:
             PrefloopError: what it began with is not what is there now; and as its parts.
         """
-        from prefloop.stages.fit_models import circumstances, load_learner, settle, train_learner
+        from prefloop.stages.fit_models import Place, circumstances, load_learner, settle, train_learner
 
         started = time.perf_counter()
         selected = select(self.settings, self.store)
@@ -126,10 +125,9 @@ class _Fitting:
             learner,
             data,
             self.settings,
-            self.store,
             start,
+            Place(self.store, self.id, self.output.name, FIRST, self.directory),
             identity=content_hash(self.recipe(), start["weights"], data.dataset.id, learner.renderer.tokenizer_hash),
-            state_directory=self.directory / STATES,
             progress=self.progress,
         )
         return self._save(learner, start, data, outcome, time.perf_counter() - started)
@@ -151,6 +149,7 @@ class _Fitting:
             self.store.add_event(self.id, FIRST, "data", data.detail)
 
     def _save(self, learner: Learner, start: JSONObject, data: FitData, outcome: Outcome, seconds: float) -> Fitted:
+        from prefloop.stages.fit_models import STATES
         from prefloop.training.checkpoint import save_atomically
         from prefloop.training.model_card import CARD, model_card
         from prefloop.training.trainer import forget_state

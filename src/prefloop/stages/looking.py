@@ -81,10 +81,10 @@ def status_table(store: Store) -> Group:
 def _how_far(store: Store, run: RowMapping) -> tuple[str, str, str]:
     events = store.events(run["id"])
     kinds = Counter(event["kind"] for event in events)
-    if kinds["finish"]:
-        last = "finished"
+    if kinds["finish"] or not events:
+        last = "finished" if events else "–"
     else:
-        newest = max(events, key=lambda event: event["created_at"], default={"kind": "–", "iteration": -1})
+        newest = max(events, key=lambda event: event["created_at"])
         last = newest["kind"] if newest["iteration"] < 0 else f"{newest['kind']} of {newest['iteration'] + 1}"
     checkpoints = store.checkpoints(run_id=run["id"])
     newest_id = checkpoints[-1].id[:ID_LENGTH] if checkpoints else "–"

@@ -10,7 +10,8 @@ Shape suffixes: P pairs, H members.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,10 @@ from prefloop.training.algorithms import Algorithm
 from prefloop.training.settings import TrainingSettings
 from prefloop.training.state import TrainingResult
 from prefloop.training.trainer import train
+from prefloop.training.writers import MetricsWriter
+
+OpenWriters = Callable[[str, int], AbstractContextManager[Sequence[MetricsWriter]]]
+"""The writers of the part of this name and place."""
 
 
 class Part(NamedTuple):
@@ -44,28 +49,32 @@ def train_reward_model(
     seed: int,
     identity: str,
     state_directory: Path,
+    open_writers: OpenWriters = lambda name, index: nullcontext(()),
     **options: Any,
 ) -> dict[str, TrainingResult]:
     """Train a reward model in place, adapters one after another, and centre it on the pairs' trajectories.
 
-    Further options are those of `train`. Returns what came of each part (`parts`), by its name.
+    Further options are those of `train`; `open_writers` gives the writers of each part's metrics. Returns what came of
+    each part (`parts`), by its name.
 
     Raises:
         PrefloopError: as `train` and `RewardModel.calibrate`.
     """
     results = {}
-    for part in parts(reward_model, pairs, seed):
-        results[part.name] = train(
-            reward_model.model,
-            None,
-            algorithm,
-            part.examples,
-            settings,
-            seed=part.seed,
-            identity=f"{identity} {part.name}",
-            state_directory=state_directory / part.name,
-            **options,
-        )
+    for index, part in enumerate(parts(reward_model, pairs, seed)):
+        with open_writers(part.name, index) as writers:
+            results[part.name] = train(
+                reward_model.model,
+                None,
+                algorithm,
+                part.examples,
+                settings,
+                seed=part.seed,
+                identity=f"{identity} {part.name}",
+                state_directory=state_directory / part.name,
+                writers=writers,
+                **options,
+            )
     reward_model.calibrate([path for pair in pairs for path in scored_paths(pair)], settings.max_tokens)
     return results
 
