@@ -27,6 +27,7 @@ class Objective:
 
     `reference`: it needs a reference model. `couples`: the loss of a row depends on the others of the optimizer step.
     `per_token`: the reward that it implies is a mean over a completion's tokens. `above_zero`: knobs that must be.
+    `of_policy`: what is trained is a policy, not a reward model.
     """
 
     function: str
@@ -37,6 +38,7 @@ class Objective:
     couples: bool = False
     per_token: bool = False
     above_zero: tuple[str, ...] = ()
+    of_policy: bool = True
 
     def load(self) -> Callable[..., Any]:
         """The function."""
@@ -50,22 +52,16 @@ def _pairs(function: str, summary: str, knobs: Mapping[str, Any], **traits: Any)
     return Objective(function, summary, {**ADDED, **knobs}, **traits)
 
 
+# fmt: off
 OBJECTIVES: Mapping[str, Objective] = {
     "sft": Objective("sft.sft", "imitate demonstrations", {"dft": False}, "demonstrations", reference=False),
     "dpo": _pairs("dpo.dpo", "direct preference optimisation", {"beta": 0.1, "label_smoothing": 0.0}),
     "robust": _pairs("dpo.robust", "DPO unbiased by flipped labels", {"beta": 0.1, "label_smoothing": 0.1}),
     "dpo_norm": _pairs("dpo.dpo_norm", "length-normalised DPO", {"beta": 5.0}, per_token=True),
     "hinge": _pairs("dpo.hinge", "DPO with a hinge loss", {"beta": 0.1}),
-    "exo": _pairs(
-        "dpo.exo",
-        "efficient exact optimisation",
-        {"beta": 0.1, "label_smoothing": 1e-3},
-        above_zero=("label_smoothing",),
-    ),
+    "exo": _pairs("dpo.exo", "efficient exact optimisation", {"beta": 0.1, "label_smoothing": 1e-3}, above_zero=("label_smoothing",)),
     "discopop": _pairs("dpo.discopop", "discovered preference optimisation", {"beta": 0.05, "tau": 0.05}),
-    "f_dpo": _pairs(
-        "dpo.f_dpo", "DPO under an f-divergence", {"beta": 0.1, "divergence": "js", "divergence_alpha": 0.5}
-    ),
+    "f_dpo": _pairs("dpo.f_dpo", "DPO under an f-divergence", {"beta": 0.1, "divergence": "js", "divergence_alpha": 0.5}),
     "ld_dpo": _pairs("dpo.ld_dpo", "length-desensitised DPO", {"beta": 0.1, "ld_alpha": 0.5}),
     "ipo": _pairs("squared.ipo", "identity preference optimisation", {"beta": 0.1, "reduction": "sum"}),
     "sppo": _pairs("squared.sppo", "self-play preference optimisation", {"beta": 0.1}),
@@ -74,43 +70,15 @@ OBJECTIVES: Mapping[str, Objective] = {
     "apo_zero": _pairs("anchored.apo_zero", "anchored preference optimisation, chosen up", {"beta": 0.1}),
     "apo_down": _pairs("anchored.apo_down", "anchored preference optimisation, both down", {"beta": 0.1}),
     "aot": _pairs("transport.aot", "optimal transport of margins", {"beta": 0.1, "label_smoothing": 0.0}, couples=True),
-    "aot_unpaired": _pairs(
-        "transport.aot_unpaired", "optimal transport of sides", {"beta": 0.1, "label_smoothing": 0.0}, couples=True
-    ),
-    "cpo": _pairs(
-        "reference_free.cpo",
-        "contrastive preference optimisation",
-        {"beta": 0.1, "label_smoothing": 0.0, "nll_coef": 1.0},
-        reference=False,
-    ),
-    "simpo": _pairs(
-        "reference_free.simpo",
-        "simple preference optimisation",
-        {"beta": 2.0, "gamma": 1.0, "label_smoothing": 0.0},
-        reference=False,
-        per_token=True,
-    ),
-    "orpo": _pairs(
-        "reference_free.orpo",
-        "odds-ratio preference optimisation",
-        {"beta": 0.1, "nll_coef": 1.0},
-        reference=False,
-        per_token=True,
-    ),
-    "kto": Objective(
-        "kto.kto",
-        "Kahneman-Tversky optimisation",
-        {"beta": 0.1, "kl": "derangement", "desirable_weight": 1.0, "undesirable_weight": 1.0},
-        "labelled samples",
-    ),
-    "reward": Objective(
-        "reward.bradley_terry",
-        "a reward model of preference pairs",
-        {"ties": "half", "tie_strength": 1.0, "center_coef": 0.0},
-        reference=False,
-    ),
-    "process_reward": Objective("reward.step_cross_entropy", "a reward model of steps", {}, "steps", reference=False),
+    "aot_unpaired": _pairs("transport.aot_unpaired", "optimal transport of sides", {"beta": 0.1, "label_smoothing": 0.0}, couples=True),
+    "cpo": _pairs("reference_free.cpo", "contrastive preference optimisation", {"beta": 0.1, "label_smoothing": 0.0, "nll_coef": 1.0}, reference=False),
+    "simpo": _pairs("reference_free.simpo", "simple preference optimisation", {"beta": 2.0, "gamma": 1.0, "label_smoothing": 0.0}, reference=False, per_token=True),
+    "orpo": _pairs("reference_free.orpo", "odds-ratio preference optimisation", {"beta": 0.1, "nll_coef": 1.0}, reference=False, per_token=True),
+    "kto": Objective("kto.kto", "Kahneman-Tversky optimisation", {"beta": 0.1, "kl": "derangement", "desirable_weight": 1.0, "undesirable_weight": 1.0}, "labelled samples"),
+    "reward": Objective("reward.bradley_terry", "a reward model of preference pairs", {"ties": "half", "tie_strength": 1.0, "center_coef": 0.0}, reference=False, of_policy=False),
+    "process_reward": Objective("reward.step_cross_entropy", "a reward model of steps", {}, "steps", reference=False, of_policy=False),
 }
+# fmt: on
 
 
 def objective(name: str) -> Objective:
