@@ -16,7 +16,7 @@ def exact_model(monkeypatch):
     def make(kind="qwen3", **settings):
         model = tiny_model(kind, torch.float64, **settings).eval()
         keep_float64(monkeypatch, model)
-        return model, perturbed(model)
+        return model, perturbed(model, 0.05)
 
     return make
 

@@ -50,7 +50,7 @@ class Case:
     @property
     def algorithm(self) -> Algorithm:
         made: Any = make_algorithm(self.objective, **self.knobs)
-        return replace(made, samples=agent_demonstrations(self.kl_samples, 77)) if self.kl_samples else made
+        return replace(made, samples=agent_demonstrations(self.kl_samples, 75)) if self.kl_samples else made
 
     def examples(self, num: int, seed: int = 0) -> Any:
         return (self.rows or ROWS[objective(self.objective).records])(num, seed)

@@ -216,19 +216,20 @@ def preference(
     return loss + coef * weighted_mean([-x for row in tokens for x in row], each_token)
 
 
+@torch.no_grad()
+def reference_point(model, reference, dealt):
+    """KTO's: the mean log-ratio over samples, not below 0."""
+    both = zip(completions(model, dealt), completions(reference, dealt), strict=True)
+    return torch.stack([policy.own.sum() - ref.own.sum() for [policy], [ref] in both]).mean().clamp(min=0)
+
+
 def kto(
     model, reference, examples, *, beta=0.1, kl="derangement", desirable_weight=1.0, undesirable_weight=1.0, dealt=()
 ):
     """`dealt`: the samples on which the reference point is estimated."""
     with torch.no_grad():
         fixed = completions(reference, examples)
-        point = torch.zeros((), dtype=torch.float64)
-        if dealt:
-            ratios = [
-                p.own.sum() - r.own.sum()
-                for [p], [r] in zip(completions(model, dealt), completions(reference, dealt), strict=True)
-            ]
-            point = torch.stack(ratios).mean().clamp(min=0)
+    point = reference_point(model, reference, dealt) if dealt else 0.0
     values = []
     for example, [one], [ref] in zip(examples, completions(model, examples), fixed, strict=True):
         ratio = one.own.sum() - ref.own.sum()

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from parity_cases import CASES, Case
-from plain_losses import plain_loss
+from plain_losses import plain_loss, reference_point
 
 from packed_examples import HEADS
 from prefloop.batch.packing import micro_batches
@@ -31,6 +31,7 @@ def plain_gradient(model, reference, case, examples):
     knobs = dict(case.knobs)
     if dealt := case.algorithm.kl_samples(examples, (0,)):
         knobs["dealt"] = dealt
+        assert reference_point(model, reference, dealt) > 0.5
     model.zero_grad()
     loss = plain_loss(case.objective, model.eval(), reference, examples, **knobs)
     loss.backward()
@@ -50,7 +51,7 @@ def assert_equal(ours, expected):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_every_objective_equals_plain_padded_sequences(case, exact_model, use_layout):
     model, reference = exact_model(head=case.head)
-    examples = case.examples(8)
+    examples = case.examples(8, seed=3)  # whose estimates of the KL are above 0, where it counts
     expected = plain_gradient(model, reference, case, examples)
     for layout, max_tokens in (("forest", 10_000), ("forest", 40), ("rows", 10_000)):
         use_layout(layout)
