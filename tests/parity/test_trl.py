@@ -300,7 +300,8 @@ def our_gradient(oracle, match):
 
 
 @pytest.mark.parametrize("match", MATCHES, ids=lambda match: match.id)
-def test_loss_and_gradient_equal_those_of_trl(match, oracle, monkeypatch):
+def test_loss_and_gradient_equal_those_of_trl(match, oracle, use_layout, monkeypatch):
+    use_layout("forest")
     found = oracle(match.trainer)
     loss, theirs, their_metrics = their_gradient(found, match, monkeypatch)
     our_loss, ours, our_metrics = our_gradient(found, match)

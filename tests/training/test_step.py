@@ -10,6 +10,7 @@ from packed_examples import (
     gradient,
     padded_logprobs,
     paths_of,
+    perturbed,
     random_demonstrations,
     random_pairs,
     relative_error,
@@ -18,15 +19,6 @@ from packed_examples import (
 from prefloop.records import PrefloopError
 from prefloop.training.algorithms import make_algorithm
 from prefloop.training.step import StepSettings, TrainingStep, with_reference
-
-
-def perturbed(model, scale=0.02):
-    other = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for p in other.parameters():
-            p += scale * torch.randn(p.shape, generator=generator, dtype=p.dtype)
-    return other
 
 
 def step_of(model, algorithm, reference=None, lr=1e-3, **settings):
