@@ -7,7 +7,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -31,9 +31,12 @@ from prefloop.records import (
 from prefloop.stages.scorers import process_reward_judge, reward_judge
 from prefloop.stages.settings import RunSettings
 from prefloop.store import Store
+from prefloop.store.metrics import Training
+from prefloop.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from prefloop.stages.policies import Policies
+    from prefloop.training.writers import MetricsWriter
 
 BEFORE = -1  # the "iteration" of what comes before the loop
 
@@ -106,6 +109,17 @@ class Run:
         from prefloop.stages.policies import Policies
 
         return Policies(self)
+
+    def writers(
+        self, iteration: int, stage: str, settings: TrainingSettings, attempt: int = 0
+    ) -> AbstractContextManager[list[MetricsWriter]]:
+        """Where the metrics of a training go: the store, and what its settings name."""
+        from prefloop.training.writers import metrics_writers
+
+        training = Training(self.id, iteration, stage, attempt)
+        config = settings.model_dump(mode="json")
+        options: JSONObject = {"run_name": self.settings.name, "directory": self.directory, "config": config}
+        return metrics_writers(self.store, training, settings.report_to, **options)
 
     @contextmanager
     def recorded(self, iteration: int, stage: str, total: int = 1) -> Iterator[JSONObject]:

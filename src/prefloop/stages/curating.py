@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from prefloop.config import apply_overrides, parse_settings
 from prefloop.curation import CurationSettings, curate
+from prefloop.losses.registry import Records
 from prefloop.records import Dataset, JSONObject, PrefloopError, Split
 from prefloop.rollout import derived_seed
 from prefloop.stages.context import Run
@@ -14,6 +15,12 @@ from prefloop.stages.rollouts import iteration_rollouts
 from prefloop.store import Store
 
 STAGE = "curate"
+DATASETS: Mapping[Records, str] = {
+    "pairs": "dataset_id",
+    "demonstrations": "kept_dataset_id",
+    "labelled samples": "labelled_dataset_id",
+}
+"""Where the stage notes the dataset of each kind of records."""
 
 
 def curate_stage(run: Run, iteration: int) -> None:
@@ -47,7 +54,9 @@ def curate_stage(run: Run, iteration: int) -> None:
         )
         run.store.add_dataset(curated.dataset)
         run.store.add_dataset(curated.demonstrations)
+        run.store.add_dataset(curated.labelled)
         detail |= {**curated.report, "kept_dataset_id": curated.demonstrations.id}
+        detail["labelled_dataset_id"] = curated.labelled.id
 
 
 def adopt_dataset(run: Run, iteration: int, dataset_id: str) -> None:
@@ -63,16 +72,18 @@ def adopt_dataset(run: Run, iteration: int, dataset_id: str) -> None:
             f"run {run.settings.name}: iteration {iteration + 1} trains on dataset {found['dataset_id'][:12]} already"
         )
     tasks = {pair.task_id for pair in dataset.pairs}
-    detail = {"dataset_id": dataset_id, "kept_dataset_id": dataset_id, "adopted": True}
+    detail: JSONObject = {**dict.fromkeys(DATASETS.values(), dataset_id), "adopted": True}
     counts = {"num_pairs": len(dataset.pairs), "num_tasks": len(tasks), "num_tasks_without_pair": 0}
     run.store.add_event(run.id, iteration, STAGE, {**detail, **counts, "num_scored": len(dataset.trajectory_ids)})
 
 
-def dataset_of(run: Run, iteration: int, kind: str) -> Dataset:
-    """The dataset that an iteration trains on: its `pairs`, or the kept trajectories as `demonstrations`."""
-    found = run.found(iteration, STAGE)
-    assert found is not None
-    return run.store.dataset(str(found["dataset_id" if kind == "pairs" else "kept_dataset_id"]))
+def dataset_of(run: Run, iteration: int, records: Records) -> Dataset:
+    """The dataset of an iteration from which objectives of these records learn.
+
+    Raises:
+        PrefloopError: the iteration is not curated yet.
+    """
+    return run.store.dataset(str(run.require(iteration, STAGE)[DATASETS[records]]))
 
 
 def curate_store(store: Store, rater: str, overrides: Sequence[str]) -> JSONObject:

@@ -16,7 +16,7 @@ from prefloop.judges.llm import LLMJudgeSettings
 from prefloop.judges.reward_model import ProcessJudgeSettings, RewardJudgeSettings
 from prefloop.judges.rules import RuleJudgeSettings
 from prefloop.models.settings import PolicySettings
-from prefloop.training.settings import GuardSettings, TrainingSettings, UpdateSettings
+from prefloop.training.settings import GuardSettings, TrainingSettings, UpdateSettings, check_held_out
 
 
 class JudgeSettings(JudgingSettings):
@@ -44,6 +44,11 @@ class SFTSettings(TrainingSettings):
     """Imitation of demonstrations before the loop: `num_demonstrations` of the environment's demonstrator."""
 
     num_demonstrations: int = Field(default=4000, ge=1)
+
+    @model_validator(mode="after")
+    def _has_rows_to_evaluate(self) -> SFTSettings:
+        check_held_out(self)
+        return self
 
 
 class RolloutSettings(Settings):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from prefloop.environments.base import Demonstrator
+from prefloop.formats.rows import place_prompt
 from prefloop.records import (
     AuthorKind,
     Checkpoint,
@@ -118,39 +119,41 @@ def _initial(run: Run, demonstrations: Dataset) -> Policy:
 
 
 def _learn(run: Run, base: Checkpoint, demonstrations: Dataset) -> Checkpoint:
-    """Imitate the demonstrations."""
+    """Imitate the demonstrations, all but those of held-out prompts."""
     from prefloop.batch.examples import Demonstration
     from prefloop.training.algorithms import make_algorithm
     from prefloop.training.trainer import count_steps, forget_state, train
 
     settings = run.settings.sft
     assert settings is not None
-    num_steps = count_steps(settings, len(demonstrations.trajectory_ids))
-    with run.recorded(BEFORE, "sft", num_steps) as detail:
+    trajectories = run.store.trajectories(demonstrations.trajectory_ids)
+    tasks = run.store.tasks({t.task_id for t in trajectories})
+    split = [place_prompt(tasks[t.task_id].messages, settings.held_out)[0] for t in trajectories]
+    with run.recorded(BEFORE, "sft", count_steps(settings, split.count(Split.TRAIN))) as detail:
         policies = run.policies
         policy = policies.take(base.id)
-        trajectories = run.store.trajectories(demonstrations.trajectory_ids)
-        tasks = run.store.tasks({t.task_id for t in trajectories})
         paths = policies.paths(policy, trajectories, tasks)
         examples = [Demonstration(p, name=t.id) for p, t in zip(paths, trajectories, strict=True)]
         states = run.directory / "training" / "sft"
-        result = train(
-            policy.model,
-            None,
-            make_algorithm("sft"),
-            examples,
-            settings,
-            seed=derived_seed(run.settings.seed, "sft"),
-            identity=f"{base.id} {demonstrations.id}",
-            state_directory=states,
-            on_step=lambda step, _, metrics: run.progress.advance(step, f"loss {metrics.get('loss', 0):.3f}"),
-        )
+        with run.writers(BEFORE, "sft", settings) as writers:
+            result = train(
+                policy.model,
+                None,
+                make_algorithm("sft"),
+                [example for example, side in zip(examples, split, strict=True) if side is Split.TRAIN],
+                settings,
+                seed=derived_seed(run.settings.seed, "sft"),
+                identity=f"{base.id} {demonstrations.id}",
+                state_directory=states,
+                held_out=[example for example, side in zip(examples, split, strict=True) if side is Split.HELD_OUT],
+                writers=writers,
+                on_step=lambda step, _, metrics: run.progress.advance(step, f"loss {metrics.get('loss', 0):.3f}"),
+            )
         checkpoint = policies.save(
             policy, algorithm="sft", iteration=BEFORE, parent_id=base.id, dataset_id=demonstrations.id
         )
         run.store.add_checkpoint(checkpoint)
         policies.keep(checkpoint.id, policy)
-        detail |= {"checkpoint_id": checkpoint.id, "steps": len(result.history)}
-        detail["loss"] = [metrics.get("loss") for metrics in result.history]
+        detail |= {"checkpoint_id": checkpoint.id, **result.summary()}
     forget_state(states)
     return checkpoint

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefloop.evaluation.guard import Decision, evaluation_guard, kl_guard
+from prefloop.losses.registry import objective
 from prefloop.records import Checkpoint, Dataset, JSONObject, PrefloopError
 from prefloop.rollout import derived_seed
 from prefloop.stages.context import BEFORE, Run
 from prefloop.stages.curating import dataset_of
 from prefloop.stages.evaluating import Evaluated, guard_evaluation
+from prefloop.stages.selecting import Rows
+from prefloop.stages.update_data import UpdateData, rows_to_learn, update_data, why_nothing_to_learn
 from prefloop.stats.intervals import Interval
 from prefloop.training.settings import UpdateSettings
 
 if TYPE_CHECKING:
-    from prefloop.batch.examples import Example
     from prefloop.models.load import Policy
-    from prefloop.training.algorithms import Algorithm
+    from prefloop.training.state import TrainingResult
 
 STAGE, GUARD = "train", "guard"
 
@@ -30,7 +32,8 @@ class _Attempt:
     number: int
     policy: Policy
     learning_rate: float
-    history: list[dict[str, float]]
+    result: TrainingResult
+    warnings: list[str]
     evaluated: Evaluated | None
     decision: Decision
 
@@ -40,6 +43,7 @@ class _Attempt:
             "kl": self.evaluated.kl.per_trajectory if self.evaluated else None,
             "success": _plain(self.evaluated.success) if self.evaluated else None,
             **self.decision.to_dict(),
+            "skipped": [asdict(skipped) for skipped in self.result.skipped],
         }
 
 
@@ -61,16 +65,16 @@ def train_stage(run: Run, iteration: int) -> None:
 
     settings = run.settings.train
     before = run.checkpoint_before(iteration)
-    run.require(iteration, "curate")
-    dataset = dataset_of(run, iteration, "pairs" if settings.algorithm == "dpo" else "demonstrations")
+    dataset = dataset_of(run, iteration, objective(settings.algorithm).records)
+    rows = rows_to_learn(run, dataset, settings)
     with run.recorded(iteration, STAGE) as detail:
         detail |= {"algorithm": settings.algorithm, "dataset_id": dataset.id}
-        if not (dataset.pairs or dataset.trajectory_ids):
+        if reason := why_nothing_to_learn(rows, settings):
             detail |= {"checkpoint_id": before, "steps": 0, "attempts": [], "rolled_back": False, "loss": []}
-            detail["reason"] = "nothing to train on: no pair met the margin"
+            detail["reason"] = reason
             run.store.add_event(run.id, iteration, GUARD, _guarded(run, iteration - 1))
             return
-        attempts = _attempts(run, iteration, before, dataset)
+        attempts = _attempts(run, iteration, before, dataset, rows)
         last = attempts[-1]
         accepted = last.decision.accepted
         guarded = _guarded(run, iteration - 1)
@@ -79,17 +83,16 @@ def train_stage(run: Run, iteration: int) -> None:
             guarded = _guard_detail(run, checkpoint.id, last.evaluated)
         run.store.add_event(run.id, iteration, GUARD, guarded)
         detail |= {
+            **last.result.summary(),
             "checkpoint_id": checkpoint.id if accepted else before,
-            "steps": len(last.history),
-            "loss": [metrics.get("loss") for metrics in last.history],
-            "metrics": _means(last.history),
             "attempts": [attempt.to_dict() for attempt in attempts],
             "rolled_back": not accepted,
+            "warnings": last.warnings,
         }
     forget_state(_states(run, iteration))
 
 
-def _attempts(run: Run, iteration: int, before: str, dataset: Dataset) -> list[_Attempt]:
+def _attempts(run: Run, iteration: int, before: str, dataset: Dataset, rows: Rows) -> list[_Attempt]:
     guard, settings = run.settings.guard, run.settings.train
     success_before = _success_before(run, iteration)
     learning_rate = settings.learning_rate
@@ -98,45 +101,53 @@ def _attempts(run: Run, iteration: int, before: str, dataset: Dataset) -> list[_
     attempts: list[_Attempt] = []
     for number in range(guard.max_retries + 1):
         gentler = settings.model_copy(update={"learning_rate": learning_rate * guard.retry_factor**number})
-        attempts.append(_attempt(run, iteration, before, dataset, gentler, number, success_before))
+        policy = run.policies.take(before)
+        data = update_data(run, policy, iteration, before, rows, gentler)
+        result, failure = _fit(run, iteration, policy, data, gentler, number, f"{before} {dataset.id}")
+        evaluated, decision = (None, Decision(False, failure)) if failure else _guard(run, policy, success_before)
+        warnings = [*data.warnings, *result.warnings]
+        attempts.append(_Attempt(number, policy, gentler.learning_rate, result, warnings, evaluated, decision))
         if attempts[-1].decision.accepted:
             break
     return attempts
 
 
-def _attempt(
-    run: Run,
-    iteration: int,
-    before: str,
-    dataset: Dataset,
-    settings: UpdateSettings,
-    number: int,
-    success_before: Interval | None,
-) -> _Attempt:
-    from prefloop.models.draw import DivergedError
-    from prefloop.training.trainer import train
+def _fit(
+    run: Run, iteration: int, policy: Policy, data: UpdateData, settings: UpdateSettings, number: int, identity: str
+) -> tuple[TrainingResult, str]:
+    """Train the policy; returns what it came to, and why it diverged (empty where it did not)."""
+    from prefloop.training.trainer import TrainingDivergedError, train
 
-    policy = run.policies.take(before)
-    history: list[dict[str, float]] = []
-    evaluated = None
+    if settings.held_out and not data.held_out:
+        settings = settings.model_copy(update={"evaluate_every": None, "patience": None})
+    with run.writers(iteration, STAGE, settings, number) as writers:
+        try:
+            result = train(
+                policy.model,
+                data.reference,
+                data.algorithm,
+                data.examples,
+                settings,
+                seed=derived_seed(run.settings.seed, STAGE, iteration),
+                identity=identity,
+                state_directory=_states(run, iteration),
+                held_out=data.held_out,
+                writers=writers,
+                on_step=lambda step, _, metrics: run.progress.advance(step, f"loss {metrics.get('loss', 0):.3f}"),
+            )
+        except TrainingDivergedError as error:
+            return error.result, str(error.__cause__)
+    return result, ""
+
+
+def _guard(run: Run, policy: Policy, success_before: Interval | None) -> tuple[Evaluated | None, Decision]:
+    from prefloop.models.draw import DivergedError
+
     try:
-        result = train(
-            policy.model,
-            None,
-            _algorithm(settings),
-            _examples(run, policy, before, dataset, settings),
-            settings,
-            seed=derived_seed(run.settings.seed, STAGE, iteration),
-            identity=f"{before} {dataset.id}",
-            state_directory=_states(run, iteration),
-            on_step=lambda step, _, metrics: run.progress.advance(step, f"loss {metrics.get('loss', 0):.3f}"),
-        )
-        history = result.history
         evaluated = guard_evaluation(run, policy)
-        decision = _decide(run, success_before, evaluated)
     except DivergedError as error:
-        decision = Decision(False, str(error))
-    return _Attempt(number, policy, settings.learning_rate, history, evaluated, decision)
+        return None, Decision(False, str(error))
+    return evaluated, _decide(run, success_before, evaluated)
 
 
 def _save(run: Run, iteration: int, before: str, dataset: Dataset, accepted: _Attempt) -> Checkpoint:
@@ -155,37 +166,6 @@ def _save(run: Run, iteration: int, before: str, dataset: Dataset, accepted: _At
 
 def _states(run: Run, iteration: int) -> Path:
     return run.directory / "training" / f"{iteration:03d}"
-
-
-def _algorithm(settings: UpdateSettings) -> Algorithm:
-    from prefloop.training.algorithms import make_algorithm
-
-    return make_algorithm(settings.algorithm, settings)
-
-
-def _examples(run: Run, policy: Policy, before: str, dataset: Dataset, settings: UpdateSettings) -> list[Example]:
-    from prefloop.batch.examples import Demonstration, PreferencePair
-    from prefloop.training.step import with_reference
-
-    ids = dict.fromkeys([*dataset.trajectory_ids, *(i for p in dataset.pairs for i in (p.chosen_id, p.rejected_id))])
-    trajectories = run.store.trajectories(ids, with_paths=True)
-    tasks = run.store.tasks({t.task_id for t in trajectories})
-    found = run.policies.paths(policy, trajectories, tasks)
-    paths = {t.id: p for t, p in zip(trajectories, found, strict=True)}
-    if settings.algorithm == "sft":
-        return [Demonstration(paths[i], name=i) for i in dataset.trajectory_ids]
-    pairs = [
-        PreferencePair(
-            paths[p.chosen_id],
-            paths[p.rejected_id],
-            probability=p.probability,
-            weight=p.weight,
-            name=f"{p.chosen_id} over {p.rejected_id}",
-        )
-        for p in dataset.pairs
-    ]
-    reference = run.checkpoint_before(0) if settings.reference == "start" else before
-    return [*with_reference(run.policies.reference(reference), pairs, max_tokens=settings.max_tokens)]
 
 
 def _decide(run: Run, before: Interval | None, evaluated: Evaluated) -> Decision:
@@ -223,9 +203,3 @@ def _success_before(run: Run, iteration: int) -> Interval | None:
 
 def _plain(success: Interval | None) -> JSONObject | None:
     return None if success is None else success.to_dict()
-
-
-def _means(history: list[dict[str, float]]) -> dict[str, float]:
-    names = sorted({name for metrics in history for name in metrics})
-    found = {name: [metrics[name] for metrics in history if name in metrics] for name in names}
-    return {name: sum(values) / len(values) for name, values in found.items()}

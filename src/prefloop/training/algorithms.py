@@ -215,7 +215,7 @@ class KTO(_OwnTokens):
     """
 
     knobs: Mapping[str, Any]
-    samples: Sequence[Demonstration] = ()
+    samples: Sequence[Demonstration] = field(default=(), repr=False)
 
     name: ClassVar[str] = "kto"
     records: ClassVar[Records] = "labelled samples"

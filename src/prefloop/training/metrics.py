@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 Metrics = dict[str, float]
@@ -28,3 +28,10 @@ def is_better(name: str, value: float, best: float | None) -> bool:
     if value != value:
         return False
     return best is None or (value < best if BETTER[name] == "lower" else value > best)
+
+
+def mean_metrics(history: Sequence[Mapping[str, float]]) -> Metrics:
+    """The mean of each metric over the steps that have it."""
+    names = sorted({name for metrics in history for name in metrics})
+    found = {name: [metrics[name] for metrics in history if name in metrics] for name in names}
+    return {name: sum(values) / len(values) for name, values in found.items()}

@@ -25,6 +25,19 @@ E = TypeVar("E", Demonstration, PreferencePair, LabelledSample, SteppedSample)
 Precision = Literal["float32", "float64", "bfloat16", "float32 in bfloat16"]
 """Of the weights, and of the arithmetic where that is another."""
 
+ARITHMETIC: Mapping[tuple[str, str], Precision] = {
+    ("float32", "float32"): "float32",
+    ("float32", "bfloat16"): "float32 in bfloat16",
+    ("bfloat16", "bfloat16"): "bfloat16",
+    ("bfloat16", "float32"): "bfloat16",  # of weights in bfloat16, whatever is asked for
+}
+
+
+def precision_of(dtype: str, arithmetic: str) -> Precision:
+    """In which precision weights of a type give log-probs, under arithmetic of another."""
+    return ARITHMETIC[dtype, arithmetic]
+
+
 MAX_NAMED = 5  # rows in an error
 
 

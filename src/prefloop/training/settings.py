@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from prefloop.config import Settings
-from prefloop.losses.registry import resolve_knobs
+from prefloop.losses.registry import objective, resolve_knobs
 from prefloop.losses.settings import LossSettings
 from prefloop.records import PrefloopError
 from prefloop.training.metrics import BETTER
@@ -67,6 +67,16 @@ class TrainingSettings(Settings):
         return self
 
 
+def check_held_out(settings: TrainingSettings) -> None:
+    """See that evaluations have rows, where only a share of those to train on could give them.
+
+    Raises:
+        ValueError: they have none.
+    """
+    if settings.evaluate_every is not None and not settings.held_out:
+        raise ValueError("with evaluate_every also held_out: the share of the prompts whose rows are evaluated")
+
+
 class UpdateSettings(TrainingSettings, LossSettings):
     """The update of the policy in each iteration: an objective with its knobs.
 
@@ -79,11 +89,21 @@ class UpdateSettings(TrainingSettings, LossSettings):
     decay: Literal["none", "linear"] = "linear"
 
     @model_validator(mode="after")
-    def _knobs_fit(self) -> UpdateSettings:
+    def _trains_a_policy(self) -> UpdateSettings:
         try:
             resolve_knobs(self.algorithm, self)
         except PrefloopError as error:
             raise ValueError(str(error)) from None
+        if not objective(self.algorithm).of_policy:
+            raise ValueError(
+                f"an objective of policies as algorithm: {self.algorithm!r} trains a model that judges them; "
+                f"`prefloop train {self.algorithm}` does that"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_rows_to_evaluate(self) -> UpdateSettings:
+        check_held_out(self)
         return self
 
 

@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from prefloop.training.checkpoint import newest_whole, save_atomically
-from prefloop.training.metrics import Metrics
+from prefloop.training.metrics import Metrics, mean_metrics
 
 KEPT_STATES = 2
+LAST_STEPS = 8
+"""Over which a summary averages: single steps differ by their rows."""
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -61,6 +63,19 @@ class TrainingResult:
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
         return asdict(self)
+
+    def summary(self) -> dict[str, Any]:
+        """What an event tells of it: the loss of each step, and of the other metrics the mean over the last steps."""
+        return {
+            "steps": len(self.history),
+            "loss": [metrics.get("loss") for metrics in self.history],
+            "metrics": mean_metrics(self.history[-LAST_STEPS:]),
+            "evaluations": [asdict(evaluation) for evaluation in self.evaluations],
+            "best_step": self.best_step,
+            "stopped_early": self.stopped_early,
+            "skipped": [asdict(skipped) for skipped in self.skipped],
+            "warnings": list(self.warnings),
+        }
 
     @staticmethod
     def from_dict(saved: Mapping[str, Any]) -> TrainingResult:

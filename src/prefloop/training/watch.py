@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean, variance
 from typing import TYPE_CHECKING
 
+from prefloop.losses.registry import objective
 from prefloop.training.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -23,17 +24,18 @@ def falling_chosen(history: Sequence[Metrics], algorithm: Algorithm) -> str | No
     """A warning, with what to do, where chosen completions become unlikely while margins grow; else None.
 
     Losses of differences are satisfied when chosen falls as long as rejected falls more (Pal et al. 2024,
-    arXiv:2402.13228; Razin et al. 2024, arXiv:2410.08847). With a reference the fall, over the last `WINDOW` steps, is
-    that of the log-ratio, which is 0 for the reference itself; else it is that of the log-prob since the first `WINDOW`
-    steps, which must also be more than three standard errors, because each step has other rows. It warns at more than
-    `MAX_FALL` nats a completion.
+    arXiv:2402.13228; Razin et al. 2024, arXiv:2410.08847). Where rewards are β times the log-ratio to a reference the
+    fall, over the last `WINDOW` steps, is that of the log-ratio, which is 0 for the reference itself. Else it is that
+    of the log-prob since the first `WINDOW` steps, which must also be more than three standard errors, because each
+    step has other rows. It warns at more than `MAX_FALL` nats a completion.
     """
     taken = [metrics for metrics in history if "rewards/chosen" in metrics and "rewards/rejected" in metrics]
     first, last = taken[:WINDOW], taken[-WINDOW:]
     if len(taken) < 2 * WINDOW or fmean(map(_margin, last)) <= fmean(map(_margin, first)):
         return None
     knobs = getattr(algorithm, "knobs", {})
-    if algorithm.needs_reference:  # rewards are β · log-ratio
+    per_token = objective(algorithm.name).per_token or knobs.get("reduction") == "mean"
+    if algorithm.needs_reference and not per_token:  # rewards are β · log-ratio
         fall, enough = -fmean(metrics["rewards/chosen"] for metrics in last) / knobs.get("beta", 1.0), MAX_FALL
     else:
         before, now = ([metrics["logps/chosen"] for metrics in window] for window in (first, last))
