@@ -138,9 +138,9 @@ def test_without_the_guard_they_would_be_silently_wrong(kind):
     model, batch = tiny_model(kind, **dict(FALLBACKS)[kind]).eval(), pack(EXAMPLES["branching"])
     forest, rows = forest_layout(batch), rows_layout(batch)
     with torch.no_grad():
-        truth = model.base_model(input_ids=rows.input_ids_BL).last_hidden_state.flatten(0, 1)[rows.place_T]
+        truth = model.base_model(input_ids=rows.blocks[0]).last_hidden_state.flatten(0, 1)[rows.place_T]
         with sharing(model):
-            wrong = model.base_model(forest.input_ids_BL, position_ids=forest.position_ids_BL, forest=forest)
+            wrong = model.base_model(forest.blocks[0], position_ids=forest.position_ids_BL, forest=forest)
     assert relative_error(wrong.last_hidden_state[0], truth) > 0.05
 
 

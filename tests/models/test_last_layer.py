@@ -31,7 +31,7 @@ def test_read_states_and_the_gradient_are_those_of_the_whole_layer(kind, example
     found = []
     for narrow in (None, read_R):
         model.zero_grad()
-        hidden = hidden_states(model, layout, narrow)[0, read_R]
+        hidden = hidden_states(model, layout, narrow)[read_R]
         hidden.sin().sum().backward()
         grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
         found.append((hidden.detach(), torch.cat(grads)))
@@ -59,7 +59,7 @@ def test_with_gradient_checkpointing_the_whole_layer_is_computed():
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         with sharing(model):
-            hidden_states(model, layout, read_R)[0, read_R].sum().backward()
+            hidden_states(model, layout, read_R)[read_R].sum().backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
     torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-12)
     assert segments_of(batch) == layout.segments

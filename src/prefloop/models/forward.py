@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prefloop.batch.layout import Layout, forest_layout, num_row_places, rows_layout
+from prefloop.batch.layout import Layout, forest_layout, rows_layout
 from prefloop.batch.packed import PackedBatch
 from prefloop.models.attention import causal_model, is_sharing, sharing, why_not_shared
 from prefloop.models.last_layer import asking_segments, only_at
@@ -74,7 +74,7 @@ def forward(
         layout = layout_for(model, batch)
     token_U = torch.unique(batch.visit_token_V[batch.loss_mask_V if read_V is None else read_V])
     read_U = layout.place_T[token_U if "score" in want else batch.parent_T[token_U]]
-    hidden_LD = hidden_states(model, layout, read_U).flatten(0, 1)
+    hidden_LD = hidden_states(model, layout, read_U)
 
     def spread(value_U: Tensor) -> Tensor:
         return value_U.new_zeros(batch.num_tokens, *value_U.shape[1:]).index_put((token_U,), value_U)
@@ -109,23 +109,28 @@ def layout_for(model: nn.Module, batch: PackedBatch) -> Layout:
     if why_not_shared(model):
         return rows_layout(batch)
     forest = forest_layout(batch)
-    if forest.input_ids_BL.device.type != "cpu" or forest.segments is None:
+    if batch.token_T.device.type != "cpu" or forest.segments is None:
         return forest
     causal: Any = causal_model(model)
-    spared = 6 * causal.num_parameters(exclude_embeddings=True) * (num_row_places(batch) - batch.num_tokens)
+    rows = rows_layout(batch)
+    spared = 6 * causal.num_parameters(exclude_embeddings=True) * (rows.num_places - forest.num_places)
     calls = SEGMENT_FLOPS * causal.config.num_hidden_layers * len(forest.segments)
-    return forest if spared > calls else rows_layout(batch)
+    return forest if spared > calls else rows
 
 
 def hidden_states(model: nn.Module, layout: Layout, read_R: Tensor | None = None) -> Tensor:
-    """The model's last hidden states [B, L, D], after its final norm; over a forest good only at `read_R`, if given.
+    """The model's last hidden states [places of the layout, D], after its final norm.
+
+    Over a forest they are good only at the places `read_R`, if those are given.
 
     Raises:
         PrefloopError: as `forward`.
     """
     causal: Any = causal_model(model)
     if layout.segments is None:
-        return body_of(causal)(input_ids=layout.input_ids_BL, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+        body = body_of(causal)
+        states = [body(input_ids=block, use_cache=False).last_hidden_state.flatten(0, 1) for block in layout.blocks]
+        return torch.cat(states)
     reason = why_not_shared(model)
     if reason:
         raise PrefloopError(f"this model cannot run over shared prefixes: {reason}; use rows_layout")
@@ -139,12 +144,12 @@ def hidden_states(model: nn.Module, layout: Layout, read_R: Tensor | None = None
         narrowed = only_at(causal.base_model.layers[-1], read_R, layout.place_T.shape[0])
     with nullcontext() if is_sharing(model) else sharing(model), narrowed:
         return causal.base_model(  # type: ignore[no-any-return]
-            input_ids=layout.input_ids_BL,
+            input_ids=layout.blocks[0],
             position_ids=layout.position_ids_BL,
             use_cache=False,
             forest=layout,
             last_segments=last_segments,
-        ).last_hidden_state
+        ).last_hidden_state[0]
 
 
 def _recomputes(causal: nn.Module) -> bool:

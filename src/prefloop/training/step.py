@@ -184,7 +184,7 @@ class TrainingStep:
             if torch.is_grad_enabled():
                 loss.backward()  # type: ignore[no-untyped-call]
         totals.add(loss, unit_loss, batch)
-        totals.num_computed += layout.input_ids_BL.numel()
+        totals.num_computed += layout.num_places
 
     def _backward_coupled(
         self, joint: PackedBatch, batches: Sequence[PackedBatch], groups: Sequence[Sequence[int]], totals: _Totals
@@ -196,7 +196,7 @@ class TrainingStep:
             torch.nonzero(torch.isin(example_V, torch.tensor(group, device=example_V.device)))[:, 0] for group in groups
         ]
         layouts = [layout_for(self.model, batch) for batch in batches]
-        totals.num_computed += sum(layout.input_ids_BL.numel() for layout in layouts)
+        totals.num_computed += sum(layout.num_places for layout in layouts)
         with torch.no_grad():
             outputs = [self._output(batch, layout) for batch, layout in zip(batches, layouts, strict=True)]
         output_V = outputs[0].new_zeros(len(example_V), *outputs[0].shape[1:])
