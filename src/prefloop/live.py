@@ -26,7 +26,7 @@ from prefloop.stages.context import BEFORE
 from prefloop.stages.context import Progress as Quiet
 from prefloop.stages.fit_settings import FitProgress
 from prefloop.stages.fitting import Fitted
-from prefloop.training.model_card import CARD
+from prefloop.training.model_card import CARD, COUNTED, interval_text
 
 _STAGES = {
     "demonstrations": "demonstrate",
@@ -229,7 +229,7 @@ class LiveTraining(FitProgress):
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         """Print the metrics of the held-out rows."""
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in sorted(metrics.items()))
+        shown = "  ".join(f"{n} {value:.4g}" for n, value in sorted(metrics.items()) if not n.startswith(COUNTED))
         self.note(f"held out, after step {step}: {shown}")
 
     def finish(self, fitted: Fitted, output: Path) -> None:
@@ -242,7 +242,19 @@ class LiveTraining(FitProgress):
             self.note(f"warning: {warning}")
         if losses:
             self.note(f"{found['steps']} steps, loss {losses[0]:.4g} at first, {losses[-1]:.4g} at last")
+        if found["stopped_early"]:
+            self.note(f"stopped early: the weights are those after step {found['best_step']}, the best")
+        if "reward_model" in found:
+            self.note(_reward_model(found["reward_model"]))
         self.note(f"model: {output} (its data, recipe, metrics and lineage: {output / CARD})")
+
+
+def _reward_model(report: JSONObject) -> str:
+    cheap = ", ".join(f"{name} alone {interval_text(one['accuracy'])}" for name, one in report["shortcuts"].items())
+    return (
+        f"held-out pairs: accuracy {interval_text(report['accuracy'])} ({cheap}), log-loss {report['log_loss']:.3g}, "
+        f"calibration error {report['reliability']['ece']:.3g}"
+    )
 
 
 def _loss(metrics: Mapping[str, float]) -> str:

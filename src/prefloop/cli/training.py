@@ -7,6 +7,7 @@ objectives are taken, too, so that the error can say whose they are.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,6 +80,7 @@ def _fit(name: str, output: Path | None, store: str | None, options: dict[str, A
     for file in (*settings.data, *settings.eval_data):  # before a store is made
         if not Path(file).exists():
             raise PrefloopError(f"there is no file {file}")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of one library to another: no user can act on it
     with training_store(store, output, own=bool(settings.data)) as opened, LiveTraining(console) as progress:
         fitted = fit(settings, opened, output, progress)
         progress.finish(fitted, output)

@@ -60,7 +60,7 @@ class FitData:
         train, held = self.detail["train"], self.detail.get("held_out", {"num_examples": 0})
         yield (
             f"{train['num_examples']:,} rows to train on ({train['num_tokens']:,} tokens, {train['num_own_tokens']:,} "
-            f"of them in the loss), {held['num_examples']:,} held out"
+            f"of them the assistant's), {held['num_examples']:,} held out"
         )
         for part, name in (("train", "training"), ("held_out", "held-out")):
             counts = self.detail.get(part)

@@ -24,8 +24,12 @@ COUNTS = {
     "num_cut": "cut at their end",
     "longest": "longest row before any cut, tokens",
     "num_tokens": "tokens",
-    "num_own_tokens": "of them in the loss",
+    "num_own_tokens": "of them the assistant's",
 }
+
+
+COUNTED = ("num_", "skipped", "learning_rate")
+"""What says how a step went, not how good the model is."""
 
 
 def model_card(name: str, recipe: JSONObject, start: JSONObject, data: JSONObject, outcome: JSONObject) -> str:
@@ -49,7 +53,7 @@ def model_card(name: str, recipe: JSONObject, start: JSONObject, data: JSONObjec
         *_use(name, recipe),
         *_data(data),
         *_recipe(recipe),
-        *_metrics(outcome),
+        *_metrics(recipe, outcome),
         *_lineage(start, data),
     ]
     return "\n".join(lines) + "\n"
@@ -68,15 +72,14 @@ def _front_matter(recipe: JSONObject) -> Iterator[str]:
 
 def _use(name: str, recipe: JSONObject) -> list[str]:
     loader = LOADERS.get(recipe["objective"], "AutoModelForCausalLM")
-    return [
-        "```python",
-        f"from transformers import {loader}, AutoTokenizer",
-        "",
-        f'model = {loader}.from_pretrained("{name}")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-        "```",
-        "",
-    ]
+    lines = [f"from transformers import {loader}, AutoTokenizer", "", f'model = {loader}.from_pretrained("{name}")']
+    if recipe.get("num_adapters", 1) > 1:
+        lines = ["from prefloop.models.reward import load_reward_model", "", f'model = load_reward_model("{name}")']
+        return ["```python", *lines, "```", ""]
+    if recipe.get("lora") is not None:
+        lines[0] = f"from peft import {loader.replace('Auto', 'AutoPeft', 1)}\nfrom transformers import AutoTokenizer"
+        lines[2] = lines[2].replace(loader, loader.replace("Auto", "AutoPeft", 1))
+    return ["```python", *lines, f'tokenizer = AutoTokenizer.from_pretrained("{name}")', "```", ""]
 
 
 def _data(data: JSONObject) -> Iterator[str]:
@@ -131,18 +134,17 @@ def _plain(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _metrics(outcome: JSONObject) -> Iterator[str]:
+def _metrics(recipe: JSONObject, outcome: JSONObject) -> Iterator[str]:
     yield "## Metrics"
     yield ""
     evaluations = outcome["evaluations"]
-    best = next((one for one in evaluations if one["step"] == outcome["best_step"]), None)
-    shown = best or (evaluations[-1] if evaluations else {"step": 0, "metrics": {}})
-    held_out = shown["metrics"]
-    yield "Means of the last steps, and of the held-out rows" + (
-        f" after step {shown['step']}{', the best' if best else ''}." if evaluations else " (none were held out)."
-    )
+    kept = outcome["best_step"] if recipe.get("patience") else None  # else the weights are the last ones
+    shown = next((one for one in evaluations if one["step"] == kept), evaluations[-1] if evaluations else None)
+    held_out = shown["metrics"] if shown else {}
+    after = f"after step {shown['step']}, whose weights these are" if shown else "(none were held out)"
+    yield f"Means of the last steps, and of the held-out rows {after}."
     yield ""
-    names = sorted({*outcome["metrics"], *held_out} - {"skipped"})
+    names = sorted(name for name in {*outcome["metrics"], *held_out} if not name.startswith(COUNTED))
     cells = ((f"`{n}`", _number(outcome["metrics"].get(n)), _number(held_out.get(n))) for n in names)
     yield from _table(("metric", "training", "held out"), cells)
     if outcome["stopped_early"]:
@@ -151,6 +153,32 @@ def _metrics(outcome: JSONObject) -> Iterator[str]:
     for warning in outcome["warnings"]:
         yield f"Warning: {warning}"
         yield ""
+    if "reward_model" in outcome:
+        yield from _reward_model(outcome["reward_model"])
+
+
+def _reward_model(report: JSONObject) -> Iterator[str]:
+    """How good a reward model is on held-out pairs, beside what is cheap."""
+    reliability, length = report["reliability"], report["length"]
+    yield f"On {report['num_pairs']} held-out pairs ({report['num_ties']} ties apart), with 95 % intervals:"
+    yield ""
+    rows = [
+        ("accuracy", interval_text(report["accuracy"])),
+        ("log-loss, nats", _number(report["log_loss"])),
+        ("Brier score", _number(report["brier"])),
+        ("calibration error", f"{_number(reliability['ece'])} ({_number(reliability['ece_by_chance'])} by chance)"),
+        ("score gained by 100 tokens more", interval_text(length["slope"])),
+        ("the same, given the label: length bias", interval_text(length["slope_given_label"])),
+        ("spread of the members' gaps", _number(report["mean_spread"])),
+    ]
+    shortcuts = report["shortcuts"].items()
+    rows += [(f"accuracy of a shortcut: {name}", interval_text(found["accuracy"])) for name, found in shortcuts]
+    yield from _table(("", "value"), rows)
+
+
+def interval_text(found: JSONObject | None) -> str:
+    """A value with its interval."""
+    return "–" if found is None else f"{found['value']:.3g} [{found['low']:.3g}, {found['high']:.3g}]"
 
 
 def _number(value: float | None) -> str:
