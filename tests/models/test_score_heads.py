@@ -1,3 +1,4 @@
+import copy
 import json
 
 import numpy as np
@@ -6,6 +7,8 @@ import torch
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from prefloop.batch.layout import forest_layout
+from prefloop.models.attention import why_not_shared
 from prefloop.models.load import load_policy
 from prefloop.models.reward import NEW_PAD, choose_pad_token, ending_tokens, load_reward_model, new_reward_model
 from prefloop.models.settings import LoraSettings
@@ -112,11 +115,17 @@ def test_an_adapter_opens_by_its_own_name_too(policy, tmp_path):
     assert padded_scores(theirs.eval(), [path], 0)[0] == pytest.approx(model.sequence_scores([path])[0], abs=2e-6)
 
 
+@pytest.mark.parametrize("loaded", [False, True])
 @pytest.mark.parametrize("architecture", ["llama", "qwen3"])
-def test_what_paths_share_is_computed_once_and_changes_nothing(tmp_path, architecture):
+def test_what_paths_share_is_computed_once_and_changes_nothing(tmp_path, monkeypatch, architecture, loaded):
+    """Over a forest, which the layout would not choose for so few short paths."""
     model = moved(new_reward_model(saved_policy(tmp_path / "policy", architecture=architecture), num_heads=2))
+    if loaded:
+        model = load_reward_model(str(saved(model, tmp_path / "saved")))
     paths = paths_for(model)
     alone = np.concatenate([model.sequence_scores([path]) for path in paths])
+    assert model.sequence_scores(paths) == pytest.approx(alone, abs=2e-6)
+    monkeypatch.setattr("prefloop.models.forward.layout_for", lambda model, batch: forest_layout(batch))
     assert model.sequence_scores(paths) == pytest.approx(alone, abs=2e-6)
     assert model.sequence_scores(paths, max_tokens=30) == pytest.approx(alone, abs=2e-6)
     assert model.sequence_scores([]).shape == (0, 2)
@@ -164,6 +173,14 @@ def test_centres_and_scale_are_saved(policy, tmp_path):
     assert model.scale == pytest.approx(scores.mean(1).std())
     loaded = load_reward_model(str(saved(model, tmp_path / "saved")))
     assert (loaded.centres, loaded.scale, loaded.num_members) == (model.centres, model.scale, 2)
+
+
+def test_layers_with_a_configuration_of_their_own_do_not_share(policy):
+    """Attention over forests is switched on in the model's configuration: layers that do not see it would be wrong."""
+    model = new_reward_model(policy).model
+    assert not why_not_shared(model)
+    model.config = copy.deepcopy(model.config)
+    assert "configuration of their own" in why_not_shared(model)
 
 
 # --- padding ------------------------------------------------------------------------------------------------

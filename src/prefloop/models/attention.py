@@ -241,9 +241,12 @@ def causal_model(model: nn.Module) -> nn.Module:
 
 def why_not_shared(model: nn.Module) -> str:
     """Why this model cannot run over a forest of shared prefixes, in words; empty where it can."""
-    config: Any = causal_model(model).config
+    causal: Any = causal_model(model)
+    config = causal.config
     if obstacle := _obstacle(config):
         return obstacle
+    if causal.base_model.config is not config:
+        return "its layers have a configuration of their own, in which their attention cannot be changed"
     if config.model_type not in SHARING_MODEL_TYPES:
         return f"architecture {config.model_type!r} is not on the list of those with a parity test"
     if model.training and (noises := _noises(model)):

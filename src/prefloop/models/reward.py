@@ -272,7 +272,7 @@ def _set_padding(model: Any, tokenizer: Any) -> bool:
 
 def _with_head(causal: Any, kind: Kind, num_heads: int, tokenizer: Any, name: str) -> Any:
     """The trunk of a causal model under a score head without weights yet."""
-    config = copy.deepcopy(causal.config)
+    config = causal.config
     config.num_labels, config.pad_token_id, config.classifier_dropout = num_heads, tokenizer.pad_token_id, 0.0
     try:
         with torch.device("meta"):
@@ -282,6 +282,7 @@ def _with_head(causal: Any, kind: Kind, num_heads: int, tokenizer: Any, name: st
     if type(model.base_model) is not type(causal.base_model):
         raise PrefloopError(f"model {name!r}: {kind} classification of {config.model_type!r} has another trunk")
     setattr(model, model.base_model_prefix, causal.base_model)
+    model.config = config  # the trunk's own: attention over forests is switched on there
     head = score_head(model)
     weight = causal.get_input_embeddings().weight
     model.score = nn.Linear(head.in_features, num_heads, head.bias is not None, dtype=weight.dtype)  # type: ignore[arg-type]
