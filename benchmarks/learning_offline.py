@@ -3,8 +3,8 @@
     python benchmarks/learning_offline.py [--json PATH] [--only PATTERN] [--quick] [--seed N]
 
 `frontier-*`: a single-turn task whose true reward is known (`_language.py`). Every objective learns from the same
-2,000 noisy preferences, with a small sweep of its own; best-of-n ranks the start policy's completions by a reward model
-of the same preferences. A setting is chosen on one set of fresh prompts and reported on another. `masking-*`: DPO on
+2,000 noisy preferences, with a small sweep of its own; `best-of-n-*` ranks the start policy's completions by a reward
+model of the same preferences. A setting is chosen on one set of fresh prompts and reported on another. `masking-*`: DPO on
 the booking task, with tool tokens left out of the loss, counted in it, and through TRL's own DPOTrainer, which counts
 them. The plot lies in out/benchmarks/learning_offline.svg.
 """
@@ -31,6 +31,7 @@ from prefloop.batch.examples import Demonstration
 from prefloop.batch.packed import pack
 from prefloop.models.forward import forward
 from prefloop.training.algorithms import make_algorithm
+from prefloop.training.step import TrainingStep
 
 NUM_SEEDS = 5
 KL_LEVELS = (0.5, 1.0, 2.0)
@@ -61,8 +62,6 @@ def frontier(seed: int, options: Options) -> Measured:
         tried = [learn(world, method, setting, quick) for setting in (sweep[1:2] if quick else sweep)]
         for name, value in summary_of(tried).items():
             found[f"{method}_{name}_{seed}"] = value
-    for name, value in at_levels(best_of_n(world, quick)).items():
-        found[f"bon_{name}_{seed}"] = value
     return Measured(found, [{"method": name, **rows} for name, rows in table_of(found, [seed]).items()])
 
 
@@ -116,9 +115,11 @@ def summary_of(tried: Sequence[tuple[Path, Path]]) -> dict[str, float]:
     return found
 
 
-def best_of_n(world: World, quick: bool) -> Path:
-    """Best-of-n by a reward model; the KL of best-of-n is log n - (n - 1) / n."""
-    scorer = reward_model(world, quick)
+def best_of_n(seed: int, options: Options) -> Measured:
+    """Best-of-n by a reward model of the same preferences; the KL of best-of-n is log n - (n - 1) / n."""
+    quick = options.quick
+    world = World(options.seed + seed, num_pairs=256 if quick else 2000, sft_steps=60 if quick else 400)
+    scorer, accuracy = reward_model(world, quick)
     num_prompts, most = (16, 4) if quick else (256, BEST_OF[-1])
     prompts = np.repeat(world.language.sentences(num_prompts, draw=BON, length=NUM_PROMPT), most, axis=0)
     completions = world.sample(world.start, prompts, BON)
@@ -133,25 +134,38 @@ def best_of_n(world: World, quick: bool) -> Path:
     for n in (n for n in BEST_OF if n <= most):
         best = score[:, :n].argmax(1)
         path.append((math.log(n) - (n - 1) / n, float(gold[np.arange(num_prompts), best].mean())))
-    return path
+    found = {f"bon_{name}_{seed}": value for name, value in at_levels(path).items()}
+    rows = [{"method": name, **row} for name, row in table_of(found, [seed]).items()]
+    return Measured(found | {f"bon_reward_model_accuracy_{seed}": accuracy}, rows)
 
 
-def reward_model(world: World, quick: bool) -> nn.Module:
-    """Bradley–Terry on the same preferences, from the start policy."""
-    config = copy.deepcopy(world.start.config)
-    config.num_labels, config.pad_token_id = 1, STOP + 1
-    torch.manual_seed(world.seed)
-    model = transformers.LlamaForSequenceClassification(config)
-    model.model.load_state_dict(world.start.model.state_dict())
+def reward_model(world: World, quick: bool) -> tuple[nn.Module, float]:
+    """Bradley–Terry on the same preferences, from the start policy: the best of a sweep on a tenth held out.
+
+    Returns the model and its accuracy on those, whose labels are as noisy as the others.
+    """
+    held_out, trained_on = world.pairs[: len(world.pairs) // 10], world.pairs[len(world.pairs) // 10 :]
     algorithm = make_algorithm("reward", center_coef=0.01)
-    train_steps(model, algorithm, world.pairs, num_steps=10 if quick else 120, learning_rate=5e-4)
-    return model
+    tried: list[tuple[float, float, nn.Module]] = []
+    for learning_rate, num_steps in ((1e-3, 60), (1e-3, 120), (2e-3, 60), (2e-3, 120), (4e-3, 60)):
+        config = copy.deepcopy(world.start.config)
+        config.num_labels, config.pad_token_id = 1, STOP + 1
+        torch.manual_seed(world.seed)
+        model = transformers.LlamaForSequenceClassification(config)
+        model.model.load_state_dict(world.start.model.state_dict())
+        train_steps(model, algorithm, trained_on, num_steps=5 if quick else num_steps, learning_rate=learning_rate)
+        measured = TrainingStep(model, None, algorithm, torch.optim.SGD(model.parameters(), lr=0.0)).evaluate(held_out)
+        tried.append((measured["loss"], measured["accuracy"], model))
+    _, accuracy, best = min(tried, key=lambda one: one[0])
+    return best, accuracy
 
 
 def table_of(figures: Mapping[str, float], seeds: Sequence[int]) -> dict[str, dict[str, str]]:
     """Mean and standard deviation over seeds of every method's figures."""
     rows: dict[str, dict[str, str]] = {}
     for method in (*SWEEPS, "bon"):
+        if not any(name.startswith(f"{method}_") for name in figures):
+            continue
         rows[method] = {}
         for name in (*(f"gold_at_kl_{level:g}" for level in KL_LEVELS), "gold_end", "kl_end"):
             values = [figures[key] for seed in seeds if (key := f"{method}_{name}_{seed}") in figures]
@@ -203,7 +217,8 @@ def cells(quick: bool) -> dict[str, Cell]:
     """All cells by name."""
     seeds = range(1 if quick else NUM_SEEDS)
     frontiers: dict[str, Cell] = {f"frontier-{seed}": partial(frontier, seed) for seed in seeds}
-    return {**frontiers, **_masking.cells(quick)}
+    ranked: dict[str, Cell] = {f"best-of-n-{seed}": partial(best_of_n, seed) for seed in seeds}
+    return {**frontiers, **ranked, **_masking.cells(quick)}
 
 
 def main(options: Options) -> None:
