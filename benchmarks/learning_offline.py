@@ -4,9 +4,9 @@
 
 `frontier-*`: a single-turn task whose true reward is known (`_language.py`). Every objective learns from the same
 2,000 noisy preferences, with a small sweep of its own; `best-of-n-*` ranks the start policy's completions by a reward
-model of the same preferences. A setting is chosen on one set of fresh prompts and reported on another. `masking-*`: DPO on
-the booking task, with tool tokens left out of the loss, counted in it, and through TRL's own DPOTrainer, which counts
-them. The plot lies in out/benchmarks/learning_offline.svg.
+model of the same preferences. A setting is chosen on one set of fresh prompts and reported on another. `masking-*`: DPO
+on the booking task, with tool tokens left out of the loss, counted in it, and through TRL's own DPOTrainer, which
+counts them. The plot lies in out/benchmarks/learning_offline.svg.
 """
 
 from __future__ import annotations
