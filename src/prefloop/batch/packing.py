@@ -6,10 +6,10 @@ examples themselves, and never changes the gradient, because denominators are gl
 
 The budget of tokens is one of memory, too. What the forward keeps for the backward pass grows with the computed
 tokens and with nothing else: attention is computed in blocks whose scores are not kept, whatever the tree's shape.
-For a decoder of L layers, hidden size D, feed-forward size F, with heads of queries Q wide and of keys and values K
-wide in all, that is about L (7 D + 3 Q + 2 K + 4 F) numbers a token, or L D with gradient checkpointing. The logits,
-of which there are more than of anything else, have a budget of their own (`StepSettings.logit_budget`): beyond it they
-are computed again, `CHUNK_TOKENS` of `prefloop.models.forward` at a time.
+For a decoder of L layers, hidden size D, feed-forward size F, with queries Q wide and keys (and values) K wide over all
+heads, that is L (8 D + 4 Q + 3 K + 4 F) numbers a token to within a quarter, or (L + 2) D with gradient checkpointing
+(measured in Llama, Qwen 3 and Gemma 3). Logits, of which there are more than of anything else, have a budget of their
+own (`StepSettings.logit_budget`): beyond it they are computed again, a chunk of tokens at a time.
 
 Shape suffixes: E examples, V visits, T tokens of the forest.
 """
