@@ -146,7 +146,8 @@ def _found(stage: str, detail: JSONObject) -> str:
             return f"{detail['num_pairs']} pairs of {detail['num_scored']} scored"
         case "train":
             reasons = [attempt["reason"] for attempt in detail["attempts"]] or [detail.get("reason", "")]
-            return "; rolled back; ".join(reasons) + ("; rolled back" if detail["rolled_back"] else "")
+            tried = "; rolled back; ".join(reasons) + ("; rolled back" if detail["rolled_back"] else "")
+            return "; ".join([tried, *detail.get("warnings", [])])
         case _:
             return "done"
 

@@ -25,7 +25,7 @@ def run_loop(run: Run) -> JSONObject:
         PrefloopError: another process holds the run, its settings changed, or a stage cannot be done.
     """
     with opened(run):
-        run.check_judge()  # one without a key should not fail after an hour of rollouts
+        run.check()  # a judge without a key should not fail after an hour of rollouts
         start = start_policy(run)
         evaluate_stage(run, BEFORE, start)
         for iteration in range(run.settings.iterations):

@@ -191,6 +191,7 @@ class SyntheticRun:
             "loss": [0.69 * 0.97**step + 0.02 * self.draw.random() for step in range(24)],
             "metrics": {"rewards/accuracies": 0.9, "rewards/margins": 1.1},
             "attempts": [refused, accepted] if index == 1 else [accepted],
+            "warnings": ["step 24: chosen completions have become 6.1 nats less likely"] if index == 0 else [],
         })  # fmt: skip
 
     def finish(self, agreement=None):

@@ -75,6 +75,7 @@ def test_everything_the_run_recorded_has_its_place(page):
     for words in (
         "3.60 nats a trajectory", "2 min 8 s", "Invented ids", "Ignored constraints",
         "Iteration 2: an update was rolled back",
+        "Iteration 1, its training:", "step 24: chosen completions have become 6.1 nats less likely.",
         "a loss of 18.8 points", "85.0 % [70.9, 92.9] of 40 decisive votes", "3 on pairs it scored the same",
         "learning_rate = 0.0003", "# store is not set", "2.13.0", "256: 256 ok", "The guards refused 1 update",
     ):  # fmt: skip

@@ -95,13 +95,18 @@ class Run:
             return process_reward_judge(settings.process, self.settings.num_threads)
         return RuleJudge(self.verifier, settings.rules)
 
-    def check_judge(self) -> None:
-        """Make the judge now.
+    def check(self) -> None:
+        """Make the judge now, and see that metrics can go where they are to go.
 
         Raises:
-            PrefloopError: it cannot be asked: no key, no package, a wrong rubric, or a model that cannot be loaded.
+            PrefloopError: the judge cannot be asked (no key, no package, a wrong rubric, or a model that cannot be
+                loaded), or a package for metrics is missing.
         """
+        from prefloop.training.writers import check_reporters
+
         _ = self.judge
+        for table in (self.settings.sft, self.settings.train):
+            check_reporters(table.report_to if table is not None else [])
 
     @cached_property
     def policies(self) -> Policies:
