@@ -22,7 +22,7 @@ from prefloop.batch.examples import Demonstration, Example, LabelledSample, Pref
 from prefloop.batch.layout import Layout
 from prefloop.batch.packed import PackedBatch, Unit
 from prefloop.batch.packing import pack_group, split_examples
-from prefloop.models.attention import disable_dropout, sharing, why_not_shared
+from prefloop.models.attention import causal_model, disable_dropout, sharing, why_not_shared
 from prefloop.models.draw import DivergedError
 from prefloop.models.forward import LOGIT_BUDGET, forward, layout_for
 from prefloop.records import PrefloopError
@@ -100,6 +100,8 @@ class TrainingStep:
         disable_dropout(model)
         if reason := why_not_shared(model.train()):
             log.warning("shared prefixes are computed once for each path: %s", reason)
+        if getattr(causal_model(model).config, "output_router_logits", False):
+            log.warning("output_router_logits is set, but the balancing loss of routers is no part of the objective")
 
     def __call__(self, examples: Sequence[Example], *, seed: Sequence[int] = (0,)) -> dict[str, float]:
         """One update on these examples; the metrics of the step, averaged over units by their weights.
