@@ -2,14 +2,18 @@
 
 import json
 import math
+import re
 from pathlib import Path
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
 from tiny_runs import tiny_run, tiny_settings
 
+from fit_runs import pair_rows, train_rows
 from prefloop.config import parse_settings
-from prefloop.judges import judge_all, judge_items
+from prefloop.judges import JudgeItem, judge_all, judge_items
 from prefloop.judges.reward_model import RewardJudgeSettings
 from prefloop.loop import run_loop
 from prefloop.models.reward import new_reward_model
@@ -21,7 +25,7 @@ from prefloop.stages.scorers import reward_judge
 from prefloop.stages.settings import RunSettings
 from prefloop.store import Store
 from prefloop.training.checkpoint import save_atomically
-from reward_examples import SMALL, conversations, rendered, saved_policy
+from reward_examples import SMALL, conversations, padded_scores, rendered, saved_policy
 
 LLMBAR = Path(__file__).parents[2] / "../shared/data/llmbar"
 
@@ -104,6 +108,25 @@ def test_a_run_is_judged_by_a_reward_model(tmp_path):
         assert run.found(0, "curate")["num_scored"] == 16
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"num_heads": 3}, {"lora": {}}, {"lora": {}, "num_heads": 2}])
+def test_the_card_says_how_transformers_opens_it(tmp_path, settings):
+    """What it tells people to run gives the judge's scores."""
+    train_rows(
+        "reward", saved_policy(tmp_path / "policy"), tmp_path / "rm", pair_rows(12),
+        held_out=0.25, learning_rate=1e-3, num_steps=2, num_threads=1, device="cpu", **settings,
+    )  # fmt: skip
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "rm" / "README.md").read_text(), re.DOTALL)
+    names = {}
+    exec(code, names)  # it names the directory as it is from here
+    judge = judge_of(str(tmp_path / "rm"))
+    items = [JudgeItem(task, trajectory) for task, trajectory in conversations()[:4]]
+    paths = [rendered(names["tokenizer"], item.trajectory) for item in items]
+    theirs = np.concatenate([padded_scores(names["model"].eval(), [path], 0) for path in paths])
+    scores = judge.scorer.score([item.trajectory for item in items], [item.task for item in items])
+    assert [one.members for one in scores] == [pytest.approx(tuple(row), abs=2e-6) for row in theirs]
+
+
 def llmbar_rows(name):
     """TRL's preference format, conversational."""
     rows = json.loads((LLMBAR / f"{name}.json").read_text(encoding="utf-8"))
@@ -141,6 +164,9 @@ def test_from_real_preferences_to_judgements(tmp_path):
         assert report["num_pairs"] == fitted.data["held_out"]["num_rows"]
         assert set(report["shortcuts"]) == {"length", "words"}
         assert 0 < report["log_loss"] < 2
+        plot = ElementTree.parse(tmp_path / "rm" / "reliability.svg").getroot()
+        assert plot.tag == "{http://www.w3.org/2000/svg}svg"
+        assert "var(--" not in ElementTree.tostring(plot, encoding="unicode")
         judge = judge_of(str(tmp_path / "rm"))
         pairs = store.dataset(fitted.data["held_out_id"]).pairs
         ids = [i for pair in pairs for i in (pair.chosen_id, pair.rejected_id)]

@@ -158,6 +158,24 @@ def _calibration(calibration: Calibration | None) -> Figure | None:
     )
 
 
+def reliability(found: Mapping[str, Any]) -> Figure:
+    """A reward model's confidence against truth on held-out pairs (`Reliability` as a dictionary)."""
+    points = [(one["mean_score"], one["success"]) for one in found["bins"]]
+
+    def paint(axes: Axes) -> None:
+        axes.plot([0.5, 1], [0.5, 1], color=MUTED, linewidth=1, linestyle=(0, (3, 3)))
+        _line_with_intervals(axes, points, FIRST, "")
+        _share_axis(axes, "right")
+        axes.set_xlim(0.485, 1.015)
+        axes.set_xlabel("confidence")
+
+    caption = (
+        f"How often the side that scores higher is the better one, by confidence. Calibration error "
+        f"{found['ece']:.3f}; a calibrated model shows up to {found['ece_by_chance']:.3f} by chance."
+    )
+    return Figure("Confidence and truth", caption, draw("reliability", _said("Right by confidence", points), paint))
+
+
 def _scores(turns: Sequence[Iteration]) -> Figure | None:
     found = [turn.curate for turn in turns if turn.curate.get("kept_scores") and turn.curate.get("dropped_scores")]
     if not found:

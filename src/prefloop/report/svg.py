@@ -22,6 +22,11 @@ _VARIABLES = {
     INK: "--ink", MUTED: "--muted", GRID: "--grid", FIRST: "--first", SECOND: "--second", THIRD: "--third", BAD: "--bad"
 }  # fmt: skip
 
+_LIGHT = {
+    INK: "#14171f", MUTED: "#5c6474", GRID: "#e3e6ec",
+    FIRST: "#3f5bd8", SECOND: "#d9730d", THIRD: "#0b8a83", BAD: "#c4352f",
+}  # fmt: skip
+
 _STYLE: Any = {
     "axes.axisbelow": True,
     "axes.edgecolor": GRID,
@@ -74,6 +79,14 @@ def draw(name: str, description: str, paint: Callable[[Axes], None], *, wide: bo
             axes.patch.set_alpha(0)
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return _inline(buffer.getvalue(), name, description)
+
+
+def standalone(svg: str) -> str:
+    """A figure of `draw` as a file of its own: with the page's light colours."""
+    for stand_in, variable in _VARIABLES.items():
+        svg = svg.replace(f"var({variable})", _LIGHT[stand_in])
+    svg = svg.replace("var(--sans)", "sans-serif")
+    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" style="background: #ffffff" ', 1)
 
 
 def _inline(svg: str, name: str, description: str) -> str:

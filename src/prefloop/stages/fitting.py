@@ -23,6 +23,7 @@ from prefloop.store import Store
 if TYPE_CHECKING:
     from prefloop.stages.fit_models import Learner, Outcome
 
+PLOT = "reliability.svg"
 FIRST = 0  # the iteration of a run that has only one
 ANEW = "put it back, or give another --output to train anew"
 
@@ -160,6 +161,8 @@ class _Fitting:
         def write(directory: Path) -> None:
             learner.trained.save(directory)
             (directory / CARD).write_text(card, encoding="utf-8")
+            if "reward_model" in detail:
+                self._plot(detail["reward_model"]["reliability"], directory)
 
         base = self._base(start)
         manifest_hash = save_atomically(self.output, write)
@@ -182,6 +185,17 @@ class _Fitting:
             self.store.add_event(self.id, FIRST, "finish", {"checkpoint_id": checkpoint.id, "wall_s": seconds})
         forget_state(self.directory / STATES)
         return Fitted(checkpoint, start, data.detail, detail)
+
+    def _plot(self, reliability: JSONObject, directory: Path) -> None:
+        """The plot of a reward model's calibration, where it can be drawn."""
+        from prefloop.report import figures, svg
+
+        try:
+            plot = svg.standalone(figures.reliability(reliability).svg)
+        except PrefloopError as missing:
+            self.progress.note(f"no {PLOT}: {missing}")
+        else:
+            (directory / PLOT).write_text(plot, encoding="utf-8")
 
     def _base(self, start: JSONObject) -> Checkpoint:
         """The model that the training started from: a checkpoint of the store where it is one."""

@@ -79,6 +79,8 @@ def _use(name: str, recipe: JSONObject) -> list[str]:
     if recipe.get("lora") is not None:
         lines[0] = f"from peft import {loader.replace('Auto', 'AutoPeft', 1)}\nfrom transformers import AutoTokenizer"
         lines[2] = lines[2].replace(loader, loader.replace("Auto", "AutoPeft", 1))
+        if recipe["objective"] in LOADERS:  # else peft makes a head of two labels
+            lines[2] = lines[2].replace('")', f'", num_labels={recipe.get("num_heads", 1)})')
     return ["```python", *lines, f'tokenizer = AutoTokenizer.from_pretrained("{name}")', "```", ""]
 
 
