@@ -8,15 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fit_runs import Heard, chat_rows, pair_rows, tiny_model, train_rows
+from fit_runs import Heard, chat_rows, pair_rows, train_rows
 from prefloop.records import PrefloopError
 from prefloop.store import Store
 from prefloop.training.checkpoint import verify
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 def test_sft_and_then_dpo_from_files(model: Path, tmp_path: Path):

@@ -41,7 +41,17 @@ app = App(
 ROWS, MODEL, OBJECTIVE, TRAINING = (
     Group(name, sort_key=i) for i, name in enumerate(("Rows", "Model", "Objective", "Training"))
 )
-OF_MODEL = ("model", "reference", "num_heads", "num_adapters", "dtype", "device", "seed", "num_threads")
+OF_MODEL = (
+    "model",
+    "reference",
+    "chat_template",
+    "num_heads",
+    "num_adapters",
+    "dtype",
+    "device",
+    "seed",
+    "num_threads",
+)
 OF_REFERENCE = ("reference", "sync_reference_every", "sync_reference_mixup")
 OF_THE_BEST = ("top_k", "rater", "min_score")
 OF_ONE = {"num_heads": "reward", "num_adapters": "reward", "separator": "process_reward"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from prefloop.formats.limits import RowProblemError
@@ -27,6 +28,7 @@ from prefloop.formats.rows import (
 from prefloop.records import JSONObject, Judgement, Message, Role, Status, StepLabel, Task
 
 STEP_SEPARATOR = "\n"
+PLAIN_TEXT = "plain_text"  # in the `extra` of a trajectory that is a text of nobody, to be learnt without a template
 _KNOWN = frozenset(
     ("prompt", "completion", "chosen", "rejected", "label", "messages", "conversations", "text", "tools", "margin",
      "probability", "tie", "completions", "labels")
@@ -80,7 +82,8 @@ def _task(row: Mapping[str, Any], context: Context, messages: tuple[Message, ...
 def _text(row: Mapping[str, Any], line: int, context: Context) -> Bundle:
     completion = (Message(Role.ASSISTANT, _string(row["text"], "text")),)
     task = _task(row, context, ())
-    return Bundle([task], [context.trajectory(task, completion, line, columns=other_columns(row, _KNOWN))])
+    trajectory = context.trajectory(task, completion, line, columns=other_columns(row, _KNOWN))
+    return Bundle([task], [replace(trajectory, extra={**trajectory.extra, PLAIN_TEXT: True})])
 
 
 def _completion(row: Mapping[str, Any], line: int, context: Context) -> Bundle:

@@ -17,12 +17,14 @@ from prefloop.chat.steps import SEPARATOR
 from prefloop.curation.steps import merge_step_labels
 from prefloop.formats.importing import MAX_LISTED_ERRORS
 from prefloop.formats.limits import RowProblemError
+from prefloop.formats.trl import PLAIN_TEXT
 from prefloop.records import (
     JSONObject,
     Labelled,
     Pair,
     PrefloopError,
     Role,
+    Source,
     StepLabel,
     TokenPath,
     Trajectory,
@@ -179,7 +181,12 @@ class _Preparing:
             try:
                 _check_said(trajectory)
                 tools = self.corpus.tasks[trajectory.task_id].tools
-                self.rendered[trajectory_id] = trajectory_paths(self.renderer, trajectory, tools)
+                plain = trajectory.extra.get(PLAIN_TEXT)
+                self.rendered[trajectory_id] = (
+                    (text_path(self.renderer, trajectory.messages[0].content),)
+                    if plain
+                    else trajectory_paths(self.renderer, trajectory, tools)
+                )
             except PrefloopError as error:
                 self.rendered[trajectory_id] = error
         found = self.rendered[trajectory_id]
@@ -223,6 +230,28 @@ def example_of(member: Member, paths: Mapping[str, Paths], name: str) -> Example
         tied=member.tied,
         weight=member.weight,
         name=name,
+    )
+
+
+def text_path(renderer: ChatRenderer, text: str) -> TokenPath:
+    """A plain text as a language model reads it: a start token, the text and the tokenizer's end token, no template.
+
+    All but the start token enter the loss (the format "language modeling" of TRL).
+
+    Raises:
+        PrefloopError: the tokenizer has neither a start nor an end token.
+    """
+    start, _, _ = renderer.prompt_tokens(())
+    own = [*renderer.encoder.encode(text).ids, *renderer.end_ids]
+    source = [int(Source.TEMPLATE)] * len(start) + [int(Source.SAMPLED)] * len(own)
+    message = [-1] * len(start) + [0] * len(own)
+    return TokenPath(
+        np.array([*start, *own], np.int32),
+        np.array(source, np.uint8),
+        np.array(message, np.int32),
+        np.full(len(start) + len(own), np.nan, np.float32),
+        renderer.tokenizer_hash,
+        renderer.template_hash,
     )
 
 

@@ -126,10 +126,18 @@ def load_learner(settings: FitSettings) -> Learner:
     kind = SCORED.get(settings.objective)
     if kind is not None:
         sizes: dict[str, Any] = {"num_heads": settings.num_heads, "num_adapters": settings.num_adapters}
-        return Learner(new_reward_model(name, kind=kind, lora=settings.lora, seed=settings.seed, **sizes, **options))
+        reward = new_reward_model(name, kind=kind, lora=settings.lora, seed=settings.seed, **sizes, **options)
+        return _with_template(Learner(reward), settings)
     if settings.lora is not None and (Path(name) / ADAPTER_CONFIG).is_file():
         raise PrefloopError(f"--lora-rank: {settings.model} is an adapter already, which is trained on: leave it out")
-    return Learner(load_policy(name, lora=settings.lora, **options))
+    return _with_template(Learner(load_policy(name, lora=settings.lora, **options)), settings)
+
+
+def _with_template(learner: Learner, settings: FitSettings) -> Learner:
+    """Give the tokenizer the chat template of the settings, which is saved with it."""
+    if settings.chat_template:
+        learner.trained.tokenizer.chat_template = Path(settings.chat_template).read_text(encoding="utf-8")
+    return learner
 
 
 def _options(settings: FitSettings) -> dict[str, Any]:
@@ -307,7 +315,7 @@ def _with_reference(
         """The reference as a model of its own."""
         name = settings.reference or settings.model
         policy = load_policy(located(name), **_options(settings))
-        theirs, ours = Learner(policy).renderer, learner.renderer
+        theirs, ours = _with_template(Learner(policy), settings).renderer, learner.renderer
         if (theirs.tokenizer_hash, theirs.template_hash) != (ours.tokenizer_hash, ours.template_hash):
             raise PrefloopError(
                 f"--reference {name} has another tokenizer or chat template than {settings.model}: its log-probs would "

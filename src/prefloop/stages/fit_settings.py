@@ -25,6 +25,7 @@ class FitSettings(TrainingSettings, LossSettings):
     objective: str
     model: str = Field(description="a directory in Hugging Face's layout, or a hub id")
     reference: str = Field(default="", description="the reference model, else the model itself as it starts")
+    chat_template: str = Field(default="", description="a file with a chat template, else the tokenizer's own")
     data: list[str] = Field(default_factory=list, description="files of rows, in any format that `import` reads")
     dataset: str = Field(default="", description="in place of files: id of a frozen dataset of the store")
     top_k: int | None = Field(default=None, ge=1, description="in place of files: the store's K best of each task")

@@ -6,6 +6,7 @@ the result is a checkpoint with its parent. Killed anywhere, the same call goes 
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +47,9 @@ def fit(settings: FitSettings, store: Store, output: Path, progress: FitProgress
         PrefloopError: the output is there and comes of something else, another process is at it, or a bad row, model
             or setting, each in one line.
     """
+    output = Path(os.path.relpath(output))  # one name for one place, however it is spelled
     fitting = _Fitting(settings, store, output, progress or FitProgress())
-    with claimed(store, output.name, fitting.directory, fitting.recipe(), "give another --output"):
+    with claimed(store, str(output), fitting.directory, fitting.recipe(), "give another --output"):
         return fitting.found() or fitting.go_on()
 
 
@@ -63,7 +65,7 @@ class _Fitting:
     @property
     def id(self) -> str:
         """The run's id."""
-        return run_id(self.output.name)
+        return run_id(str(self.output))
 
     @property
     def directory(self) -> Path:
@@ -76,6 +78,8 @@ class _Fitting:
         for name in ("data", "eval_data"):
             files = [Path(file) for file in getattr(self.settings, name)]
             recipe[name] = [{"file": file.name, "sha256": sha256_of(file)} for file in files]
+        if self.settings.chat_template:
+            recipe["chat_template"] = sha256_of(Path(self.settings.chat_template))
         return recipe
 
     def _settings(self) -> JSONObject:
@@ -127,7 +131,7 @@ class _Fitting:
             data,
             self.settings,
             start,
-            Place(self.store, self.id, self.output.name, FIRST, self.directory),
+            Place(self.store, self.id, str(self.output), FIRST, self.directory),
             identity=content_hash(self.recipe(), start["weights"], data.dataset.id, learner.renderer.tokenizer_hash),
             progress=self.progress,
         )
