@@ -243,6 +243,9 @@ def test_a_tokenizer_that_pads_with_its_end_token_gets_another(tmp_path, monkeyp
     theirs = theirs if lora is None else PeftModel.from_pretrained(theirs, directory)
     assert padded_scores(theirs.eval(), paths, pad) == pytest.approx(ours, abs=2e-6)
     assert load_reward_model(str(directory)).sequence_scores(paths) == pytest.approx(ours, abs=2e-6)
+    again = new_reward_model(str(tmp_path / "policy"), lora=lora, seed=2).model.state_dict()
+    fresh = new_reward_model(str(tmp_path / "policy"), lora=lora, seed=2).model.state_dict()
+    assert all(torch.equal(tensor, fresh[name]) for name, tensor in again.items())
 
 
 # --- models of others, and errors ----------------------------------------------------------------------------
@@ -284,5 +287,8 @@ def test_what_is_no_reward_model_is_refused(policy, tmp_path):
     with pytest.raises(PrefloopError, match="scores each sequence, not each token"):
         load_reward_model(str(directory), kind="token")
     assert json.loads((directory / "reward_model.json").read_text())["kind"] == "sequence"
+    (saved(new_reward_model(policy, num_heads=2), tmp_path / "two") / "reward_model.json").unlink()
+    with pytest.raises(PrefloopError, match="has 2 labels: a reward model gives one score"):
+        load_reward_model(str(tmp_path / "two"))
     with pytest.raises(PrefloopError, match="there are none"):
         new_reward_model(policy).calibrate([])

@@ -217,6 +217,8 @@ def load_reward_model(
     tokenizer, model = _open(name, kind, adapters, saved.get("num_heads", 1), dtype)
     if kind == "token" and not saved and _config(model).num_labels == 2:
         _fold_two_classes(model, name)
+    if kind == "sequence" and not saved and _config(model).num_labels != 1:
+        raise PrefloopError(f"model {name!r} has {_config(model).num_labels} labels: a reward model gives one score")
     return RewardModel(
         model.to(device).eval().requires_grad_(False),
         tokenizer,
@@ -267,6 +269,8 @@ def _set_padding(model: Any, tokenizer: Any) -> bool:
     grows = len(tokenizer) > num_embeddings
     if grows:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with torch.no_grad():  # else drawn at random, differently each time
+            model.get_input_embeddings().weight[num_embeddings:].zero_()
     return bool(grows)
 
 
