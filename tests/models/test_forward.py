@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -18,9 +20,10 @@ from packed_examples import (
 from prefloop.batch.examples import Demonstration
 from prefloop.batch.layout import forest_layout, rows_layout
 from prefloop.batch.packed import pack
+from prefloop.batch.packing import micro_batches
 from prefloop.models import attention
 from prefloop.models import forward as forward_module
-from prefloop.models.attention import SHARING_MODEL_TYPES, sharing
+from prefloop.models.attention import SHARING_MODEL_TYPES, sharing, why_not_shared
 from prefloop.models.forward import forward, layout_for
 from prefloop.records import PrefloopError
 
@@ -133,6 +136,44 @@ def test_models_that_cannot_share_run_as_rows(kind, settings):
         forward(model, batch, layout=forest_layout(batch))
 
 
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+}
+VISION = {"hidden_size": 16, "intermediate_size": 16}
+
+
+def vision_language_model(kind):
+    if kind == "gemma3":
+        config = transformers.Gemma3Config(
+            text_config=SHAPE | {"sliding_window": 4, "head_dim": 16},
+            vision_config=VISION
+            | {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+        )
+        return transformers.Gemma3ForConditionalGeneration(config)
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=SHAPE | {"rope_parameters": rope},
+        vision_config=VISION | {"depth": 1, "num_heads": 2, "out_hidden_size": 32},
+    )
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen2_5_vl"])
+def test_models_that_can_also_see_run_text_as_rows(kind):
+    torch.manual_seed(0)
+    model = vision_language_model(kind).eval()
+    assert why_not_shared(model)
+    batch = pack(EXAMPLES["pairs"])
+    expected = theirs(model, batch, paths_of(EXAMPLES["pairs"]))
+    torch.testing.assert_close(ours(model, batch, None).double(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["bloom", "recurrent_gemma", "lfm2", "mamba"])
 def test_without_the_guard_they_would_be_silently_wrong(kind):
     model, batch = tiny_model(kind, **dict(FALLBACKS)[kind]).eval(), pack(EXAMPLES["branching"])
@@ -164,6 +205,21 @@ def test_the_layout_is_the_cheaper_one():
     assert layout_for(model, pack(shared)).segments is not None
     assert layout_for(model, pack(alone)).segments is None
     assert layout_for(tiny_model("gpt_neox", num_key_value_heads=4), pack(shared)).segments is None
+
+
+def test_rows_that_share_nothing_lie_end_to_end_without_padding():
+    """The code path of plain packing: one row of separate trees, each one segment that attends to itself alone."""
+    rng = np.random.default_rng(0)
+    alone = [Demonstration((path([i, *rng.integers(0, VOCAB, rng.integers(20, 200))], 1),)) for i in range(16)]
+    with torch.device("meta"):
+        model = tiny_model("llama", hidden_size=256, intermediate_size=768, num_hidden_layers=4)
+    [batch] = micro_batches(alone, 10_000)
+    layout = layout_for(model, batch)
+    lengths = [len(example.paths[0].token) for example in alone]
+    starts = np.cumsum([0, *lengths])
+    assert layout.num_places == sum(lengths)
+    assert [(s.start, s.stop, s.end) for s in layout.segments] == [(a, b, b) for a, b in pairwise(starts.tolist())]
+    assert layout.position_ids_BL[0].tolist() == [i for length in lengths for i in range(length)]
 
 
 def test_narrow_types_sum_the_head_s_gradient_in_float32(monkeypatch):

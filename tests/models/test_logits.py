@@ -17,7 +17,7 @@ def is_plain(model):
     return head_of(model) is model.get_output_embeddings()
 
 
-@pytest.mark.parametrize("kind", sorted(SHARING_MODEL_TYPES - {"gemma2"}) + ["gpt_neox", "mamba", "opt"])
+@pytest.mark.parametrize("kind", [*sorted(SHARING_MODEL_TYPES - {"gemma2"}), "gpt_neox", "mamba", "opt"])
 def test_most_heads_are_a_product(kind):
     assert is_plain(tiny_model(kind, num_key_value_heads=4))
 
@@ -35,7 +35,7 @@ MORE_THAN_A_PRODUCT = {
 @pytest.mark.parametrize("case", MORE_THAN_A_PRODUCT)
 def test_caps_and_scales_are_found_also_where_small_logits_hide_them(case, settings):
     kind, options = MORE_THAN_A_PRODUCT[case]
-    model = tiny_model(kind, **{"initializer_range": 1e-3}, **options) if not settings else tiny_model(kind, **options)
+    model = tiny_model(kind, initializer_range=1e-3, **options) if not settings else tiny_model(kind, **options)
     head = head_of(model)
     assert isinstance(head, partial)
     expected = model(input_ids=IDS, use_cache=False).logits[0]

@@ -23,6 +23,7 @@ from prefloop.batch.packed import PackedBatch
 from prefloop.models.attention import causal_model, is_sharing, sharing, why_not_shared
 from prefloop.models.last_layer import asking_segments, only_at
 from prefloop.models.logits import Head, body_of, head_of
+from prefloop.models.positions import check_positions
 from prefloop.records import PrefloopError
 
 Want = Literal["logprob", "entropy", "score"]
@@ -68,10 +69,11 @@ def forward(
 
     Raises:
         PrefloopError: a forest for a model that cannot share, gradient checkpointing outside `sharing`, or no such
-            head; and as `head_of`.
+            head; and as `head_of` and `check_positions`.
     """
     if layout is None:
         layout = layout_for(model, batch)
+    check_positions(model, batch)
     token_U = torch.unique(batch.visit_token_V[batch.loss_mask_V if read_V is None else read_V])
     read_U = layout.place_T[token_U if "score" in want else batch.parent_T[token_U]]
     hidden_LD = hidden_states(model, layout, read_U)
