@@ -22,7 +22,11 @@ def policy(tmp_path_factory):
 
 @pytest.fixture
 def model(policy):
-    found = new_reward_model(policy, num_heads=2, seed=1)
+    return moved(new_reward_model(policy, num_heads=2, seed=1))
+
+
+def moved(found):
+    """Away from its first weights."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in found.model.parameters():
@@ -94,8 +98,9 @@ def _rest(trajectory):
     return trajectory.ended, trajectory.author_kind, trajectory.author
 
 
-def test_a_model_of_others_reads_all_that_the_template_makes(model, tmp_path):
+def test_a_model_of_others_reads_all_that_the_template_makes(policy, tmp_path):
     """As its users do with apply_chat_template; ours ends where the policy's last turn does."""
+    model = moved(new_reward_model(policy))
     template = model.tokenizer.chat_template + "\n(end)"
     model.tokenizer.chat_template = template
     pairs = conversations()[:3]
