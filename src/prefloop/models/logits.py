@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from prefloop.models.attention import causal_model, is_sharing
+from prefloop.models.attention import causal_model, why_not_shared
 from prefloop.records import PrefloopError
 
 Head: TypeAlias = nn.Linear | Callable[[Tensor], Tensor]
@@ -38,8 +38,8 @@ def head_of(model: nn.Module) -> Head:
     """What turns the last hidden states of a causal language model into its logits.
 
     Raises:
-        PrefloopError: it has no output embedding, its logits are no function of the last hidden states, or its
-            hidden states depend on later tokens.
+        PrefloopError: it has no output embedding; or (tried only for architectures that share no prefixes) its
+            logits are no function of the last hidden states, or those depend on later tokens.
     """
     causal: Any = causal_model(model)
     embedding = causal.get_output_embeddings()
@@ -49,7 +49,7 @@ def head_of(model: nn.Module) -> Head:
         return partial(own_logits, causal)
     if causal not in _is_plain:
         with torch.no_grad():
-            if not is_sharing(causal):
+            if why_not_shared(causal):
                 _check_body(causal)
             _is_plain[causal] = _gives_the_product(causal, embedding)
     return embedding if _is_plain[causal] else partial(own_logits, causal)
