@@ -7,12 +7,15 @@ import torch
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from prefloop.batch.layout import forest_layout
+from prefloop.batch.examples import PreferencePair
+from prefloop.batch.layout import forest_layout, rows_layout
 from prefloop.models.attention import why_not_shared
 from prefloop.models.load import load_policy
 from prefloop.models.reward import NEW_PAD, choose_pad_token, ending_tokens, load_reward_model, new_reward_model
 from prefloop.models.settings import LoraSettings
 from prefloop.records import PrefloopError
+from prefloop.training.algorithms import make_algorithm
+from prefloop.training.step import TrainingStep
 from reward_examples import conversations, padded_scores, rendered, saved_policy
 
 LORA = LoraSettings(rank=2, alpha=4)
@@ -42,9 +45,10 @@ def saved(model, directory):
     return directory
 
 
-@pytest.mark.parametrize("num_heads", [1, 3])
-def test_transformers_gives_the_same_scores(policy, tmp_path, num_heads):
+@pytest.mark.parametrize(("architecture", "num_heads"), [("llama", 1), ("qwen3", 3)])
+def test_transformers_gives_the_same_scores(tmp_path, architecture, num_heads):
     """In a right-padded batch and row by row; the sequences end with the tokenizer's end token."""
+    policy = saved_policy(tmp_path / "policy", architecture=architecture)
     model = moved(new_reward_model(policy, num_heads=num_heads, seed=1))
     paths = paths_for(model)
     ours = model.sequence_scores(paths)
@@ -129,6 +133,21 @@ def test_what_paths_share_is_computed_once_and_changes_nothing(tmp_path, monkeyp
     assert model.sequence_scores(paths) == pytest.approx(alone, abs=2e-6)
     assert model.sequence_scores(paths, max_tokens=30) == pytest.approx(alone, abs=2e-6)
     assert model.sequence_scores([]).shape == (0, 2)
+
+
+def test_it_learns_the_same_over_a_forest_and_over_rows(policy, monkeypatch):
+    """The gradient of a model that was just made, by each layout."""
+    paths = paths_for(new_reward_model(policy))
+    pairs = [PreferencePair((paths[i],), (paths[i + 1],)) for i in range(0, len(paths), 2)]
+    gradients = []
+    for layout in (forest_layout, rows_layout):
+        monkeypatch.setattr("prefloop.training.step.layout_for", lambda model, batch, layout=layout: layout(batch))
+        model = moved(new_reward_model(policy, num_heads=2))
+        TrainingStep(model.model, None, make_algorithm("reward"), torch.optim.SGD(model.model.parameters())).gradient(
+            pairs
+        )
+        gradients.append(torch.cat([p.grad.flatten() for p in model.model.parameters()]))
+    assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < 1e-5
 
 
 def test_scores_are_read_at_the_tokens_asked_for(policy):
