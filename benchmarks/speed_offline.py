@@ -26,7 +26,7 @@ from _offline_head import measure_head
 from _offline_measure import Case, measure, measure_packed
 from _offline_trl import quieten
 
-NUM_PAIRS = {"64_64": 8, "512_128": 4, "1024_64": 2, "128_512": 2}
+NUM_PAIRS = {"64_64": 8, "512_128": 8, "1024_64": 4, "128_512": 4}
 """Pairs of a step: fewer where they are long, so that the whole takes less than half an hour."""
 
 FEWER_PAIRS = {"64_64": 4, "512_128": 2, "1024_64": 1, "128_512": 1, "llmbar": 8}
@@ -34,9 +34,9 @@ OTHERS = ("dpo_precomputed", "ipo", "simpo", "cpo", "orpo", "reward", "sft")
 
 CASES = (
     *(Case("dpo", rows, num) for rows, num in NUM_PAIRS.items()),
-    Case("dpo", "256_128", 4, varied=True),
+    Case("dpo", "256_128", 8, varied=True),
     Case("dpo", "512_128", 4, bf16=True),
-    Case("dpo", "512_128", 2, wide=True),
+    Case("dpo", "512_128", 4, wide=True),
     Case("dpo", "64_64", 4, wide=True),
     Case("dpo", "llmbar", 8),
     *(Case(objective, rows, num) for objective in OTHERS for rows, num in FEWER_PAIRS.items()),
