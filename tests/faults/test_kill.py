@@ -37,6 +37,7 @@ IN_THE_LOOP = [
     "judge/0:commit:2:after",
     "curate/0:commit:1:after",
     "curate/0:commit:2",
+    "train/0:commit:1:after",
     "train/0:step:3",
     "train/0:verify:1:after",
     "train/0:rename:2:after",

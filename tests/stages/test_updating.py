@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from tiny_runs import tiny_settings
 
+from prefloop import cli
 from prefloop.config import parse_settings
+from prefloop.loop import run_loop
 from prefloop.losses.registry import OBJECTIVES
 from prefloop.records import PrefloopError
 from prefloop.stages.context import Run, opened
@@ -202,3 +204,33 @@ def test_evaluations_need_rows():
     for table in ("train", "sft"):
         with pytest.raises(PrefloopError, match="with evaluate_every also held_out"):
             run_settings(**{f"{table}__evaluate_every": 2})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kl", ["derangement", "rotation"])
+def test_single_answers_may_be_dealt_to_other_prompts(tmp_path, monkeypatch, kl):
+    pytest.importorskip("reasoning_gym")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["init-model", "model", "--set=hidden_size=32", "--set=num_heads=4"]) == 0
+    settings = tiny_settings(iterations=1, judge__rules={"noise_sd": 0.3}, train__algorithm="kto", train__kl=kl)
+    del settings["sft"]
+    settings |= {"environment": {"name": "reasoning-gym", "dataset": "chain_sum"}, "policy": {"model": "./model"}}
+    settings["rollout"]["sampling"] = {"max_new_tokens": 8}
+    with Store("runs/prefloop.db") as store:
+        run = Run(parse_settings(RunSettings, settings, "test"), store)
+        run_loop(run)
+        assert run.found(0, "train")["steps"] > 0
+        assert max(metrics["kl"] for metrics in kept_metrics(run)) > 0
+
+
+@pytest.mark.slow
+def test_metrics_go_where_the_run_file_says(update, monkeypatch):
+    pytest.importorskip("tensorboard")
+    run = update(train__report_to=["tensorboard"])
+    (file,) = (run.directory / "tensorboard" / "001-train").iterdir()
+    assert file.stat().st_size > 0
+    from prefloop.training import writers
+
+    monkeypatch.setattr(writers, "find_spec", lambda name: None)
+    with pytest.raises(PrefloopError, match=r"pip install 'prefloop\[tensorboard\]'"):
+        run.check()  # as the loop does before its first rollout
