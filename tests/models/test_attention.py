@@ -136,11 +136,23 @@ def test_models_that_cannot_share_say_why(kind, settings, reason):
     assert reason in why_not_shared(tiny_model(kind, **settings).train())
 
 
-def test_positions_of_three_axes_are_not_shared():
-    config = transformers.Qwen2_5_VLConfig(
-        text_config={"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}
-    )
-    assert attention._obstacle(config) == "its positions have three axes (M-RoPE)"
+MROPE = {"rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]}}
+
+
+@pytest.mark.parametrize(
+    ("config", "obstacle"),
+    [
+        (transformers.Qwen2_5_VLConfig(text_config=MROPE), "its positions have three axes (M-RoPE)"),
+        (transformers.FalconConfig(alibi=True), "its attention is biased by the distance in the row (ALiBi)"),
+        (transformers.Llama4TextConfig(), "layers of the kind 'chunked_attention'"),
+        (transformers.JambaConfig(), "layers of the kind 'linear_attention'"),
+        (transformers.LlamaConfig(), ""),
+    ],
+    ids=lambda value: value.model_type if hasattr(value, "model_type") else "",
+)
+def test_configs_tell_of_obstacles(config, obstacle):
+    found = attention._obstacle(config)
+    assert found.startswith(obstacle) and bool(found) == bool(obstacle)
 
 
 def test_noise_matters_only_while_training_and_can_be_switched_off(caplog):
