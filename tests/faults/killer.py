@@ -3,6 +3,7 @@
 `python killer.py STAGE/ITERATION:OPERATION:N[:after] ARGUMENT…` dies before (or right after) the N-th OPERATION of a
 stage of an iteration (-1: before the loop). Operations: `commit` of the store, `fsync`, `rename`, `step` of the
 optimizer, `turn` of a rollout, `verify` of something saved. Exit code 99: the point was never reached.
+The stage `fit` is all of a command that has no stages.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Killer:
     """Counts operations of the stage and dies at the one it is told."""
 
     def __init__(self) -> None:
-        self.armed = False
+        self.armed = WHERE == "fit"
         self.seen = 0
 
     def begin(self, iteration: int, stage: str) -> None:

@@ -63,9 +63,9 @@ def test_a_finished_training_is_not_done_again_and_another_recipe_is_named(model
     heard = Heard()
     again = train_rows("dpo", model, tmp_path / "out", rows, progress=heard)
     assert again.done_before and again.checkpoint == first.checkpoint and heard.steps == []
-    with pytest.raises(PrefloopError, match=r"run out was started with other settings \(beta: nothing → 0.5\): give"):
+    with pytest.raises(PrefloopError, match=r"out was started with other settings \(beta: nothing → 0.5\): give"):
         train_rows("dpo", model, tmp_path / "out", rows, beta=0.5)
-    with pytest.raises(PrefloopError, match=r"run out was started with other settings \(data: .*give another --output"):
+    with pytest.raises(PrefloopError, match=r"out was started with other settings \(data: .*give another --output"):
         train_rows("dpo", model, tmp_path / "out", rows[:-1])
 
 

@@ -16,6 +16,7 @@ from prefloop.stages.context import versions
 from prefloop.stages.fit_data import FitData
 from prefloop.stages.fit_settings import FitProgress, FitSettings
 from prefloop.store import Store
+from prefloop.training.metrics import mean_metrics
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 SCORED: Mapping[str, Kind] = {"reward": "sequence", "process_reward": "token"}
 """What the objectives give scores to that train a reward model in place of a policy."""
 
-STATES = "training"
 PACKAGES = ("prefloop", "torch", "transformers", "peft", "numpy")
 
 
@@ -117,11 +117,13 @@ def load_learner(settings: FitSettings) -> Learner:
     """The model as it is before the training.
 
     Raises:
-        PrefloopError: it cannot be loaded, or `lora` is given for a model that is an adapter already.
+        PrefloopError: it cannot be loaded, its files are not those of its manifest, or `lora` is given for a model
+            that is an adapter already.
     """
     from prefloop.models.load import ADAPTER_CONFIG, load_policy
     from prefloop.models.reward import new_reward_model
 
+    _check_whole(settings.model)
     name, options = located(settings.model), _options(settings)
     kind = SCORED.get(settings.objective)
     if kind is not None:
@@ -131,6 +133,17 @@ def load_learner(settings: FitSettings) -> Learner:
     if settings.lora is not None and (Path(name) / ADAPTER_CONFIG).is_file():
         raise PrefloopError(f"--lora-rank: {settings.model} is an adapter already, which is trained on: leave it out")
     return _with_template(Learner(load_policy(name, lora=settings.lora, **options)), settings)
+
+
+def _check_whole(name: str) -> None:
+    """What a manifest lists is taken for what is there: it must be."""
+    from prefloop.training.checkpoint import MANIFEST, verify
+
+    if (Path(name) / MANIFEST).is_file():
+        try:
+            verify(Path(name))
+        except PrefloopError as error:
+            raise PrefloopError(f"{error}; if you changed it yourself, remove its {MANIFEST}") from None
 
 
 def _with_template(learner: Learner, settings: FitSettings) -> Learner:
@@ -156,7 +169,7 @@ class Outcome:
 
     def to_dict(self) -> JSONObject:
         """The metrics at the end and on the way, for the event and the model card."""
-        parts = {name: _detail(result) for name, result in self.results.items()}
+        parts = {name: result.summary() for name, result in self.results.items()}
         first, *others = parts.values()
         found = first if self.reward_model is None else {**first, "reward_model": self.reward_model}
         if not others:
@@ -165,37 +178,16 @@ class Outcome:
         return {**found, "metrics": metrics, "parts": parts}
 
 
-def _detail(result: TrainingResult) -> JSONObject:
-    from prefloop.training.watch import WINDOW
-
-    return {
-        "steps": len(result.history),
-        "metrics": mean_metrics(result.history[-WINDOW:]),
-        "loss": [metrics.get("loss") for metrics in result.history],
-        "evaluations": [{"step": one.step, "metrics": dict(one.metrics)} for one in result.evaluations],
-        "best_step": result.best_step,
-        "stopped_early": result.stopped_early,
-        "num_skipped_steps": len(result.skipped),
-        "warnings": result.warnings,
-    }
-
-
-def mean_metrics(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each metric over the steps that have it."""
-    names = sorted({name for metrics in history for name in metrics})
-    found = {name: [metrics[name] for metrics in history if name in metrics] for name in names}
-    return {name: sum(values) / len(values) for name, values in found.items()}
-
-
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a training keeps what it is at: its run and its metrics in the store, its state on disk."""
+    """Where a training keeps what it is at: its run and its metrics in the store, its state in `states`."""
 
     store: Store
     run_id: str
     run_name: str
     iteration: int
     directory: Path
+    states: Path
 
 
 def train_learner(
@@ -231,7 +223,7 @@ def train_learner(
     options: dict[str, Any] = {
         "seed": settings.seed,
         "identity": identity,
-        "state_directory": place.directory / STATES,
+        "state_directory": place.states,
         "held_out": held_out,
         "on_step": lambda step, _, metrics: progress.advance(step, metrics),
         "on_evaluation": progress.evaluated,
@@ -314,6 +306,7 @@ def _with_reference(
     def load() -> nn.Module:
         """The reference as a model of its own."""
         name = settings.reference or settings.model
+        _check_whole(name)
         policy = load_policy(located(name), **_options(settings))
         theirs, ours = _with_template(Learner(policy), settings).renderer, learner.renderer
         if (theirs.tokenizer_hash, theirs.template_hash) != (ours.tokenizer_hash, ours.template_hash):

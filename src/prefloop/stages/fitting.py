@@ -7,6 +7,7 @@ the result is a checkpoint with its parent. Killed anywhere, the same call goes 
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,13 @@ from prefloop.stages.fit_data import FitData, ready, select
 from prefloop.stages.fit_settings import FitProgress, FitSettings, work_directory
 from prefloop.stages.selecting import sha256_of
 from prefloop.store import Store
+from prefloop.training.model_card import CARD, model_card
 
 if TYPE_CHECKING:
     from prefloop.stages.fit_models import Learner, Outcome
 
 PLOT = "reliability.svg"
+STATES = "training"  # of the work directory: where the state of a training lies
 FIRST = 0  # the iteration of a run that has only one
 ANEW = "put it back, or give another --output to train anew"
 
@@ -107,6 +110,7 @@ class _Fitting:
             raise PrefloopError(
                 f"{self.output} is not what was recorded: restore it, or remove {self.directory} to train anew"
             )
+        shutil.rmtree(self.directory / STATES, ignore_errors=True)  # what a kill at the very end left
         return Fitted(checkpoint, start or {}, data or {}, done, done_before=True)
 
     def go_on(self) -> Fitted:
@@ -131,7 +135,7 @@ class _Fitting:
             data,
             self.settings,
             start,
-            Place(self.store, self.id, str(self.output), FIRST, self.directory),
+            Place(self.store, self.id, str(self.output), FIRST, self.directory, self.directory / STATES),
             identity=content_hash(self.recipe(), start["weights"], data.dataset.id, learner.renderer.tokenizer_hash),
             progress=self.progress,
         )
@@ -154,10 +158,7 @@ class _Fitting:
             self.store.add_event(self.id, FIRST, "data", data.detail)
 
     def _save(self, learner: Learner, start: JSONObject, data: FitData, outcome: Outcome, seconds: float) -> Fitted:
-        from prefloop.stages.fit_models import STATES
         from prefloop.training.checkpoint import save_atomically
-        from prefloop.training.model_card import CARD, model_card
-        from prefloop.training.trainer import forget_state
 
         detail = outcome.to_dict()
         card = model_card(self.output.name, self._settings(), start, data.detail, detail)
@@ -187,7 +188,7 @@ class _Fitting:
             self.store.add_checkpoint(checkpoint)
             self.store.add_event(self.id, FIRST, "train", detail)
             self.store.add_event(self.id, FIRST, "finish", {"checkpoint_id": checkpoint.id, "wall_s": seconds})
-        forget_state(self.directory / STATES)
+        shutil.rmtree(self.directory / STATES, ignore_errors=True)
         return Fitted(checkpoint, start, data.detail, detail)
 
     def _plot(self, reliability: JSONObject, directory: Path) -> None:
