@@ -194,6 +194,26 @@ def test_rows_of_skipped_steps_are_kept_where_a_try_diverges(update):
     assert {name for skipped in attempt["skipped"] for name in skipped["rows"]} <= set(rows.names)
 
 
+def test_demonstrations_of_held_out_prompts_are_evaluated_and_not_imitated(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Store("runs/prefloop.db") as store:
+        run = Run(run_settings(sft__held_out=0.3, sft__evaluate_every=5, sft__num_epochs=1, sft__batch_size=40), store)
+        with opened(run):
+            start_policy(run)
+        learned = run.found(-1, "sft")
+        assert [one["step"] for one in learned["evaluations"]] == [5, 10]
+        assert learned["evaluations"][1]["metrics"]["loss"] < learned["evaluations"][0]["metrics"]["loss"]
+        tokens = [metrics.metrics["num_loss_tokens"] for metrics in read_metrics(store, run.id, stage="sft")]
+        assert len(set(tokens)) == 1  # the same rows in each step: all that are not held out
+        held_out = learned["evaluations"][0]["metrics"]["num_loss_tokens"]
+        with_all = run_settings(sft__batch_size=40, name="all")
+        other = Run(with_all, store)
+        with opened(other):
+            start_policy(other)
+        (of_all,) = {m.metrics["num_loss_tokens"] for m in read_metrics(store, other.id, stage="sft")}
+        assert tokens[0] + held_out == of_all and held_out > 0
+
+
 @pytest.mark.parametrize("name", ["reward", "process_reward"])
 def test_models_that_judge_are_not_trained_by_the_loop(name):
     with pytest.raises(PrefloopError, match=f"'{name}' trains a model that judges them; `prefloop train {name}`"):
