@@ -200,6 +200,7 @@ class LiveTraining(FitProgress):
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._bar.update(self._task, visible=False)
         if self._console.is_terminal:
             self._bar.stop()
 
@@ -207,9 +208,9 @@ class LiveTraining(FitProgress):
         """Print a line."""
         self._console.print(text, highlight=False, soft_wrap=True, markup=False)
 
-    def begin(self, what: str, total: int) -> None:
+    def begin(self, what: str, total: int | None = None) -> None:
         """Show the bar."""
-        self._total, self._started = total, None
+        self._total, self._started = total or 0, None
         self._bar.reset(self._task, total=total, description=what, note="", visible=True)
 
     def advance(self, done: int, metrics: Mapping[str, float]) -> None:

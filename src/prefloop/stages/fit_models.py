@@ -217,6 +217,7 @@ def train_learner(
     examples, held_out = data.examples, data.held_out
     reference = None
     if algorithm.needs_reference:
+        progress.begin("log-probs of the reference")
         reference, examples, held_out = _with_reference(learner, data, settings, place.store, start)
     _check_kto(examples, settings, progress)
     opened = _opener(settings, place, len(examples), progress)

@@ -97,8 +97,8 @@ class FitProgress:
     def note(self, text: str) -> None:
         """Something that whoever watches should know."""
 
-    def begin(self, what: str, total: int) -> None:
-        """A part of `total` units of work begins."""
+    def begin(self, what: str, total: int | None = None) -> None:
+        """A part of `total` units of work begins (None: nobody knows how many)."""
 
     def advance(self, done: int, metrics: Mapping[str, float]) -> None:
         """`done` units are done; the metrics of the last."""

@@ -122,9 +122,12 @@ class _Fitting:
         from prefloop.stages.fit_models import Place, circumstances, load_learner, settle, train_learner
 
         started = time.perf_counter()
+        self.progress.begin("read rows")
         selected = select(self.settings, self.store)
         settle(self.settings)
+        self.progress.begin("load the model")
         learner = load_learner(self.settings)
+        self.progress.begin("render rows")
         data = ready(selected, self.settings, self.store, learner.renderer, learner.context, self.id)
         start = circumstances(self.settings)
         self._begin(start, data)
