@@ -308,7 +308,7 @@ def test_a_judge_labels_a_step_by_what_was_said_up_to_it(arithmetic):
 
 def test_a_judge_that_agrees_with_nothing_leaves_nothing(arithmetic):
     label = StepLabel("t", "values", 1, 0.75)
-    with pytest.raises(PrefloopError, match="of 1 steps none is left"):
+    with pytest.raises(PrefloopError, match="no labelled step is left to learn from: with 1 nobody agrees"):
         freeze_steps(arithmetic, 0, [label], [replace(label, rater_id="judge", label=0.1)])
 
 

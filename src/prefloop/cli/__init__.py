@@ -29,6 +29,8 @@ from prefloop.records import PrefloopError
 if TYPE_CHECKING:
     from prefloop.store import Store
 
+NUM_NAMED = 3  # of many
+
 app = App(
     name="prefloop",
     version=__version__,
@@ -113,18 +115,33 @@ def judge(
 
 @app.command
 def value(
-    file: RunFile, *, iteration: IterationOption = None, store: StoreOption = None, overrides: SetOption = None
+    file: Annotated[Path | None, Parameter(help="the run file; without one, the store's labels are frozen")] = None,
+    *,
+    rater: Annotated[
+        list[str] | None, Parameter(help="without a run file: id or name of a rater whose labels count", negative=())
+    ] = None,
+    agree_with: Annotated[str, Parameter(help="without a run file: only steps of which this rater says the same")] = "",
+    iteration: IterationOption = None,
+    store: StoreOption = None,
+    overrides: SetOption = None,
 ) -> None:
-    """Estimate what each step of an iteration's rollouts is worth, and freeze the labels as a dataset."""
-    from prefloop.stages.valuing import value_stage
+    """Estimate what each step of an iteration's rollouts is worth, and freeze labels of steps as a dataset."""
+    from prefloop.stages.valuing import freeze_store_steps, value_stage
 
+    if file is None:
+        if iteration is not None or overrides:
+            raise PrefloopError("--iteration and --set are of a run: name its run file")
+        with open_store(store) as opened_store:
+            dataset, merged = freeze_store_steps(opened_store, rater or (), agree_with)
+        _print_steps(dataset.id, sum(map(len, merged.steps.values())), merged.num_not_agreed, merged.conflicts)
+        return
+    if rater or agree_with:
+        raise PrefloopError("--rater and --agree-with are of a whole store; in a run file the key value.agree says it")
     with open_stage(file, store, overrides) as opened:
         number = iteration_of(opened, iteration, "value")
         value_stage(opened, number)
         found = opened.found(number, "value") or {}
-        console.print(
-            f"dataset {found['dataset_id']}: {found['num_kept']} of {found['num_steps']} steps", highlight=False
-        )
+        _print_steps(found["dataset_id"], found["num_kept"], found["num_steps"] - found["num_kept"])
 
 
 @app.command
@@ -316,6 +333,17 @@ def init_model(
 
     num_parameters, vocabulary = make_initial_model(output, data, overrides or [])
     console.print(f"{output}: {num_parameters:,} parameters, {vocabulary} tokens", highlight=False)
+
+
+def _print_steps(dataset_id: str, num_kept: int, num_not_agreed: int, conflicts: Sequence[str] = ()) -> None:
+    console.print(
+        f"dataset {dataset_id}: {num_kept} labelled steps; {num_not_agreed} left out because nobody agrees",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if conflicts:
+        named = "; ".join(conflicts[:NUM_NAMED]) + ("; …" if len(conflicts) > NUM_NAMED else "")
+        console.print(f"raters contradict each other on {len(conflicts)} of them: {named}", highlight=False)
 
 
 def _print_curated(detail: dict[str, object]) -> None:

@@ -7,11 +7,11 @@ of the unit, so that they can be made again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from prefloop.chat import StepFinder, StepPlace, steps_of, stop_ids
-from prefloop.curation.steps import merge_step_labels, step_members
+from prefloop.curation.steps import MergedSteps, merge_step_labels, step_members
 from prefloop.judges import judge_items
 from prefloop.judges.base import JudgeItem
 from prefloop.records import (
@@ -21,6 +21,7 @@ from prefloop.records import (
     PrefloopError,
     Rater,
     RaterKind,
+    Split,
     Status,
     StepLabel,
     Task,
@@ -31,6 +32,7 @@ from prefloop.rollout import Rollout, derived_seed
 from prefloop.stages.context import Run
 from prefloop.stages.continuing import Prefix, go_on, prefix_of
 from prefloop.stages.rollouts import iteration_rollouts
+from prefloop.store import Store
 
 STAGE = "value"
 VERSION = 1
@@ -78,10 +80,50 @@ def freeze_steps(run: Run, iteration: int, labels: Sequence[StepLabel], judged: 
     """
     agree_with = judged[0].rater_id if judged else ""
     merged = merge_step_labels([*labels, *judged], agree_with=agree_with)
+    return _dataset(merged, [label.rater_id for label in labels], agree_with, run.id, iteration)
+
+
+def freeze_store_steps(store: Store, raters: Sequence[str] = (), agree_with: str = "") -> tuple[Dataset, MergedSteps]:
+    """Freeze what a store's raters said of steps of training tasks, people's labels and imported ones too.
+
+    `raters` are ids or names, by default all but `agree_with`.
+
+    Raises:
+        PrefloopError: no labels, no such rater, or no step is left.
+    """
+    labels = store.step_labels()
+    named = {i: rater.name for i, rater in store.raters().items() if i in {label.rater_id for label in labels}}
+    counting = [_rater_of_steps(named, wanted, "--rater") for wanted in raters]
+    agreeing = _rater_of_steps(named, agree_with, "--agree-with") if agree_with else ""
+    trained_on = store.tasks(split=Split.TRAIN)
+    ids = {label.trajectory_id for label in labels}
+    kept = {t.id for t in store.trajectories(sorted(ids)) if t.task_id in trained_on}
+    merged = merge_step_labels(
+        (label for label in labels if label.trajectory_id in kept), rater_ids=counting or None, agree_with=agreeing
+    )
+    dataset = _dataset(merged, counting or sorted(named.keys() - {agreeing}), agreeing)
+    store.add_dataset(dataset)
+    return dataset, merged
+
+
+def _rater_of_steps(named: Mapping[str, str], wanted: str, option: str) -> str:
+    found = [i for i, name in named.items() if wanted in (i, name)]
+    if len(found) != 1:
+        known = ", ".join(sorted(named.values())) or "none"
+        raise PrefloopError(f"{option} {wanted}: name one of the raters that labelled steps: {known}")
+    return found[0]
+
+
+def _dataset(
+    merged: MergedSteps, raters: Iterable[str], agree_with: str, run_id: str = "", iteration: int = -1
+) -> Dataset:
     if not merged.steps:
-        raise PrefloopError(f"of {len(labels)} steps none is left to learn from: the judge agrees with no value")
-    recipe = {"of": "steps", "records": "steps", "rater": labels[0].rater_id, "agree_with": agree_with}
-    return Dataset(recipe, run_id=run.id, iteration=iteration, labelled=step_members(merged))
+        raise PrefloopError(
+            f"no labelled step is left to learn from: with {merged.num_not_agreed} nobody agrees; label steps of "
+            "training tasks, or ask no one to agree"
+        )
+    recipe = {"of": "steps", "records": "steps", "raters": sorted(set(raters)), "agree_with": agree_with}
+    return Dataset(recipe, run_id=run_id, iteration=iteration, labelled=step_members(merged))
 
 
 @dataclass
