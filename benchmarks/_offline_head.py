@@ -1,6 +1,7 @@
 """The log-prob head alone, at a vocabulary of 151,936: prefloop's against logits that are all in memory.
 
-Both run through a model of one narrow layer, whose own share is a few per cent. The materialised form is what one
+Both run through a model of one narrow layer, whose own share is a few per cent; its embeddings are frozen and not those
+of the head, so that what is measured is the head, its weights' gradient included. The materialised form is what one
 writes first: logits of all scored positions, log-softmax, gather. prefloop runs with a budget that keeps the logits for
 the backward pass, and with one that makes it compute them again.
 """
@@ -29,8 +30,9 @@ KEEP, RECOMPUTE = 1 << 40, 0
 
 def measure_head(options: Options) -> Measured:
     vocab, num = (QUICK_VOCAB, QUICK_NUM_SCORED) if options.quick else (VOCAB, NUM_SCORED)
-    shape = Shape(hidden=256, layers=1, intermediate=256, heads=4, kv_heads=2, vocab=vocab)
+    shape = Shape(hidden=256, layers=1, intermediate=256, heads=4, kv_heads=2, vocab=vocab, tied=False)
     model = new_model(shape, options.seed)
+    model.get_input_embeddings().requires_grad_(False)
     (pair,) = random_pairs([(2, num, 1)], vocab, options.seed)
     batch = pack([Demonstration(pair.chosen)])
     runs = {

@@ -15,12 +15,11 @@ import torch
 from torch import nn
 
 from _common import Measured, Options, Timing, interleaved
-from _offline_engines import OBJECTIVES, Objective, Ours, Padded
+from _offline_engines import OBJECTIVES, Objective, Ours, Padded, never_merged
 from _offline_models import SMALL, WIDE, MatmulRate, Shape, Work, needed_work, new_model, noisy_copy
 from _offline_rows import MissingDataError, as_records, llmbar_pairs, random_pairs, tau_bench_group, varied_lengths
 from _offline_trl import COMPACT, Theirs
 from prefloop.batch.examples import Example
-from prefloop.batch.packed import pack
 from prefloop.batch.packing import pack_group
 from prefloop.models.forward import layout_for
 
@@ -232,8 +231,12 @@ def measure_packed(options: Options) -> Measured:
 
 
 def check_same_path(model: nn.Module, examples: Sequence[Example]) -> None:
-    """That what the step packs is what plain packing gives, and lies before the model alike."""
-    ours, plain = pack_group(examples, range(len(examples))), pack(examples, merge=False)
+    """That the step packs what it packs where it may not merge, and lays it before the model alike."""
+    everything = range(len(examples))
+    ours = pack_group(examples, everything)
+    with never_merged():
+        plain = pack_group(examples, everything)
+    assert plain.num_tokens == len(plain.visit_token_V), "plain packing merged tokens"
     for name in ("token_T", "parent_T", "end_T", "visit_token_V"):
         assert torch.equal(getattr(ours, name), getattr(plain, name)), f"rows that share nothing: {name} differs"
     assert layout_for(model, ours).segments == layout_for(model, plain).segments

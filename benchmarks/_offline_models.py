@@ -45,6 +45,7 @@ class Shape:
     family: str = "qwen3"
     head_size: int = 64
     max_length: int = 16384
+    tied: bool = True
 
 
 SMALL = Shape(hidden=256, layers=4, intermediate=768, heads=4, kv_heads=2, vocab=4096)
@@ -62,7 +63,7 @@ def new_model(shape: Shape, seed: int, *, scores: bool = False) -> Any:
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.head_size,
-        tie_word_embeddings=True,
+        tie_word_embeddings=shape.tied,
         max_position_embeddings=shape.max_length,
         pad_token_id=PAD_TOKEN,
         attn_implementation="sdpa",
