@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -147,7 +147,15 @@ class TrainingStep:
     def _measure(self, examples: Sequence[Example], seed: Sequence[int]) -> dict[str, float]:
         """Loss and metrics; adds the gradient unless gradients are switched off."""
         self._check(examples)
-        kl = self._kl(self.algorithm.kl_samples(examples, seed))
+        samples = self.algorithm.kl_samples(examples, seed)
+        if samples and self.reference is not None and not examples[0].ref_logprob:
+            # The reference scores both at once: a prompt and the completions that are dealt to it share it.
+            both: list[Any] = [*examples, *samples]
+            scored = with_reference(
+                self.reference, both, max_tokens=self.settings.max_tokens, autocast=self.settings.autocast
+            )
+            examples, samples = scored[: len(examples)], scored[len(examples) :]
+        kl = self._kl(samples)
         groups = self._split(examples)
         batches = [replace(self._pack(examples, group), kl=kl) for group in groups]
         totals = _Totals()
