@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 from chat_tokenizers import TEMPLATES, metaspace_backend, wrap
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefloop.chat import ChatRenderer, StepFinder, StepPlace, render_demonstration, steps_of
@@ -118,6 +118,7 @@ def renderer(request, backend):
     return ChatRenderer(wrap(made, TEMPLATES["chatml"]))
 
 
+@settings(deadline=None)
 @given(st.lists(st.text("ab \té€😀☺️", min_size=1, max_size=6).filter(str.strip), min_size=2, max_size=5))
 def test_every_step_holds_its_text_whole_and_no_token_of_the_next(renderer, pieces):
     content = "\n".join(pieces)

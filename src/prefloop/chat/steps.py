@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -23,6 +25,7 @@ from prefloop.records import Message, PrefloopError, Role, TokenPath, Trajectory
 
 StepKind: TypeAlias = Literal["turn", "tool_call", "separator"]
 SEPARATOR = "\n"
+_MAX_PIECES = 1 << 16
 _LONGEST_CHARACTER = 4  # tokens: a character of UTF-8 has at most as many bytes
 
 
@@ -91,6 +94,8 @@ class StepFinder:
     def __init__(self, renderer: ChatRenderer, separator: str = SEPARATOR) -> None:
         self._encoder = renderer.encoder
         self._separator = separator
+        self._piece = lru_cache(maxsize=_MAX_PIECES)(lambda token: renderer.encoder.decode([token]))
+        self._turn = lru_cache(maxsize=1)(self._read)  # the steps of a turn come one after another
 
     def end(self, trajectory: Trajectory, paths: Sequence[TokenPath], place: StepPlace) -> StepEnd:
         """The last token of a step, in the path in which the policy sampled it.
@@ -103,44 +108,50 @@ class StepFinder:
             message = _assistant_message(trajectory, place)
             path, tokens = own_tokens(paths, place.message)
             last = len(tokens) - 1
-            at = self._last_token(paths[path].token[tokens].tolist(), message, place)
+            at = self._last_token(tuple(paths[path].token[tokens].tolist()), message, place)
         except PrefloopError as error:
             raise PrefloopError(f"trajectory {trajectory.id}, {place}: {error}") from None
         return StepEnd(path, int(tokens[last if at is None else at]), at is None or at == last)
 
-    def _last_token(self, ids: list[int], message: Message, place: StepPlace) -> int | None:
+    def _last_token(self, ids: tuple[int, ...], message: Message, place: StepPlace) -> int | None:
         """The index of the step's last token among those of its turn; None where it ends with the turn."""
         if place.tool_call is not None:
             if place.tool_call == len(message.tool_calls) - 1:
                 return None
-            text = self._encoder.decode(ids)
-            return self._token_at(ids, text, _call_end(text, message, place.tool_call))
+            return self._token_at(ids, _call_end(self._turn(ids)[0], message, place.tool_call))
         if place.span is None:
             return None
         end = _with_separators(message.content, place.span[1], self._separator)
         if not message.content[end:].strip():
             return None
-        text = self._encoder.decode(ids)
-        return self._token_at(ids, text, self._in_text(text, message, end))
+        return self._token_at(ids, self._in_text(self._turn(ids)[0], message, end))
 
     def _in_text(self, text: str, message: Message, end: int) -> int:
         """Where the first `end` characters of a message's content end in the text of its turn."""
         reasoning = message.reasoning_content
         begin = text.find(reasoning) + len(reasoning) if reasoning and reasoning in text else 0
-        content = message.content
-        for before, shown in ((content[:end], content), (content[:end].lstrip(), content.strip())):
-            # Where a turn was rendered, its text is what the tokenizer keeps of the content.
-            for part, whole in ((before, shown), (self._kept(before), self._kept(shown))):
-                start = text.find(whole, begin)
+        whole, before = message.content, message.content[:end]
+        for kept in (str, self._kept):  # where a turn was rendered, its text is what the tokenizer keeps of the content
+            for part, shown in ((before, whole), (before.lstrip(), whole.strip())):
+                start = text.find(kept(shown), begin)
                 if start >= 0:
-                    return start + len(part)
+                    return start + len(kept(part))
         raise PrefloopError("the message's content does not stand in its tokens as it is: label whole turns instead")
 
     def _kept(self, text: str) -> str:
         return self._encoder.decode(self._encoder.encode(text).ids)
 
-    def _token_at(self, ids: list[int], text: str, end: int) -> int:
-        """The first token with which the first `end` characters are whole."""
+    def _read(self, ids: tuple[int, ...]) -> tuple[str, list[int] | None]:
+        """The text of a turn, and where each of its tokens ends in it; None where tokens share characters."""
+        text = self._encoder.decode(ids)
+        pieces = [self._piece(token) for token in ids]
+        return text, list(accumulate(map(len, pieces))) if "".join(pieces) == text else None
+
+    def _token_at(self, ids: tuple[int, ...], end: int) -> int:
+        """The first token with which the first `end` characters of the turn's text are whole."""
+        text, ends = self._turn(ids)
+        if ends is not None:
+            return bisect_left(ends, end)
 
         def holds(count: int) -> bool:
             return self._encoder.decode(ids[:count])[:end] == text[:end]
