@@ -100,8 +100,10 @@ def _settings(name: str, options: dict[str, Any]) -> FitSettings:
     """The settings that options say; what was left out has its default."""
     given = {key: value for key, value in options.items() if value is not None}
     lora = {key: given.pop(f"lora_{key}") for key in LoraSettings.model_fields if f"lora_{key}" in given}
+    if lora and "rank" not in lora:
+        raise PrefloopError("--lora-alpha and --lora-seed are of an adapter: give --lora-rank, too")
     if lora:
-        given["lora"] = {"alpha": 2 * lora.get("rank", 0), **lora}
+        given["lora"] = {"alpha": 2 * lora["rank"], **lora}
     given.setdefault("learning_rate", default_learning_rate(name, lora=bool(lora)))
     return parse_settings(FitSettings, {"objective": name, **given}, f"prefloop train {name}")
 

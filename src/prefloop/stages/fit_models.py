@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefloop.losses.registry import objective, resolve_knobs
+from prefloop.losses.registry import objective, resolve_knobs, resolve_parts
 from prefloop.records import JSONObject, PrefloopError
 from prefloop.stages.context import versions
 from prefloop.stages.fit_data import FitData
@@ -81,7 +81,8 @@ def circumstances(settings: FitSettings) -> JSONObject:
     import torch
 
     found: JSONObject = {"model": settings.model, "weights": _weights(settings.model, settings)}
-    if objective(settings.objective).reference:
+    parts = resolve_parts(settings.objective, settings)  # a mixture may need a reference where its objective needs none
+    if any(objective(part).reference for part in (settings.objective, *parts)):
         name = settings.reference or settings.model
         found |= {"reference": name, "reference_weights": _weights(name, settings)}
     threads = torch.get_num_threads()
