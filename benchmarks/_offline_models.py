@@ -107,17 +107,19 @@ def work_of(batch: PackedBatch, read_V: torch.Tensor) -> Work:
     return Work(batch.num_tokens, int((batch.depth_T + 1).sum()), read)
 
 
-def needed_work(objective: Objective, model: Any, examples: Sequence[Example]) -> tuple[Work, float, int]:
-    """The policy's work with everything shared, the FLOPs of a step, and the tokens that its paths visit.
+def needed_work(
+    objective: Objective, model: Any, examples: Sequence[Example], *, merge: bool = True
+) -> tuple[Work, float, int]:
+    """The policy's work with everything shared (or nothing), the FLOPs of a step, and the tokens that paths visit.
 
     KTO also scores mismatched completions under both models without gradient.
     """
     algorithm = objective.make()
-    batch = pack(examples)
+    batch = pack(examples, merge=merge)
     policy = everything = work_of(batch, algorithm.read_V(batch))
     num_visits = batch.visit_token_V.shape[0]
     if objective.algorithm == "kto":
-        joint = pack([*examples, *rotated(examples, (0,))])
+        joint = pack([*examples, *rotated(examples, (0,))], merge=merge)
         everything = work_of(joint, joint.loss_mask_V)
         num_visits = joint.visit_token_V.shape[0]
     num_reference = int(algorithm.needs_reference and not objective.precomputed)

@@ -46,6 +46,8 @@ def test_work_is_counted_as_the_formula_says(offline):
     assert flops == 4 * once  # forward, twice that for backward, and the reference's forward
     (_, precomputed, _) = models.needed_work(engines.OBJECTIVES["dpo_precomputed"], model, pairs)
     assert precomputed == 3 * once
+    (plain, _, _) = models.needed_work(engines.OBJECTIVES["dpo"], model, pairs, merge=False)
+    assert (plain.tokens, plain.attended) == (2 * 17, 2 * (sum(range(1, 9)) + sum(range(1, 10))))
 
 
 def test_never_merged_packs_every_path_alone_and_is_undone(offline):
