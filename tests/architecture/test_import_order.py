@@ -97,7 +97,11 @@ def test_settings_of_heavy_components_do_without_torch():
     assert not loaded_by("import prefloop.models.settings, prefloop.training.settings") & set(HEAVY)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"], ["status", "--store", ":memory:"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["run", "--help"], ["train", "--help"], ["train", "dpo", "--help"],
+     ["status", "--store", ":memory:"]],
+)  # fmt: skip
 def test_the_command_line_starts_with_no_extra(arguments: list[str]):
     statement = f"from prefloop.cli import main\ntry:\n    main({arguments!r})\nexcept SystemExit:\n    pass"
     assert not loaded_by(statement) & set(LAZY)

@@ -1,0 +1,139 @@
+"""`prefloop train`: its options are the settings', its errors say whose an option is, its documented lines run."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from fit_runs import labelled_rows, pair_rows, tiny_model, write_rows
+from prefloop.cli import main
+from prefloop.formats import import_file
+from prefloop.losses.registry import OBJECTIVES
+from prefloop.stages.fit_settings import FitSettings
+from prefloop.store import Store
+from prefloop.training.settings import TrainingSettings
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PREFLOOP_STORE", raising=False)
+    monkeypatch.setenv("COLUMNS", "300")  # no line of help is broken
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> str:
+    """What a command prints; where it fails, its one line on standard error."""
+    assert main([str(argument) for argument in arguments]) == code
+    out, err = capsys.readouterr()
+    assert code == 0 or len(err.splitlines()) == 1, err
+    return " ".join((out if code == 0 else err).split())
+
+
+def help_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    text = said(capsys, *arguments, "--help")
+    return re.sub(r"\s*│\s*", " ", text)
+
+
+def test_help_lists_every_objective_with_its_summary(capsys):
+    text = help_of(capsys, "train")
+    for name, objective in OBJECTIVES.items():
+        assert re.search(rf"\b{name} {objective.summary[0].upper()}", text), name
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_help_has_the_knobs_of_the_objective_with_their_defaults_and_no_others(name: str, capsys):
+    text = help_of(capsys, "train", name)
+    for knob in (key for key in FitSettings.model_fields if any(key in o.knobs for o in OBJECTIVES.values())):
+        option = f"--{knob.replace('_', '-')}"
+        assert (re.search(rf"{option}\b", text) is not None) == (knob in OBJECTIVES[name].knobs), option
+    for knob, default in OBJECTIVES[name].knobs.items():
+        assert default == {} or f"(default {default})" in text, knob
+    assert ("--top-k" in text) == (name == "sft")
+    assert ("--reference" in text) == OBJECTIVES[name].reference
+    assert ("--num-heads" in text) == (name == "reward")
+
+
+def test_every_option_is_documented():
+    text = "\n".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
+    own = [key for key in FitSettings.model_fields if key not in TrainingSettings.model_fields and key != "objective"]
+    assert not [key for key in own if f"--{key.replace('_', '-')}" not in text and f"`{key}`" not in text]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dppo", "--data", "x.jsonl"], "objective 'dppo' is not one of sft, dpo, .* did you mean 'dpo'"),
+        (["dppo"], "did you mean 'dpo'"),
+        (["nothing.toml"], "there is no run file nothing.toml"),
+        (
+            ["dpo", "--model", "m", "--data", "x.jsonl", "--gamma", "1"],
+            "gamma: objective 'dpo' has no such knob; it has",
+        ),
+        (["dpo", "--model", "m", "--data", "x.jsonl", "--beta", "-1"], "beta should be greater than 0, not -1.0"),
+        (["dpo", "--model", "m", "--data", "x.jsonl"], "there is no file x.jsonl"),
+        (["dpo", "--model", "m"], "rows: give one of --data FILE, --dataset ID and --top-k K"),
+        (["dpo", "--model", "m", "--dataset", "abc"], "there is no store at runs/prefloop.db"),
+    ],
+)
+def test_mistakes(arguments: list[str], message: str, capsys):
+    assert re.search(message, said(capsys, "train", *arguments, code=1))
+    assert list(Path().iterdir()) == []
+
+
+def test_a_model_that_is_not_there(capsys):
+    write_rows(Path("rows.jsonl"), pair_rows(4))
+    line = said(capsys, "train", "dpo", "--data", "rows.jsonl", "--model", "./nowhere", code=1)
+    assert "model './nowhere' cannot be loaded: there is no such directory" in line
+
+
+def test_a_training_from_a_file(model: Path, capsys):
+    rows = [*pair_rows(12), {**pair_rows(1)[0], "rejected": ""}]
+    write_rows(Path("rows.jsonl"), rows)
+    line = ["train", "dpo", "--data", "rows.jsonl", "--model", model, "--learning_rate", "0.01", "--num-epochs", 2]
+    line += ["--batch-size", 4, "--mixture.ipo", 0.5, "--no-gradient-checkpointing", "--on-error", "skip"]
+    text = said(capsys, *line)
+    assert "12 rows to train on" in text and "1 bad rows were left out" in text
+    assert "6 steps, loss " in text
+    assert "model: runs/dpo (its data, recipe, metrics and lineage: runs/dpo/README.md)" in text
+    assert "`mixture.ipo` | `0.5`" in Path("runs/dpo/README.md").read_text()
+    assert "nothing is done again" in said(capsys, *line)
+    line[line.index("--batch-size") + 1] = 5
+    assert "runs/dpo was started with other settings (batch_size: 4 → 5): give another --output" in said(
+        capsys, *line, code=1
+    )
+    assert "runs/dpo" in said(capsys, "status", "--store", "runs/dpo.run/prefloop.db")
+
+
+def test_a_training_from_the_usual_store(model: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    with Store("mine.db") as store:
+        import_file(store, write_rows(Path("rows.jsonl"), labelled_rows(12)))
+    monkeypatch.setenv("PREFLOOP_STORE", "mine.db")
+    text = said(capsys, "train", "sft", "--top-k", 1, "--min-score", 1, "--model", model, "--lora-rank", 2, "-o", "out")
+    assert "6 rows to train on" in text
+    assert Path("out/adapter_config.json").exists()
+    assert [path.name for path in Path("out.run").iterdir()] == ["lock"]  # the rest is in the store
+    status = said(capsys, "status")
+    assert "out" in status and "finished" in status
+
+
+@pytest.mark.slow
+def test_the_documented_lines_run(capsys):
+    """Each with one optimizer step, in order, on the data that ships."""
+    Path("examples").symlink_to(ROOT / "examples")
+    block = re.search(r"```console\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.S)
+    lines = [line.removeprefix("$ prefloop ") for line in block[1].splitlines()]
+    assert len(lines) == 6
+    for line in lines:
+        quick = ["--num-steps", 1] if line.startswith("train") else []
+        said(capsys, *shlex.split(line), *quick)
+    assert {path.name for path in Path("runs").glob("*/README.md") for path in [path.parent]} == {
+        "sft", "dpo", "kto", "reward", "process_reward"
+    }  # fmt: skip
