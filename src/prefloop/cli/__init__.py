@@ -222,6 +222,10 @@ def report(
 
     with open_store(store) as opened:
         found = find_run(opened, run)
+        if "objective" in found["settings"]:
+            raise PrefloopError(
+                f"{found['name']} is a training of stored rows, which its model card tells of: {found['name']}/README.md"
+            )
         _write_report(opened, found["id"], output or Path(found["directory"]) / "report.html")
 
 
