@@ -111,7 +111,7 @@ def test_a_training_from_a_file(model: Path, capsys):
     )
     assert "runs/dpo" in said(capsys, "status", "--store", "runs/dpo.run/prefloop.db")
     report = said(capsys, "report", "--store", "runs/dpo.run/prefloop.db", code=1)
-    assert "its model card tells of: runs/dpo/README.md" in report
+    assert "what is to be said is in runs/dpo/README.md" in report
 
 
 def test_a_training_from_the_usual_store(model: Path, capsys, monkeypatch: pytest.MonkeyPatch):

@@ -75,6 +75,14 @@ def test_a_dataset_comes_back_whole_and_in_order(store, members):
     assert row["num_members"] == dataset.num_members == len(next(iter(members.values())))
 
 
+def test_freezing_takes_time_in_proportion_to_the_members(store, monkeypatch):
+    fill(store, "x")
+    hashed = []
+    monkeypatch.setattr("prefloop.records.datasets.content_hash", lambda *parts: hashed.append(parts) or "d")
+    store.add_dataset(Dataset({}, trajectory_ids=("x",) * 5000))
+    assert len(hashed) <= 3  # of all members each
+
+
 def test_the_hash_of_a_dataset_stays_what_it_was_and_covers_every_member():
     pair = Pair("t", "x", "y", 0.8, 0.9, 1.0, ("e1", "e2"))
     first = Dataset({"made": "by hand"}, (pair,))

@@ -224,7 +224,7 @@ def report(
         found = find_run(opened, run)
         if "objective" in found["settings"]:
             raise PrefloopError(
-                f"{found['name']} is a training of stored rows, which its model card tells of: {found['name']}/README.md"
+                f"{found['name']} is a training of stored rows; what is to be said is in {found['name']}/README.md"
             )
         _write_report(opened, found["id"], output or Path(found["directory"]) / "report.html")
 

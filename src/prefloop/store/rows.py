@@ -243,7 +243,8 @@ def dataset_member_rows(dataset: Dataset) -> list[Row]:
         {**_member(each.trajectory_id, each.weight, each.evidence), "labelled": True, "desirable": each.desirable}
         for each in dataset.labelled
     ]
-    return [{"dataset_id": dataset.id, "position": position, **row} for position, row in enumerate(members)]
+    dataset_id = dataset.id  # a hash of all members
+    return [{"dataset_id": dataset_id, "position": position, **row} for position, row in enumerate(members)]
 
 
 def _member(trajectory_id: str, weight: float = 1.0, evidence: Sequence[str] = ()) -> Row:
