@@ -28,6 +28,7 @@ def with_template(model: Path, directory: Path, old: str, new: str) -> Path:
     """The model with another chat template."""
     assert old in CHAT_TEMPLATE
     shutil.copytree(model, directory)
+    (directory / "MANIFEST.json").unlink(missing_ok=True)  # else it says that the template was changed
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace(old, new))
     return directory
 
@@ -109,9 +110,46 @@ def test_labels_of_one_class_only(model: Path, tmp_path: Path, label: bool):
         train_rows("kto", model, tmp_path / "rows", rows, on_error="skip")
 
 
-def test_a_last_step_of_one_row_is_seen_before_kto_begins(model: Path, tmp_path: Path):
-    with pytest.raises(PrefloopError, match=r"--batch-size 8: of 17 rows the last step would have one"):
-        train_rows("kto", model, tmp_path / "rows", labelled_rows(17))
+@pytest.mark.parametrize(
+    ("number", "options", "reason"),
+    [
+        (12, {"batch_size": 1}, r"--batch-size 1: each step of the 12 rows, rows\.jsonl:1 to rows\.jsonl:12, would"),
+        (17, {"kl": "rotation"}, r"--batch-size 8: of 17 rows, rows\.jsonl:1 to rows\.jsonl:17, the last step would"),
+    ],
+)
+def test_a_step_of_one_row_is_seen_before_the_reference_is_read(
+    model: Path, tmp_path: Path, number: int, options: dict, reason: str
+):
+    with pytest.raises(PrefloopError, match=rf"^{reason} have one row, and kto deals .* or set --kl none"):
+        train_rows("kto", model, tmp_path / "rows", labelled_rows(number), **options)
+    with Store(str(tmp_path / "rows.run" / "prefloop.db")) as store:
+        assert not [event for run in store.runs() for event in store.events(run.id)]
+    train_rows("kto", model, tmp_path / "none", labelled_rows(number), **{**options, "kl": "none"}, num_steps=1)
+
+
+def test_one_held_out_row_of_kto(model: Path, tmp_path: Path):
+    held = write_rows(tmp_path / "held.jsonl", labelled_rows(1))
+    with pytest.raises(PrefloopError, match=r"^held\.jsonl:1 is the only held-out row, and kto deals .* --kl none"):
+        train_rows("kto", model, tmp_path / "rows", labelled_rows(12), eval_data=[held])
+    fitted = train_rows("kto", model, tmp_path / "none", labelled_rows(12), eval_data=[held], kl="none", num_steps=1)
+    assert fitted.data["held_out"]["num_examples"] == 1
+
+
+@pytest.mark.parametrize("part", ["data", "eval_data"])
+def test_several_turns_have_no_completion_that_kto_could_deal(model: Path, tmp_path: Path, part: str):
+    call, answer, said = USED_A_TOOL["messages"][1:]
+    several = {"prompt": USED_A_TOOL["messages"][:1], "completion": [call, answer, said], "label": True}
+    good = write_rows(tmp_path / "good.jsonl", labelled_rows(12))
+    mixed = write_rows(tmp_path / "mixed.jsonl", [*labelled_rows(12), several])
+    files = {"data": [good], "eval_data": [good], part: [mixed]}
+    reason = r"mixed\.jsonl:13: several turns make no sense after another task's prompt: set --kl none"
+    with pytest.raises(PrefloopError, match=rf"^{reason} \(--on-error skip") as caught:
+        train_rows("kto", model, tmp_path / "out", **files)
+    assert "samples" not in str(caught.value)
+    fitted = train_rows("kto", model, tmp_path / "out", **files, on_error="skip", num_steps=1)
+    assert fitted.data["num_skipped"] == 1 and fitted.data["skipped"][0].startswith("mixed.jsonl:13: several turns")
+    whole = train_rows("kto", model, tmp_path / "none", **files, kl="none", num_steps=1)
+    assert whole.data["num_skipped"] == 0
 
 
 def test_a_reference_with_another_tokenizer(model: Path, tmp_path: Path):
@@ -164,6 +202,19 @@ def test_a_prompt_longer_than_the_budget(model: Path, tmp_path: Path):
         train_rows("dpo", model, tmp_path / "rows", rows, **options)
     fitted = train_rows("dpo", model, tmp_path / "rows", rows, **options, on_error="skip")
     assert (fitted.data["num_skipped"], fitted.data["train"]["num_cut"]) == (1, 0)
+
+
+def test_only_rows_whose_prompt_is_too_long_are_bad_rows(model: Path, tmp_path: Path):
+    rows = [*GOOD, {**GOOD[0], "prompt": "Say something. " * 30}]
+    options = {"max_length": 40, "on_error": "skip"}
+    fitted = train_rows("dpo", model, tmp_path / "rows", rows, **options)
+    assert (fitted.data["num_skipped"], fitted.data["train"]["num_dropped"]) == (1, 0)
+    assert fitted.data["skipped"][0].startswith("rows.jsonl:13: its prompt has ")
+    assert fitted.data["train"]["num_examples"] == 12
+    with pytest.raises(PrefloopError, match=r"^1 of 14 rows are longer than 40 tokens: both\.jsonl:14 \(\d+ tokens\);"):
+        train_rows("dpo", model, tmp_path / "both", [*rows, LONG], **options)
+    dropped = train_rows("dpo", model, tmp_path / "drop", [*rows, LONG], **options, truncate="drop", num_steps=1)
+    assert (dropped.data["num_skipped"], dropped.data["train"]["num_dropped"]) == (0, 2)
 
 
 def test_sides_that_are_equal_after_the_cut(model: Path, tmp_path: Path):

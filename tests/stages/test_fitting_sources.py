@@ -273,12 +273,31 @@ def test_a_dataset_of_the_store_can_be_held_out_of(store: Store, model: Path, tm
         ("dpo", {"data": ["a"], "num_heads": 2}, "ensembles are of reward models, not of dpo"),
         ("dpo", {"data": ["a"], "separator": ";"}, "--separator ends the steps of process_reward; dpo has none"),
         ("kto", {"data": ["a"], "kl": "samples"}, "--kl samples: stored rows hold no fresh samples"),
+        (
+            "dpo",
+            {"data": ["a"], "early_stopping_metric": "accuracy"},
+            "--early-stopping-metric accuracy: dpo does not log it; give one of loss, rewards/accuracies, rewards/marg",
+        ),
+        ("dpo", {"data": ["a"], "early_stopping_metric": "nll_loss"}, "--early-stopping-metric nll_loss: dpo does not"),
+        ("kto", {"data": ["a"], "early_stopping_metric": "rewards/accuracies"}, "kto does not log it; give one of l"),
+        ("sft", {"data": ["a"], "early_stopping_metric": "accuracy"}, "sft does not log it; give one of loss"),
+        ("simpo", {"data": ["a"], "reference": "r"}, "--reference: simpo has no reference; leave it out"),
+        ("reward", {"data": ["a"], "reference": "r"}, "--reference: reward has no reference"),
+        ("sft", {"data": ["a"], "sync_reference_every": 2}, "--sync-reference-every: sft has no reference"),
+        ("cpo", {"data": ["a"], "mixture": {"orpo": 1.0}, "reference": "r"}, "--reference: cpo has no reference"),
     ],
 )
 def test_options_that_exclude_each_other(objective: str, options: dict, message: str):
     with pytest.raises(PrefloopError) as caught:
         settings_of(objective, Path("m"), **options)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_options_of_what_a_knob_adds():
+    mixed = settings_of("simpo", Path("m"), data=["a"], mixture={"dpo": 0.5}, reference="r", sync_reference_every=2)
+    assert mixed.reference == "r"
+    likely = settings_of("dpo", Path("m"), data=["a"], nll_coef=1.0, early_stopping_metric="nll_loss")
+    assert likely.early_stopping_metric == "nll_loss"
 
 
 def test_a_file_that_is_not_there(model: Path, tmp_path: Path):

@@ -13,8 +13,9 @@ import torch
 from packed_examples import random_demonstrations, random_pairs, tiny_model
 from prefloop.batch.examples import LabelledSample, Step, SteppedSample
 from prefloop.losses.registry import OBJECTIVES
+from prefloop.losses.settings import LossSettings
 from prefloop.training.algorithms import make_algorithm
-from prefloop.training.metrics import BETTER, HELD_OUT
+from prefloop.training.metrics import BETTER, HELD_OUT, telling_metrics
 from prefloop.training.settings import TrainingSettings
 from prefloop.training.trainer import train
 
@@ -93,6 +94,7 @@ def test_each_objective_logs_what_the_page_says_and_nothing_else(tmp_path, name)
     assert {metric for metric in seen if not metric.startswith(HELD_OUT)} == expected
     held_out = {metric.removeprefix(HELD_OUT) for metric in seen if metric.startswith(HELD_OUT)}
     assert held_out == expected - {"grad_norm", "learning_rate", "skipped"}
+    assert set(telling_metrics(name, LossSettings())) == held_out & BETTER.keys()
 
 
 def test_the_page_knows_nothing_that_nobody_logs():

@@ -30,7 +30,7 @@ from prefloop.losses.registry import OBJECTIVES, Objective
 from prefloop.losses.settings import LossSettings
 from prefloop.models.settings import LoraSettings
 from prefloop.records import PrefloopError
-from prefloop.stages.fit_settings import FitSettings, default_learning_rate
+from prefloop.stages.fit_settings import OF_REFERENCE, FitSettings, default_learning_rate
 from prefloop.training.settings import TrainingSettings
 
 app = App(
@@ -52,7 +52,6 @@ OF_MODEL = (
     "seed",
     "num_threads",
 )
-OF_REFERENCE = ("reference", "sync_reference_every", "sync_reference_mixup")
 OF_THE_BEST = ("top_k", "rater", "min_score")
 OF_ONE = {"num_heads": "reward", "num_adapters": "reward", "separator": "process_reward"}
 

@@ -142,6 +142,15 @@ def resolve_parts(name: str, settings: LossSettings) -> dict[str, Part]:
     return parts
 
 
+def needs_reference(name: str, settings: LossSettings) -> bool:
+    """Whether an objective reads a reference, its own loss or one of its mixture.
+
+    Raises:
+        PrefloopError: as `resolve_knobs`.
+    """
+    return any(objective(part).reference for part in (name, *resolve_parts(name, settings)))
+
+
 def _given(settings: LossSettings) -> dict[str, Any]:
     values = {key: getattr(settings, key) for key in LossSettings.model_fields}
     return {key: value for key, value in values.items() if value is not None}

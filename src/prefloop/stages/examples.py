@@ -30,6 +30,7 @@ from prefloop.records import (
     Trajectory,
 )
 from prefloop.stages.selecting import Corpus, Member, Rows, Skips
+from prefloop.training.kl_samples import has_several_turns
 
 if TYPE_CHECKING:
     from prefloop.batch.examples import Example
@@ -88,19 +89,23 @@ def prepare(
     limit: LengthLimit,
     skips: Skips,
     steps: LabelledSteps | None = None,
+    *,
+    one_turn: bool = False,
 ) -> Prepared:
     """The examples of rows, rendered for a model.
 
     A bad row goes to `skips`: an empty completion, sides that are equal (as tokens), a margin that is not finite, a
-    prompt that alone is longer than the limit, or messages that the template refuses or drops. `steps` where these are
-    labelled.
+    prompt that leaves nothing of the completion within the limit (but where too long rows are dropped, or listed by an
+    error), messages that the template refuses or drops, or, where `one_turn` is all that the objective can use, several
+    turns. `steps` where these are labelled.
 
     Raises:
         PrefloopError: a bad row that is not to be skipped, rows that are too long where that stops, labels of one
             class only, or no row that is left.
     """
     steps = steps or LabelledSteps({})
-    preparing = _Preparing(corpus, renderer, limit, StepFinder(renderer, steps.separator), steps.labels)
+    finder, skipping = StepFinder(renderer, steps.separator), skips.on_error == "skip"
+    preparing = _Preparing(corpus, renderer, limit, finder, steps.labels, one_turn, skipping)
     for member, name in zip(rows.members, rows.names, strict=True):
         preparing.found.num_rows += 1
         try:
@@ -128,6 +133,8 @@ class _Preparing:
     limit: LengthLimit
     finder: StepFinder
     step_labels: Mapping[str, StepLabel]
+    one_turn: bool
+    skipping: bool
     found: Prepared = field(default_factory=Prepared)
     rendered: dict[str, Paths | PrefloopError] = field(default_factory=dict)
 
@@ -144,11 +151,15 @@ class _Preparing:
         longest = max(len(path.token) for paths in whole.values() for path in paths)
         self.found.longest = max(self.found.longest, longest)
         if self.limit.max_length is not None and longest > self.limit.max_length:
+            cut = {}
+            if self.limit.truncate == "keep_start" or (self.limit.truncate == "stop" and self.skipping):
+                # Also where nothing is to be cut: a prompt that leaves room for nothing is a bad row.
+                cut = {i: _cut(paths, self.limit.max_length) for i, paths in whole.items()}
             if self.limit.truncate != "keep_start":
                 self._too_long(name, longest)
                 self.found.num_dropped += 1
                 return
-            whole = {i: _cut(paths, self.limit.max_length) for i, paths in whole.items()}
+            whole = cut
             if isinstance(member, Pair):
                 _check_sides(member, whole, f" in their first {self.limit.max_length} tokens")
             example = self._example(member, whole, name)
@@ -196,7 +207,10 @@ class _Preparing:
 
     def _example(self, member: Member, paths: Mapping[str, Paths], name: str) -> Example:
         if not isinstance(member, Labelled) or member.desirable is not None:
-            return example_of(member, paths, name)
+            example = example_of(member, paths, name)
+            if self.one_turn and has_several_turns(example):
+                raise RowProblemError("", "several turns make no sense after another task's prompt: set --kl none")
+            return example
         return self._stepped(member, paths[member.trajectory_id], name)
 
     def _stepped(self, member: Labelled, paths: Paths, name: str) -> Example:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefloop.curation.steps import kind_of_steps
-from prefloop.losses.registry import Records, objective
+from prefloop.losses.registry import Records, objective, resolve_knobs
 from prefloop.records import Dataset, JSONObject, Labelled, PrefloopError
 from prefloop.stages.curating import rater_with_scores
 from prefloop.stages.fit_settings import FitSettings
@@ -25,6 +25,8 @@ from prefloop.stages.selecting import (
     split_rows,
 )
 from prefloop.store import Store
+
+DEALS = "kto deals each row's completion to another row"
 
 if TYPE_CHECKING:
     from prefloop.batch.examples import Example
@@ -109,7 +111,8 @@ def ready(
     """The examples of the rows for a model of this tokenizer and context length; freezes their datasets.
 
     Raises:
-        PrefloopError: as `prepare`; `max_length` is more than the model can read; labels of one class only.
+        PrefloopError: as `prepare`; `max_length` is more than the model can read; labels of one class only; a step
+            or held-out rows of one row whose completion must be dealt to another.
     """
     from prefloop.stages.examples import LengthLimit, prepare
 
@@ -117,14 +120,20 @@ def ready(
         raise PrefloopError(f"--max-length {settings.max_length}: {settings.model} reads {context} tokens at most")
     limit = LengthLimit(settings.max_length or context, settings.truncate)
     steps = _steps(selected, settings, store)
-    skips = selected.skips
-    train = prepare(selected.rows, selected.corpus, renderer, limit, skips, steps)
+    skips, dealt = selected.skips, resolve_knobs(settings.objective, settings).get("kl") in ("derangement", "rotation")
+    train = prepare(selected.rows, selected.corpus, renderer, limit, skips, steps, one_turn=dealt)
     _check_classes(train.examples)
+    if dealt:
+        _check_dealt(train.examples, settings.batch_size)
     dataset = selected.rows.freeze(run_id, part="train", held_out=settings.held_out)
     detail: JSONObject = {"dataset_id": store.add_dataset(dataset), "train": train.to_dict()}
     held: list[Example] = []
     if selected.held_out is not None:
-        prepared = prepare(selected.held_out, selected.corpus, renderer, limit, skips, steps)
+        prepared = prepare(selected.held_out, selected.corpus, renderer, limit, skips, steps, one_turn=dealt)
+        if dealt and len(prepared.examples) == 1:
+            raise PrefloopError(
+                f"{prepared.examples[0].name} is the only held-out row, and {DEALS}; hold out more, or set --kl none"
+            )
         frozen = selected.held_out.freeze(run_id, part="held_out", held_out=settings.held_out)
         detail |= {"held_out_id": store.add_dataset(frozen), "held_out": prepared.to_dict()}
         detail["num_shared_prompts"] = count_shared(selected.corpus, selected.rows, selected.held_out)
@@ -144,6 +153,21 @@ def _steps(selected: Selected, settings: FitSettings, store: Store) -> LabelledS
     named = {i for rows in parts for member in rows.members if isinstance(member, Labelled) for i in member.evidence}
     found = store.step_labels(trajectory_ids=selected.corpus.trajectories)
     return LabelledSteps({label.id: label for label in found if label.id in named}, settings.separator)
+
+
+def _check_dealt(examples: Sequence[Example], batch_size: int) -> None:
+    """A step of one row has no other row to deal its completion to."""
+    num, rows = len(examples), f"{examples[0].name} to {examples[-1].name}"
+    if batch_size == 1 or num == 1:
+        what = f"each step of the {num} rows, {rows}," if num > 1 else f"the only step, of {examples[0].name},"
+    elif num % batch_size == 1:
+        what = f"of {num} rows, {rows}, the last step"
+    else:
+        return
+    raise PrefloopError(
+        f"--batch-size {batch_size}: {what} would have one row, and {DEALS} of its step; give "
+        f"{'more rows' if num == 1 else 'another batch size'}, or set --kl none"
+    )
 
 
 def _check_classes(examples: Sequence[Example]) -> None:

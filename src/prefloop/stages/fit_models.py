@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefloop.losses.registry import objective, resolve_knobs, resolve_parts
+from prefloop.losses.registry import needs_reference, resolve_knobs
 from prefloop.records import JSONObject, PrefloopError
 from prefloop.stages.context import versions
 from prefloop.stages.fit_data import FitData
@@ -81,8 +81,7 @@ def circumstances(settings: FitSettings) -> JSONObject:
     import torch
 
     found: JSONObject = {"model": settings.model, "weights": _weights(settings.model, settings)}
-    parts = resolve_parts(settings.objective, settings)  # a mixture may need a reference where its objective needs none
-    if any(objective(part).reference for part in (settings.objective, *parts)):
+    if needs_reference(settings.objective, settings):
         name = settings.reference or settings.model
         found |= {"reference": name, "reference_weights": _weights(name, settings)}
     threads = torch.get_num_threads()
@@ -220,7 +219,7 @@ def train_learner(
     if algorithm.needs_reference:
         progress.begin("log-probs of the reference")
         reference, examples, held_out = _with_reference(learner, data, settings, place.store, start)
-    _check_kto(examples, settings, progress)
+    _advise_kto(examples, settings, progress)
     opened = _opener(settings, place, len(examples), progress)
     options: dict[str, Any] = {
         "seed": settings.seed,
@@ -241,8 +240,8 @@ def train_learner(
     return Outcome({"all": result})
 
 
-def _check_kto(examples: Sequence[Example], settings: FitSettings, progress: FitProgress) -> None:
-    """Say how KTO's weights fit its labels, and that no step is left with a single row where that cannot be."""
+def _advise_kto(examples: Sequence[Example], settings: FitSettings, progress: FitProgress) -> None:
+    """Say how KTO's weights fit its labels."""
     from prefloop.batch.examples import LabelledSample
     from prefloop.losses.kto import weight_advice
 
@@ -253,11 +252,6 @@ def _check_kto(examples: Sequence[Example], settings: FitSettings, progress: Fit
     good, bad = (math.fsum(e.weight for e in labelled if e.desirable is side) for side in (True, False))
     weights = {key: knobs[key] for key in ("desirable_weight", "undesirable_weight")}
     progress.note(weight_advice(good, bad, **weights).sentence)
-    if knobs["kl"] in ("derangement", "rotation") and len(labelled) % settings.batch_size == 1:
-        raise PrefloopError(
-            f"--batch-size {settings.batch_size}: of {len(labelled)} rows the last step would have one, and kto deals "
-            "each row's completion to another of its step; give another batch size"
-        )
 
 
 def _opener(settings: FitSettings, place: Place, num_examples: int, progress: FitProgress) -> OpenWriters:

@@ -9,14 +9,16 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from prefloop.chat.steps import SEPARATOR
-from prefloop.losses.registry import objective, resolve_knobs
+from prefloop.losses.registry import needs_reference, objective, resolve_knobs
 from prefloop.losses.settings import LossSettings
 from prefloop.models.settings import LoraSettings
 from prefloop.records import PrefloopError
+from prefloop.training.metrics import telling_metrics
 from prefloop.training.settings import TrainingSettings
 
 LORA_RATE = 10.0  # an adapter takes about ten times the learning rate of whole weights (TRL's guide says the same)
 WORK_SUFFIX = ".run"
+OF_REFERENCE = ("reference", "sync_reference_every", "sync_reference_mixup")
 
 
 class FitSettings(TrainingSettings, LossSettings):
@@ -51,6 +53,22 @@ class FitSettings(TrainingSettings, LossSettings):
     @model_validator(mode="after")
     def _knobs_fit(self) -> FitSettings:
         resolve_knobs(self.objective, self)
+        return self
+
+    @model_validator(mode="after")
+    def _logs_what_stops_it(self) -> FitSettings:
+        name, has = self.early_stopping_metric, telling_metrics(self.objective, self)
+        if name not in has:
+            raise PrefloopError(
+                f"--early-stopping-metric {name}: {self.objective} does not log it; give one of {', '.join(has)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_reference(self) -> FitSettings:
+        given = [key for key in OF_REFERENCE if getattr(self, key) != FitSettings.model_fields[key].default]
+        if given and not needs_reference(self.objective, self):
+            raise PrefloopError(f"--{given[0].replace('_', '-')}: {self.objective} has no reference; leave it out")
         return self
 
     @model_validator(mode="after")

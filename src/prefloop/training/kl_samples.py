@@ -48,13 +48,18 @@ def _check(examples: Sequence[Example]) -> None:
     if len(examples) < 2:
         raise PrefloopError("kto estimates its KL term on completions of other rows: a step needs at least 2 rows")
     for i, example in enumerate(examples):
-        paths = example.samples[0]
-        sampled = paths[0].loss_mask
-        if len(paths) > 1 or not sampled[int(np.argmax(sampled)) :].all():
+        if has_several_turns(example):
             raise PrefloopError(
                 f"row {example.name or i}: a trajectory of several turns makes no sense after another task's prompt; "
                 'set kl to "samples" (fresh ones of the policy) or "none"'
             )
+
+
+def has_several_turns(example: Example) -> bool:
+    """Whether something lies between the policy's own tokens, such as an answer of a tool or of a user."""
+    paths = example.samples[0]
+    sampled = paths[0].loss_mask
+    return len(paths) > 1 or not bool(sampled[int(np.argmax(sampled)) :].all())
 
 
 def _dealt(prompt_of: Example, completion_of: Example) -> Demonstration:

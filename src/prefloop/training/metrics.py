@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from prefloop.losses.registry import objective, resolve_knobs
+from prefloop.losses.settings import LossSettings
+
 Metrics = dict[str, float]
 
 HELD_OUT = "eval/"
@@ -21,6 +24,24 @@ BETTER: Mapping[str, Literal["lower", "higher"]] = {
     "margin": "higher",
 }
 """The metrics that tell better weights from worse, and which way."""
+
+OF_PAIRS = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "logps/chosen")
+OF_ONE: Mapping[str, tuple[str, ...]] = {
+    "kto": ("rewards/margins", "rewards/chosen", "logps/chosen"),
+    "reward": ("accuracy", "margin"),
+    "process_reward": ("accuracy",),
+}
+
+
+def telling_metrics(name: str, settings: LossSettings) -> tuple[str, ...]:
+    """Those of `BETTER` that an objective with these knobs logs.
+
+    Raises:
+        PrefloopError: as `resolve_knobs`.
+    """
+    others = OF_ONE.get(name, OF_PAIRS if objective(name).records == "pairs" else ())
+    likelihood = ("nll_loss",) if resolve_knobs(name, settings).get("nll_coef") else ()
+    return ("loss", *others, *likelihood)
 
 
 def is_better(name: str, value: float, best: float | None) -> bool:

@@ -10,7 +10,7 @@ from prefloop.config import Settings
 from prefloop.losses.registry import objective, resolve_knobs
 from prefloop.losses.settings import LossSettings
 from prefloop.records import PrefloopError
-from prefloop.training.metrics import BETTER
+from prefloop.training.metrics import BETTER, telling_metrics
 
 Reporter = Literal["tensorboard", "trackio", "wandb"]
 
@@ -98,6 +98,16 @@ class UpdateSettings(TrainingSettings, LossSettings):
             raise ValueError(
                 f"an objective of policies as algorithm: {self.algorithm!r} trains a model that judges them; "
                 f"`prefloop train {self.algorithm}` does that"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _logs_what_stops_it(self) -> UpdateSettings:
+        has = telling_metrics(self.algorithm, self)
+        if self.early_stopping_metric not in has:
+            raise ValueError(
+                f"early_stopping_metric should be one that {self.algorithm} logs ({', '.join(has)}), not "
+                f"{self.early_stopping_metric!r}"
             )
         return self
 
