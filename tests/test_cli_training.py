@@ -79,6 +79,10 @@ def test_every_option_is_documented():
         ),
         (["dpo", "--model", "m", "--data", "x.jsonl", "--beta", "-1"], "beta should be greater than 0, not -1.0"),
         (["dpo", "--model", "m", "--data", "x.jsonl"], "there is no file x.jsonl"),
+        (
+            ["dpo", "--model", "m", "--data", "x.jsonl", "--patience", "2"],
+            "prefloop train dpo: patience needs evaluate_every: how many steps lie between two evaluations$",
+        ),
         (["dpo", "--model", "m"], "rows: give one of --data FILE, --dataset ID and --top-k K"),
         (["dpo", "--model", "m", "--dataset", "abc"], "there is no store at runs/prefloop.db"),
     ],
@@ -94,13 +98,42 @@ def test_a_model_that_is_not_there(capsys):
     assert "model './nowhere' cannot be loaded: there is no such directory" in line
 
 
+@pytest.mark.parametrize("device", ["foo", "cuda:99", "meta"])
+def test_a_device_that_is_not_there(device: str, model: Path, capsys):
+    write_rows(Path("rows.jsonl"), pair_rows(4))
+    for objective in ("dpo", "reward"):
+        line = said(capsys, "train", objective, "--data", "rows.jsonl", "--model", model, "--device", device, code=1)
+        assert f"device '{device}' cannot be used here: expected 'cpu'" in line and "Traceback" not in line
+
+
+def test_one_row_and_one_step_are_in_the_singular(model: Path, capsys):
+    write_rows(Path("rows.jsonl"), pair_rows(1))
+    text = said(capsys, "train", "sft", "--data", "rows.jsonl", "--model", model)
+    assert "1 row to train on" in text and "1 step, loss " in text
+
+
+def test_weights_in_bfloat16_are_warned_of_unless_an_adapter_is_trained(model: Path, capsys):
+    write_rows(Path("rows.jsonl"), pair_rows(2))
+    line = ["train", "sft", "--data", "rows.jsonl", "--model", model, "--dtype", "bfloat16"]
+    assert "--precision bfloat16 in its place" in said(capsys, *line)
+    assert "--precision" not in said(capsys, *line, "--lora-rank", 2, "-o", "out")
+
+
+def test_the_best_leave_out_what_was_labelled_as_bad(model: Path, capsys):
+    with Store("mine.db") as store:
+        import_file(store, write_rows(Path("rows.jsonl"), labelled_rows(6)))
+    line = ["train", "sft", "--top-k", 1, "--store", "mine.db", "--model", model]
+    assert "3 rows to train on" in said(capsys, *line)
+    assert "6 rows to train on" in said(capsys, *line, "--min-score", 0, "-o", "all")
+
+
 def test_a_training_from_a_file(model: Path, capsys):
     rows = [*pair_rows(12), {**pair_rows(1)[0], "rejected": ""}]
     write_rows(Path("rows.jsonl"), rows)
     line = ["train", "dpo", "--data", "rows.jsonl", "--model", model, "--learning_rate", "0.01", "--num-epochs", 2]
     line += ["--batch-size", 4, "--mixture.ipo", 0.5, "--no-gradient-checkpointing", "--on-error", "skip"]
     text = said(capsys, *line)
-    assert "12 rows to train on" in text and "1 bad rows were left out" in text
+    assert "12 rows to train on" in text and "bad rows that were left out: 1" in text
     assert "6 steps, loss " in text
     assert "model: runs/dpo (its data, recipe, metrics and lineage: runs/dpo/README.md)" in text
     assert "`mixture.ipo` | `0.5`" in Path("runs/dpo/README.md").read_text()

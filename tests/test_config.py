@@ -105,7 +105,9 @@ def test_each_problem_is_one_line_that_names_key_expected_and_found(data: dict, 
 
 
 def test_a_rule_over_several_keys_says_what_it_wants():
-    assert "anything but 13" in problem({"name": "a", "train": {"num_steps": 13}})
+    assert problem({"name": "a", "train": {"num_steps": 13}}) == "run.toml: train: num_steps should be anything but 13"
+    with pytest.raises(PrefloopError, match=r"^test: num_steps should be anything but 13$"):
+        parse_settings(Train, {"num_steps": 13}, "test")
 
 
 def test_a_discriminated_kind_that_is_unknown_lists_the_known_ones():

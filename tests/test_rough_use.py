@@ -139,11 +139,17 @@ def test_a_conversation_that_is_too_long_says_so(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ("environment.name=bokking", "environment.name should be one of 'booking', 'prompts', 'reasoning-gym'"),
+        (
+            "environment.name=bokking",
+            "environment.name should be one of 'arithmetic', 'booking', 'prompts', 'reasoning-gym'",
+        ),
         ("name=ünï", "name should be text that matches ^[A-Za-z0-9]"),
         ("policy.server={base_url='ftp://x', model='m'}", "base_url should be a base URL that begins with http"),
-        ("judge.rules.lowest=3", "judge.rules should be a range: lowest (3.0) below highest (1.0)"),
-        ("curation.margin_unit=noise", "with judge.num_replicates of at least 2"),
+        ("judge.rules.lowest=3", "judge.rules: lowest (3.0) should be below highest (1.0)"),
+        (
+            "curation.margin_unit=noise",
+            "run.toml: curation.margin_unit 'noise' needs judge.num_replicates of at least 2",
+        ),
     ],
 )
 def test_what_a_value_should_be_reads_as_a_sentence(change: str, expected: str, tmp_path: Path, fails):

@@ -1,7 +1,8 @@
 """Reading, checking and hashing run files (TOML); each component owns its settings class.
 
-A settings class derives from `Settings`; its validators raise `ValueError` with what was expected. A run file is
-checked strictly: `"3"` is not a number and `1` is not true, but `1` is good where a float is wanted.
+A settings class derives from `Settings`. A validator of one key raises `ValueError` with what was expected ("a base
+URL"), one of several keys with a whole sentence. A run file is checked strictly: `"3"` is not a number and `1` is not
+true, but `1` is good where a float is wanted.
 """
 
 from __future__ import annotations
@@ -97,8 +98,12 @@ def parse_settings(model: type[S], data: Mapping[str, Any], where: str) -> S:
 
 
 def _problems(model: type[Settings], data: Mapping[str, Any], where: str, error: ValidationError) -> list[str]:
-    """One line a key; what the members of a union expected is joined with "or"."""
+    """One line a key; what the members of a union expected is joined with "or".
+
+    A rule over several keys of a table tells what it wants by itself: the table is not shown.
+    """
     unknown: list[str] = []
+    rules: list[str] = []
     expected: dict[str, list[str]] = {}
     found: dict[str, str] = {}
     for problem in error.errors(include_url=False):
@@ -108,13 +113,16 @@ def _problems(model: type[Settings], data: Mapping[str, Any], where: str, error:
             unknown.append(f"{where}: unknown key {key}{_suggestion(model, location)}")
             continue
         value = problem["input"]
+        if problem["type"] == "value_error" and isinstance(value, dict):
+            rules.append(": ".join(filter(None, (where, key, str(problem["ctx"]["error"])))))
+            continue
         if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):  # pydantic blames the table, not its key
             tag = problem["ctx"]["discriminator"].strip("'")
             key, value = f"{key}.{tag}".lstrip("."), value.get(tag) if isinstance(value, dict) else None
         found.setdefault(key, _shown(value))
         expected.setdefault(key, []).append(_expectation(problem["type"], problem["msg"], problem.get("ctx", {})))
     wrong = [_wrong(where, key, list(dict.fromkeys(wants)), found[key]) for key, wants in expected.items()]
-    return unknown + wrong
+    return unknown + wrong + rules
 
 
 def _wrong(where: str, key: str, wants: Sequence[str], found: str) -> str:

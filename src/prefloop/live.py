@@ -21,7 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from prefloop.records import JSONObject
+from prefloop.records import JSONObject, counted
 from prefloop.stages.context import BEFORE
 from prefloop.stages.context import Progress as Quiet
 from prefloop.stages.fit_settings import FitProgress
@@ -135,15 +135,15 @@ def _line(iteration: int, stage: str, detail: JSONObject) -> str:
 def _found(stage: str, detail: JSONObject) -> str:
     match stage:
         case "demonstrations":
-            return f"{detail['num']} demonstrations, {_percent(detail['success'])} succeed"
+            return f"{counted(detail['num'], 'demonstration')}, {_percent(detail['success'])} succeed"
         case "sft":
-            return f"{detail['steps']} steps, loss {_number(detail['loss'][-1], 3)}"
+            return f"{counted(detail['steps'], 'step')}, loss {_number(detail['loss'][-1], 3)}"
         case "rollout":
             return f"{detail['num']} trajectories of {detail['mean_turns']:.1f} turns"
         case "judge":
             return f"mean score {_number(detail['mean_score'])}, statuses {detail['statuses']}"
         case "curate":
-            return f"{detail['num_pairs']} pairs of {detail['num_scored']} scored"
+            return f"{counted(detail['num_pairs'], 'pair')} of {detail['num_scored']} scored"
         case "train":
             reasons = [attempt["reason"] for attempt in detail["attempts"]] or [detail.get("reason", "")]
             tried = "; rolled back; ".join(reasons) + ("; rolled back" if detail["rolled_back"] else "")
@@ -243,7 +243,7 @@ class LiveTraining(FitProgress):
         for warning in found["warnings"]:
             self.note(f"warning: {warning}")
         if losses:
-            self.note(f"{found['steps']} steps, loss {losses[0]:.4g} at first, {losses[-1]:.4g} at last")
+            self.note(f"{counted(found['steps'], 'step')}, loss {losses[0]:.4g} at first, {losses[-1]:.4g} at last")
         if found["stopped_early"]:
             self.note(f"stopped early: the weights are those after step {found['best_step']}, the best")
         if "reward_model" in found:

@@ -6,7 +6,11 @@ from packed_examples import path, paths_of, random_pairs
 from prefloop.batch.examples import Demonstration, PreferencePair
 from prefloop.batch.layout import rows_layout, segments_of
 from prefloop.batch.packed import pack
-from prefloop.batch.packing import MIN_SHARING, micro_batches, split_examples
+from prefloop.batch.packing import MIN_SHARING, pack_group, split_examples
+
+
+def micro_batches(examples, budget):
+    return [pack_group(examples, group) for group in split_examples(examples, budget)]
 
 
 @pytest.mark.parametrize("shares", [True, False])

@@ -92,7 +92,7 @@ def test_a_mixture_may_weigh_the_objective_s_own_loss():
 
 @pytest.mark.parametrize("name", ["sft", "kto", "reward"])
 def test_only_losses_of_pairs_are_mixed(name):
-    with pytest.raises(PrefloopError, match=f"mixture: '{name}' is not a loss of preference pairs"):
+    with pytest.raises(PrefloopError, match=f"mixture: '{name}' is not a loss of preference pairs, which are dpo, "):
         resolve_knobs("dpo", settings(mixture={name: 1.0}))
     with pytest.raises(PrefloopError, match=f"mixture: objective '{name}' has no such knob"):
         resolve_knobs(name, settings(mixture={"dpo": 1.0}))

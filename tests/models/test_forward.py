@@ -20,7 +20,7 @@ from packed_examples import (
 from prefloop.batch.examples import Demonstration
 from prefloop.batch.layout import forest_layout, rows_layout
 from prefloop.batch.packed import pack
-from prefloop.batch.packing import micro_batches
+from prefloop.batch.packing import pack_group
 from prefloop.models import attention
 from prefloop.models import forward as forward_module
 from prefloop.models.attention import SHARING_MODEL_TYPES, sharing, why_not_shared
@@ -213,7 +213,7 @@ def test_rows_that_share_nothing_lie_end_to_end_without_padding():
     alone = [Demonstration((path([i, *rng.integers(0, VOCAB, rng.integers(20, 200))], 1),)) for i in range(16)]
     with torch.device("meta"):
         model = tiny_model("llama", hidden_size=256, intermediate_size=768, num_hidden_layers=4)
-    [batch] = micro_batches(alone, 10_000)
+    batch = pack_group(alone, range(len(alone)))
     layout = layout_for(model, batch)
     lengths = [len(example.paths[0].token) for example in alone]
     starts = np.cumsum([0, *lengths])

@@ -291,7 +291,7 @@ def test_a_model_of_others_scores_as_in_transformers(policy, tmp_path):
     [
         ({"num_heads": 2, "num_adapters": 2, "lora": LORA}, "heads or of adapters"),
         ({"num_heads": 0}, "heads or of adapters"),
-        ({"num_adapters": 3}, "settings of LoRA"),
+        ({"num_adapters": 3}, "3 adapters needs the rank of each: give --lora-rank"),
     ],
 )
 def test_an_ensemble_is_of_one_kind(policy, settings, message):

@@ -7,7 +7,7 @@ from parity_cases import CASES, Case
 from plain_losses import plain_loss, reference_point
 
 from packed_examples import HEADS
-from prefloop.batch.packing import micro_batches
+from prefloop.batch.packing import pack_group, split_examples
 from prefloop.losses.registry import OBJECTIVES
 from prefloop.models import attention
 from prefloop.training.step import StepSettings, TrainingStep
@@ -108,7 +108,7 @@ def test_the_examples_share_prefixes(max_tokens, exact_model, use_layout, monkey
     use_layout("forest")
     examples = Case("dpo").examples(8)
     our_gradient(model, reference, Case("dpo").algorithm, examples, max_tokens=max_tokens)
-    batches = micro_batches(examples, max_tokens)
+    batches = [pack_group(examples, group) for group in split_examples(examples, max_tokens)]
     assert len(seen) == 2 * 2 * len(batches)  # two models of two layers
     assert sum(segment.end > segment.stop for segments in seen for segment in segments) > 20
     assert sum(len(b.visit_token_V) for b in batches) > 1.5 * sum(b.num_tokens for b in batches)

@@ -192,7 +192,7 @@ def test_the_best_of_each_task(store: Store, model: Path, tmp_path: Path):
 
 def test_the_best_are_taken_of_training_tasks_only(store: Store, model: Path, tmp_path: Path):
     import_file(store, write_rows(tmp_path / "rows.jsonl", labelled_rows(24)), held_out=0.5)
-    found = trained(store, "sft", model, tmp_path, top_k=1)
+    found = trained(store, "sft", model, tmp_path, top_k=1, min_score=0.0)
     chosen = store.trajectories(store.dataset(found.checkpoint.dataset_id).trajectory_ids)
     splits = {store.tasks([t.task_id])[t.task_id].split for t in chosen}
     assert splits == {Split.TRAIN}
@@ -245,7 +245,7 @@ def test_a_file_of_held_out_rows(model: Path, tmp_path: Path):
     others = write_rows(tmp_path / "others.jsonl", [*rows[8:], {**rows[0], "prompt": rows[0]["prompt"].upper()}])
     fitted = train_rows("dpo", model, tmp_path / "out", rows[:8], eval_data=[others], num_steps=1, progress=heard)
     assert (fitted.data["train"]["num_rows"], fitted.data["held_out"]["num_rows"]) == (8, 5)
-    assert "1 held-out rows have a prompt that is trained on" in heard.notes
+    assert "held-out rows whose prompt is also trained on: 1" in heard.notes
     with Store(str(tmp_path / "out.run" / "prefloop.db")) as store:
         assert len(store.tasks(split=Split.HELD_OUT)) == 5
 

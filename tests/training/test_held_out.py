@@ -225,7 +225,9 @@ def test_what_cannot_be_evaluated_is_said(tmp_path, rows):
         trained(tmp_path, rows, early_stopping_metric="accuracy")
     with pytest.raises(PrefloopError, match=r"early_stopping_metric.*, not 'los'"):
         parse_settings(TrainingSettings, {"learning_rate": 1.0, "early_stopping_metric": "los"}, "test")
-    with pytest.raises(PrefloopError, match="with patience also evaluate_every"):
+    with pytest.raises(
+        PrefloopError, match=r"^test: patience needs evaluate_every: how many steps lie between two evaluations$"
+    ):
         parse_settings(TrainingSettings, {"learning_rate": 1.0, "patience": 2}, "test")
 
 

@@ -34,18 +34,6 @@ MIN_SHARING = 1.1
 """Visits for each distinct token below which merging prefixes does not pay."""
 
 
-def micro_batches(examples: Sequence[Example], max_tokens: int, *, shares: bool = True) -> list[PackedBatch]:
-    """Packed micro-batches of at most `max_tokens` computed tokens each.
-
-    With `shares` tokens are counted once for each micro-batch, as a forest computes them; without, as padded
-    rows. An example larger than the budget gets a micro-batch of its own.
-
-    Raises:
-        PrefloopError: as `pack`.
-    """
-    return [pack_group(examples, group) for group in split_examples(examples, max_tokens, shares=shares)]
-
-
 def pack_group(examples: Sequence[Example], group: Sequence[int]) -> PackedBatch:
     """The batch of the examples of these indices; where they share too little to pay, nothing is merged.
 
@@ -59,7 +47,11 @@ def pack_group(examples: Sequence[Example], group: Sequence[int]) -> PackedBatch
 
 
 def split_examples(examples: Sequence[Example], max_tokens: int, *, shares: bool = True) -> list[list[int]]:
-    """The indices of the examples of each micro-batch of `micro_batches`."""
+    """The indices of the examples of each micro-batch of at most `max_tokens` computed tokens.
+
+    With `shares` tokens are counted once for each micro-batch, as a forest computes them; without, as padded
+    rows. An example larger than the budget gets a micro-batch of its own.
+    """
     groups = _split_forest(examples, max_tokens) if shares else _split_rows(examples, max_tokens)
     return [sorted(group) for group in groups]
 

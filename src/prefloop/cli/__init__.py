@@ -24,7 +24,7 @@ from prefloop.cli.plumbing import (
     open_store,
     shown_progress,
 )
-from prefloop.records import PrefloopError
+from prefloop.records import PrefloopError, counted
 
 if TYPE_CHECKING:
     from prefloop.store import Store
@@ -293,9 +293,9 @@ def import_(
     for error in done.errors:
         console.print(f"[yellow]skipped[/yellow] {error}", highlight=False, soft_wrap=True)
     console.print(
-        f"{done.file} ({done.format}): {done.num_rows} rows, {done.num_skipped} skipped; new: {done.num_tasks} tasks, "
-        f"{done.num_trajectories} trajectories, {done.num_judgements} judgements, {done.num_comparisons} comparisons, "
-        f"{done.num_step_labels} step labels; {done.num_known} known before",
+        f"{done.file} ({done.format}): {counted(done.num_rows, 'row')}, {done.num_skipped} skipped; "
+        f"new: {done.num_tasks} tasks, {done.num_trajectories} trajectories, {done.num_judgements} judgements, "
+        f"{done.num_comparisons} comparisons, {done.num_step_labels} step labels; {done.num_known} known before",
         highlight=False,
         soft_wrap=True,
     )
@@ -318,7 +318,7 @@ def export(
 
     with open_store(store) as opened:
         num_rows = export_dataset(opened, find_dataset(opened, dataset), output, format=format, force=force)
-    console.print(f"{num_rows} rows → {output}", highlight=False)
+    console.print(f"{counted(num_rows, 'row')} → {output}", highlight=False)
 
 
 @app.command

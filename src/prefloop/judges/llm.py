@@ -73,11 +73,9 @@ class LLMJudgeSettings(Settings):
     @model_validator(mode="after")
     def _check(self) -> LLMJudgeSettings:
         if self.provider == "anthropic" and self.temperature is not None:
-            raise ValueError("without temperature: the Anthropic API takes none")
+            raise ValueError("temperature should be left out: the Anthropic API takes none")
         if self.budget_usd is not None and (self.input_price is None or self.output_price is None):
-            raise ValueError(
-                "with input_price and output_price (US dollars for a million tokens), which budget_usd needs"
-            )
+            raise ValueError("budget_usd needs input_price and output_price, in US dollars for a million tokens")
         return self
 
     def client(self) -> CompletionClient:

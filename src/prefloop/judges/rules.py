@@ -41,7 +41,7 @@ class RuleJudgeSettings(Settings):
     @model_validator(mode="after")
     def _check(self) -> RuleJudgeSettings:
         if self.lowest >= self.highest:
-            raise ValueError(f"a range: lowest ({self.lowest}) below highest ({self.highest})")
+            raise ValueError(f"lowest ({self.lowest}) should be below highest ({self.highest})")
         return self
 
 

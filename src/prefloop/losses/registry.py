@@ -131,9 +131,9 @@ def resolve_parts(name: str, settings: LossSettings) -> dict[str, Part]:
         return {}
     parts = {}
     for part, weight in {name: 1.0, **given.get("mixture", {})}.items():
+        if part not in (of_pairs := [each for each, found in OBJECTIVES.items() if "mixture" in found.knobs]):
+            raise PrefloopError(f"mixture: {part!r} is not a loss of preference pairs, which are {', '.join(of_pairs)}")
         found = objective(part)
-        if "mixture" not in found.knobs:
-            raise PrefloopError(f"mixture: {part!r} is not a loss of preference pairs")
         arguments = {key: given.get(key, default) for key, default in found.knobs.items() if key not in ADDED}
         for key in found.above_zero:
             if not arguments[key]:

@@ -38,7 +38,9 @@ class LossSettings(Settings):
     nll_scope: Literal["completion", "sequence"] | None = Field(
         default=None, description="that likelihood counts the policy's own tokens, or the prompt's and tools' too"
     )
-    mixture: dict[str, Weight] | None = Field(default=None, description="further losses of pairs, each with its weight")
+    mixture: dict[str, Weight] | None = Field(
+        default=None, description="further losses of pairs, each with its weight, such as --mixture.ipo 0.5"
+    )
     dft: bool | None = Field(default=None, description="weigh each token by its probability (dynamic fine-tuning)")
     kl: Literal["derangement", "rotation", "samples", "none"] | None = Field(
         default=None, description="where the reference point comes from"

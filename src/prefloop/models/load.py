@@ -48,8 +48,9 @@ def load_policy(
     A directory that holds an adapter is loaded on top of the model that the adapter names.
 
     Raises:
-        PrefloopError: nothing is there, or it is not a causal language model; peft is missing.
+        PrefloopError: nothing is there, or it is not a causal language model; peft is missing; as `check_device`.
     """
+    check_device(device)
     if _is_path(name) and not Path(name).is_dir():
         raise PrefloopError(f"model {name!r} cannot be loaded: there is no such directory")
     adapter = (Path(name) / ADAPTER_CONFIG).is_file()
@@ -69,6 +70,25 @@ def load_policy(
     elif lora is not None:
         wrapped = _with_adapter(model, lora)
     return Policy(wrapped.to(device).eval(), tokenizer)
+
+
+def check_device(name: str) -> None:
+    """See that torch can use a device here.
+
+    Raises:
+        PrefloopError: it cannot, or there is no device of this name.
+    """
+    try:
+        usable = not torch.zeros(1, device=name).is_meta
+    except (
+        RuntimeError,
+        AssertionError,
+        ImportError,
+    ):  # which of them depends on the device and on how torch was built
+        usable = False
+    if not usable:
+        known = " or ".join(["'cpu'", *(f"'cuda:{i}'" for i in range(torch.cuda.device_count()))])
+        raise PrefloopError(f"device {name!r} cannot be used here: expected {known}")
 
 
 def _is_path(name: str) -> bool:

@@ -36,7 +36,7 @@ from prefloop.chat import ChatRenderer, StepKind, stop_ids
 from prefloop.chat.steps import SEPARATOR
 from prefloop.models.attention import causal_model, why_not_shared
 from prefloop.models.forward import forward, score_head
-from prefloop.models.load import ADAPTER_CONFIG, Policy, load_peft, load_policy, lora_config
+from prefloop.models.load import ADAPTER_CONFIG, Policy, check_device, load_peft, load_policy, lora_config
 from prefloop.models.settings import LoraSettings
 from prefloop.records import JSONObject, PrefloopError, TokenPath
 
@@ -176,10 +176,11 @@ def new_reward_model(
         PrefloopError: as `load_policy`; several adapters without `lora`, or several of both; an architecture that
             transformers has no such class for.
     """
+    check_device(device)
     if num_heads < 1 or num_adapters < 1 or (num_heads > 1 and num_adapters > 1):
         raise PrefloopError(f"an ensemble is of heads or of adapters, not of {num_heads} and {num_adapters}")
     if num_adapters > 1 and lora is None:
-        raise PrefloopError(f"{num_adapters} adapters need the settings of LoRA")
+        raise PrefloopError(f"an ensemble of {num_adapters} adapters needs the rank of each: give --lora-rank, too")
     policy = load_policy(name, dtype=dtype)
     merged = hasattr(policy.model, "merge_and_unload")
     causal = policy.model.merge_and_unload() if merged else policy.model
@@ -208,6 +209,7 @@ def load_reward_model(
     Raises:
         PrefloopError: nothing is there, or it is not such a model; peft is missing.
     """
+    check_device(device)
     directory = Path(name)
     saved: JSONObject = json.loads((directory / SAVED).read_text()) if (directory / SAVED).is_file() else {}
     if saved and saved["kind"] != kind:

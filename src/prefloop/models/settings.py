@@ -25,9 +25,7 @@ class InitialModelSettings(Settings):
     @model_validator(mode="after")
     def _divisible(self) -> InitialModelSettings:
         if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"a shape whose hidden_size ({self.hidden_size}) is a multiple of num_heads ({self.num_heads})"
-            )
+            raise ValueError(f"hidden_size ({self.hidden_size}) should be a multiple of num_heads ({self.num_heads})")
         return self
 
 
@@ -55,5 +53,5 @@ class PolicySettings(Settings):
     @model_validator(mode="after")
     def _exactly_one(self) -> PolicySettings:
         if sum(source is not None for source in (self.model, self.initial, self.server)) != 1:
-            raise ValueError("exactly one of 'model' (a path or hub id) and the tables 'initial' and 'server'")
+            raise ValueError("give exactly one of 'model' (a path or hub id) and the tables 'initial' and 'server'")
         return self

@@ -8,7 +8,7 @@ gives the same rows.
 
 from __future__ import annotations
 
-from prefloop.records.base import JSONObject, PrefloopError, canonical_json, content_hash
+from prefloop.records.base import JSONObject, PrefloopError, canonical_json, content_hash, counted
 from prefloop.records.datasets import Checkpoint, Dataset, Labelled, Pair
 from prefloop.records.judgements import (
     Comparison,
@@ -52,5 +52,6 @@ __all__ = [
     "Verdict",
     "canonical_json",
     "content_hash",
+    "counted",
     "parse_arguments",
 ]

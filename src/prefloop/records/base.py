@@ -21,6 +21,11 @@ def canonical_json(value: object) -> str:
     return _CANONICAL.encode(value)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, which takes an s but for 1: `1 row`, `1,200 rows`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def content_hash(*parts: object) -> str:
     """A 32-digit hexadecimal BLAKE2 hash of JSON-serialisable parts."""
     return hashlib.blake2b(canonical_json(parts).encode(), digest_size=16).hexdigest()

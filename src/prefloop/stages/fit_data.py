@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from prefloop.curation.steps import kind_of_steps
 from prefloop.losses.registry import Records, objective, resolve_knobs
-from prefloop.records import Dataset, JSONObject, Labelled, PrefloopError
+from prefloop.records import Dataset, JSONObject, Labelled, PrefloopError, counted
 from prefloop.stages.curating import rater_with_scores
 from prefloop.stages.fit_settings import FitSettings
 from prefloop.stages.looking import find_dataset
@@ -61,8 +61,8 @@ class FitData:
         """What the training learns from, and what was cut or left out, in words."""
         train, held = self.detail["train"], self.detail.get("held_out", {"num_examples": 0})
         yield (
-            f"{train['num_examples']:,} rows to train on ({train['num_tokens']:,} tokens, {train['num_own_tokens']:,} "
-            f"of them the assistant's), {held['num_examples']:,} held out"
+            f"{counted(train['num_examples'], 'row')} to train on ({counted(train['num_tokens'], 'token')}, "
+            f"{train['num_own_tokens']:,} of them the assistant's), {held['num_examples']:,} held out"
         )
         for part, name in (("train", "training"), ("held_out", "held-out")):
             counts = self.detail.get(part)
@@ -71,9 +71,9 @@ class FitData:
             if counts and counts["num_cut"]:
                 yield f"{counts['num_cut']} of {counts['num_rows']} {name} rows are too long: their ends were cut off"
         if self.detail["num_skipped"]:
-            yield f"{self.detail['num_skipped']} bad rows were left out"
+            yield f"bad rows that were left out: {self.detail['num_skipped']}"
         if self.detail.get("num_shared_prompts"):
-            yield f"{self.detail['num_shared_prompts']} held-out rows have a prompt that is trained on"
+            yield f"held-out rows whose prompt is also trained on: {self.detail['num_shared_prompts']}"
 
 
 def select(settings: FitSettings, store: Store) -> Selected:

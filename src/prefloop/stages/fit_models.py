@@ -46,6 +46,16 @@ class Learner:
         """The module."""
         return self.trained.model
 
+    def notes(self) -> Iterator[str]:
+        """What the type of the trained weights means for the training, in words."""
+        import torch
+
+        if any(weight.dtype == torch.bfloat16 for weight in self.model.parameters() if weight.requires_grad):
+            yield (
+                "--dtype bfloat16: weights in bfloat16 lose small updates to rounding; --precision bfloat16 in its "
+                "place computes in bfloat16 and keeps them in float32"
+            )
+
     @cached_property
     def renderer(self) -> ChatRenderer:
         """The renderer of its chat template."""
@@ -64,9 +74,16 @@ class Learner:
 
 
 def settle(settings: FitSettings) -> None:
-    """Set torch up: its threads, and that results repeat."""
+    """Set torch up: its threads, and that results repeat.
+
+    Raises:
+        PrefloopError: torch cannot use the device.
+    """
     import torch
 
+    from prefloop.models.load import check_device
+
+    check_device(device_of(settings))
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
     torch.use_deterministic_algorithms(True, warn_only=device_of(settings) != "cpu")

@@ -17,6 +17,7 @@ from prefloop.training.metrics import telling_metrics
 from prefloop.training.settings import TrainingSettings
 
 LORA_RATE = 10.0  # an adapter takes about ten times the learning rate of whole weights (TRL's guide says the same)
+MIN_SCORE = 0.5  # what a row scores that is neither labelled as good nor as bad
 WORK_SUFFIX = ".run"
 OF_REFERENCE = ("reference", "sync_reference_every", "sync_reference_mixup")
 
@@ -32,7 +33,7 @@ class FitSettings(TrainingSettings, LossSettings):
     dataset: str = Field(default="", description="in place of files: id of a frozen dataset of the store")
     top_k: int | None = Field(default=None, ge=1, description="in place of files: the store's K best of each task")
     rater: str = Field(default="", description="whose scores those are: a rater's id or name")
-    min_score: float = Field(default=0.0, ge=0, le=1, description="the least score of those")
+    min_score: float = Field(default=MIN_SCORE, ge=0, le=1, description="the least score of those")
     eval_data: list[str] = Field(default_factory=list, description="files of held-out rows, in place of a share")
     on_error: Literal["stop", "skip"] = Field(default="stop", description="what to do with a bad row")
     max_length: int | None = Field(default=None, ge=2, description="longest row in tokens, else the model's context")
@@ -80,7 +81,7 @@ class FitSettings(TrainingSettings, LossSettings):
         records = objective(self.objective).records
         if self.top_k is not None and records != "demonstrations":
             raise PrefloopError(f"--top-k: {self.objective} learns from {records}, and the best are demonstrations")
-        if self.top_k is None and (self.rater or self.min_score):
+        if self.top_k is None and (self.rater or self.min_score != MIN_SCORE):
             raise PrefloopError("--rater and --min-score say which are the best: they go with --top-k")
         if self.objective != "reward" and (self.num_heads > 1 or self.num_adapters > 1):
             raise PrefloopError(

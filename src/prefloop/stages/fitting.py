@@ -131,7 +131,7 @@ class _Fitting:
         data = ready(selected, self.settings, self.store, learner.renderer, learner.context, self.id)
         start = circumstances(self.settings)
         self._begin(start, data)
-        for note in data.notes():
+        for note in (*learner.notes(), *data.notes()):
             self.progress.note(note)
         outcome = train_learner(
             learner,

@@ -36,7 +36,7 @@ class JudgeSettings(JudgingSettings):
     def _has_its_table(self) -> JudgeSettings:
         if getattr(self, self.kind) is None:
             keys = "'provider' and 'model'" if self.kind == "llm" else "'model'"
-            raise ValueError(f"a table 'judge.{self.kind}' with {keys}, because kind is '{self.kind}'")
+            raise ValueError(f"kind '{self.kind}' needs a table 'judge.{self.kind}' with {keys}")
         return self
 
 
@@ -110,13 +110,13 @@ class RunSettings(Settings):
     @model_validator(mode="after")
     def _start_can_be_made(self) -> RunSettings:
         if self.policy.initial is not None and self.sft is None:
-            raise ValueError("a table 'sft': a policy made from nothing must first learn from demonstrations")
+            raise ValueError("a table 'sft' is needed: a policy made from nothing must first learn from demonstrations")
         if self.policy.server is not None and self.sft is not None:
-            raise ValueError("no table 'sft': the weights of a served policy are not here")
+            raise ValueError("the table 'sft' should be left out: the weights of a served policy are not here")
         return self
 
     @model_validator(mode="after")
     def _noise_can_be_measured(self) -> RunSettings:
         if self.curation.margin_unit == "noise" and self.judge.num_replicates < 2:
-            raise ValueError("with judge.num_replicates of at least 2, which a margin in units of noise needs")
+            raise ValueError("curation.margin_unit 'noise' needs judge.num_replicates of at least 2")
         return self

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from prefloop.losses.registry import objective
-from prefloop.records import JSONObject
+from prefloop.records import JSONObject, counted
 
 CARD = "README.md"
 MAX_LISTED = 20
@@ -47,8 +47,8 @@ def model_card(name: str, recipe: JSONObject, start: JSONObject, data: JSONObjec
         *_front_matter(recipe),
         f"# {name}",
         "",
-        f"`{start['model']}` after {outcome['steps']} steps of `{recipe['objective']}` ({about.summary}), trained by "
-        f"prefloop {start['versions']['prefloop']} on {data['train']['num_examples']:,} rows.",
+        f"`{start['model']}` after {counted(outcome['steps'], 'step')} of `{recipe['objective']}` ({about.summary}), "
+        f"trained by prefloop {start['versions']['prefloop']} on {counted(data['train']['num_examples'], 'row')}.",
         "",
         *_use(name, recipe),
         *_data(data),

@@ -61,9 +61,11 @@ class TrainingSettings(Settings):
     @model_validator(mode="after")
     def _can_stop_early(self) -> TrainingSettings:
         if self.early_stopping_metric not in BETTER:
-            raise ValueError(f"early_stopping_metric as one of {', '.join(BETTER)}, not {self.early_stopping_metric!r}")
+            raise ValueError(
+                f"early_stopping_metric should be one of {', '.join(BETTER)}, not {self.early_stopping_metric!r}"
+            )
         if self.patience is not None and self.evaluate_every is None:
-            raise ValueError("with patience also evaluate_every: how many steps lie between two evaluations")
+            raise ValueError("patience needs evaluate_every: how many steps lie between two evaluations")
         return self
 
 
@@ -74,7 +76,7 @@ def check_held_out(settings: TrainingSettings) -> None:
         ValueError: they have none.
     """
     if settings.evaluate_every is not None and not settings.held_out:
-        raise ValueError("with evaluate_every also held_out: the share of the prompts whose rows are evaluated")
+        raise ValueError("evaluate_every needs held_out: the share of the prompts whose rows are evaluated")
 
 
 class UpdateSettings(TrainingSettings, LossSettings):
@@ -96,7 +98,7 @@ class UpdateSettings(TrainingSettings, LossSettings):
             raise ValueError(str(error)) from None
         if not objective(self.algorithm).of_policy:
             raise ValueError(
-                f"an objective of policies as algorithm: {self.algorithm!r} trains a model that judges them; "
+                f"algorithm should be an objective of policies: {self.algorithm!r} trains a model that judges them; "
                 f"`prefloop train {self.algorithm}` does that"
             )
         return self

@@ -130,22 +130,9 @@ class TrainingStep:
 
         Denominators are sums of weights over all the examples: the split into micro-batches changes nothing. A loss
         that couples rows is computed over all of them from log-probs without gradient, and its gradient with respect
-        to those is carried through the model by micro-batch (Gao et al. 2021, arXiv:2101.06983).
+        to those is carried through the model by micro-batch (Gao et al. 2021, arXiv:2101.06983). Where gradients are
+        switched off, none is added.
         """
-        return self._measure(examples, seed)
-
-    @torch.no_grad()
-    def evaluate(self, examples: Sequence[Example], *, seed: Sequence[int] = (0,)) -> dict[str, float]:
-        """Loss and metrics over these examples as of one step on all of them; neither weights nor gradients change.
-
-        Raises:
-            PrefloopError: as a step.
-        """
-        self.model.eval()
-        return self._measure(examples, seed)
-
-    def _measure(self, examples: Sequence[Example], seed: Sequence[int]) -> dict[str, float]:
-        """Loss and metrics; adds the gradient unless gradients are switched off."""
         self._check(examples)
         samples = self.algorithm.kl_samples(examples, seed)
         if samples and self.reference is not None and not examples[0].ref_logprob:
@@ -171,6 +158,16 @@ class TrainingStep:
             "num_visits": float(sum(batch.visit_token_V.shape[0] for batch in batches)),
             "num_loss_tokens": float(sum(int(batch.loss_mask_V.sum()) for batch in batches)),
         }
+
+    @torch.no_grad()
+    def evaluate(self, examples: Sequence[Example], *, seed: Sequence[int] = (0,)) -> dict[str, float]:
+        """Loss and metrics over these examples as of one step on all of them; neither weights nor gradients change.
+
+        Raises:
+            PrefloopError: as a step.
+        """
+        self.model.eval()
+        return self.gradient(examples, seed=seed)
 
     def _check(self, examples: Sequence[Example]) -> None:
         for i, example in enumerate(examples):
