@@ -311,7 +311,7 @@ def test_a_call_that_may_have_been_billed_counts_as_billed(tmp_path):
 
 
 def test_a_budget_without_prices_is_refused():
-    with pytest.raises(ValueError, match="with input_price and output_price"):
+    with pytest.raises(ValueError, match="budget_usd needs input_price and output_price"):
         settings("http://127.0.0.1:1", budget_usd=1.0)
 
 

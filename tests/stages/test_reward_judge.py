@@ -70,7 +70,7 @@ def test_a_damaged_model_does_not_judge(tmp_path):
 
 
 def test_its_table_is_needed():
-    with pytest.raises(PrefloopError, match=r"a table 'judge\.reward' with 'model', because kind is 'reward'"):
+    with pytest.raises(PrefloopError, match=r"kind 'reward' needs a table 'judge\.reward' with 'model'"):
         parse_settings(RunSettings, tiny_settings(judge={"kind": "reward"}), "test")
 
 
