@@ -279,7 +279,11 @@ def test_a_dataset_of_the_store_can_be_held_out_of(store: Store, model: Path, tm
             "--early-stopping-metric accuracy: dpo does not log it; give one of loss, rewards/accuracies, rewards/marg",
         ),
         ("dpo", {"data": ["a"], "early_stopping_metric": "nll_loss"}, "--early-stopping-metric nll_loss: dpo does not"),
-        ("kto", {"data": ["a"], "early_stopping_metric": "rewards/accuracies"}, "kto does not log it; give one of l"),
+        (
+            "kto",
+            {"data": ["a"], "early_stopping_metric": "rewards/accuracies"},
+            "kto does not log it; give one of l",
+        ),
         ("sft", {"data": ["a"], "early_stopping_metric": "accuracy"}, "sft does not log it; give one of loss"),
         ("simpo", {"data": ["a"], "reference": "r"}, "--reference: simpo has no reference; leave it out"),
         ("reward", {"data": ["a"], "reference": "r"}, "--reference: reward has no reference"),
