@@ -34,6 +34,9 @@ EXTRAS = {
     "anthropic": "judges over the Anthropic API",
     "openai": "judges and policies on OpenAI-compatible servers",
     "reasoning-gym": "the environments of reasoning-gym",
+    "tensorboard": "metrics of training for TensorBoard",
+    "trackio": "metrics of training for trackio",
+    "wandb": "metrics of training for Weights & Biases",
 }
 KEYS = (anthropic.KEY_VARIABLE, openai_compatible.KEY_VARIABLE)
 BUILT_IN = "the built-in tiny model"

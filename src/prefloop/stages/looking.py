@@ -41,7 +41,7 @@ def find_dataset(store: Store, prefix: str) -> str:
     """
     datasets = [row for row in store.datasets() if row["id"].startswith(prefix) and row["num_members"]]
     if not prefix:
-        datasets = [row for row in datasets if row["recipe"].get("of") != "kept"][-1:]
+        datasets = [row for row in datasets if "of" not in row["recipe"]][-1:]
     if len(datasets) != 1:
         what = f"{len(datasets)} datasets that begin with {prefix!r}" if prefix else "no dataset of pairs"
         raise PrefloopError(f"{store.location} has {what}: see `prefloop status`; `prefloop curate` makes one")
@@ -72,7 +72,7 @@ def status_table(store: Store) -> Group:
         runs.add_row(run["name"], *_how_far(store, run))
     datasets = Table("dataset", "members", "iteration", title="datasets of pairs", title_justify="left")
     for row in store.datasets():
-        if row["recipe"].get("of") != "kept" and "curation" in row["recipe"]:
+        if "of" not in row["recipe"] and "curation" in row["recipe"]:
             iteration = "" if row["iteration"] < 0 else str(row["iteration"] + 1)
             datasets.add_row(row["id"][:ID_LENGTH], f"{row['num_members']:,}", iteration)
     return Group(held, *([runs] if runs.row_count else []), *([datasets] if datasets.row_count else []))
