@@ -6,7 +6,8 @@
 2,000 noisy preferences, with a small sweep of its own; `best-of-n-*` ranks the start policy's completions by a reward
 model of the same preferences. A setting is chosen on one set of fresh prompts and reported on another. `masking-*`: DPO
 on the booking task, with tool tokens left out of the loss, counted in it, and through TRL's own DPOTrainer, which
-counts them. The plot lies in out/benchmarks/learning_offline.svg.
+counts them. `chains-*`: process rewards, outcome models and majority vote at best-of-n (`_chains.py`). The plot lies in
+out/benchmarks/learning_offline.svg.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 import transformers
 from torch import nn
 
+import _chains
 import _masking
 from _common import STATE, Cell, Measured, Options, parse_options, run_cells, versions
 from _language import NUM_PROMPT, STOP, World, path_of, train_steps
@@ -218,7 +220,7 @@ def cells(quick: bool) -> dict[str, Cell]:
     seeds = range(1 if quick else NUM_SEEDS)
     frontiers: dict[str, Cell] = {f"frontier-{seed}": partial(frontier, seed) for seed in seeds}
     ranked: dict[str, Cell] = {f"best-of-n-{seed}": partial(best_of_n, seed) for seed in seeds}
-    return {**frontiers, **ranked, **_masking.cells(quick)}
+    return {**frontiers, **ranked, **_masking.cells(quick), **_chains.cells(quick)}
 
 
 def main(options: Options) -> None:
