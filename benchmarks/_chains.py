@@ -3,10 +3,10 @@
 A chain is a digit and six operations (add or take 1 … 5, modulo 10), each followed by the result that the policy says;
 it was taught by demonstrations of which every fifth result is wrong. An attempt is right if its last result is, a step
 if it follows from the result before. `steps`: a process reward model of 6,000 attempts whose steps were checked;
-`rollouts`: one of 2,000 attempts, 8 completions from each step (Monte Carlo); `outcomes`: a model of the outcome alone,
-of 6,000 attempts and of 60,000. It is taught with the outcome at every step first (Cobbe et al. 2021, arXiv:2110.14168), then at
-the last alone, and read there; all start from the policy. Whether it learns is told by its AUC on attempts at problems
-that nothing was trained on.
+`rollouts`: one of 2,000 attempts, 8 completions from each step (Monte Carlo); `outcomes`: a model of the outcome
+alone, of 6,000 attempts and of 60,000. It is taught with the outcome at every step first (Cobbe et al. 2021,
+arXiv:2110.14168), then at the last alone, and read there; all start from the policy. Whether it learns is told by its
+AUC on attempts at problems that nothing was trained on.
 """
 
 from __future__ import annotations
