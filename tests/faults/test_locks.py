@@ -34,7 +34,7 @@ def test_changed_settings_are_refused_with_their_keys_and_nothing_is_lost(tmp_pa
     assert kill(process)
     line = run.go("run", "run.toml", "--set", "train.beta=0.5", "--set", "guard.num_tasks=17").error_line
     assert "started with other settings" in line
-    assert "train.beta: 0.1 → 0.5" in line
+    assert "train.beta: nothing → 0.5" in line
     assert "guard.num_tasks: 16 → 17" in line
     run.finish().assert_same(undisturbed)
 
