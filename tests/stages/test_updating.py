@@ -222,7 +222,7 @@ def test_models_that_judge_are_not_trained_by_the_loop(name):
 
 def test_evaluations_need_rows():
     for table in ("train", "sft"):
-        with pytest.raises(PrefloopError, match="with evaluate_every also held_out"):
+        with pytest.raises(PrefloopError, match="evaluate_every needs held_out"):
             run_settings(**{f"{table}__evaluate_every": 2})
 
 
