@@ -194,25 +194,57 @@ def over_seeds(figures: dict[str, float]) -> dict[str, float]:
 
 
 def plot(means: Mapping[str, float], spreads: Mapping[str, float]) -> None:
-    """True reward at each KL level, by method."""
+    """True reward against KL, a line with a band of one standard deviation for each method, named at its end."""
+    curves = {method: curve for method in (*SWEEPS, "bon") if len(curve := curve_of(method, means, spreads)) > 1}
+    if not curves:
+        return
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for method in (*SWEEPS, "bon"):
-        names = [(level, f"{method}_gold_at_kl_{level:g}") for level in KL_LEVELS]
-        points = [(level, means[name], spreads.get(f"{name}_sd", 0.0)) for level, name in names if name in means]
-        if points:
-            level, mean, spread = zip(*points, strict=True)
-            axes.errorbar(level, mean, yerr=spread, marker="o", capsize=3, label=method)
-    axes.set_xlabel("KL to the start policy, nats a completion")
-    axes.set_ylabel("true reward, sd of the start policy")
-    axes.legend()
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    ends = {}
+    for number, (method, curve) in enumerate(curves.items()):
+        kl, mean, spread = np.array(curve).T
+        (line,) = axes.plot(kl, mean, marker="o", markersize=4, color=f"C{number}")
+        axes.fill_between(kl, mean - spread, mean + spread, color=line.get_color(), alpha=0.12, linewidth=0)
+        ends[method] = (kl[-1], mean[-1], line.get_color())
+    label_ends(axes, ends)
+    axes.set(xlabel="KL to the start policy, nats a completion", ylabel="true reward, sd of the start policy")
+    axes.set_title("What each method reaches at equal KL; mean and sd over languages", fontsize="medium")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
     STATE.mkdir(parents=True, exist_ok=True)
     figure.savefig(STATE / "learning_offline.svg")
     pyplot.close(figure)
+
+
+def curve_of(method: str, means: Mapping[str, float], spreads: Mapping[str, float]) -> list[tuple[float, float, float]]:
+    """(KL, reward, its standard deviation) from the start to the mean end; only some seeds reach the levels beyond."""
+    end = means.get(f"{method}_kl_end", 0.0)
+    places = {f"gold_at_kl_{level:g}": level for level in KL_LEVELS if level < end} | {"gold_end": end}
+    known = [(kl, f"{method}_{name}") for name, kl in places.items() if f"{method}_{name}" in means]
+    return [(0.0, 0.0, 0.0), *((kl, means[name], spreads.get(f"{name}_sd", 0.0)) for kl, name in known)]
+
+
+def label_ends(axes: Any, ends: Mapping[str, tuple[float, float, str]]) -> None:
+    """The methods' names in one column beside the plot, apart from one another, each with a thin line to its end."""
+    low, high = axes.get_ylim()
+    right = 1.06 * max(kl for kl, _, _ in ends.values())
+    gap, below = 0.06 * (high - low), -math.inf
+    for method, (kl, reward, colour) in sorted(ends.items(), key=lambda item: item[1][1]):
+        below = max(reward, below + gap)
+        name = "best-of-n" if method == "bon" else method
+        axes.annotate(
+            name,
+            (kl, reward),
+            (right, below),
+            color=colour,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.4},
+        )
+    axes.set_xlim(0, 1.12 * right)
 
 
 def cells(quick: bool) -> dict[str, Cell]:
