@@ -59,6 +59,45 @@ def test_what_a_preference_says_beside_its_sides_reaches_the_example(store: Stor
     assert store.dataset(data.dataset.id) == data.dataset
 
 
+@pytest.mark.parametrize(
+    ("objective", "rows", "unused"),
+    [
+        ("dpo", pair_rows, {"margin": 2, "note": 4}),
+        ("reward", pair_rows, {"note": 4}),
+        ("sft", pair_rows, {"margin": 2, "note": 4, "rejected": 8}),
+        ("kto", labelled_rows, {"margin": 2, "note": 4}),
+        ("sft", chat_rows, {"label": 4, "margin": 2, "note": 4}),
+    ],
+)
+def test_columns_that_the_objective_does_not_use_are_counted(
+    objective: str, rows, unused: dict, model: Path, tmp_path: Path
+):
+    made = rows(8)
+    for i, row in enumerate(made):
+        row |= {"margin": 1.0} if i < 2 else {"note": "seen"} if i % 2 else {}
+        row |= {"note": "seen"} if i == 0 else {}
+        row |= {"label": True} if rows is chat_rows and i < 4 else {}
+    heard = Heard()
+    fitted = train_rows(objective, model, tmp_path / "out", made, progress=heard, num_steps=1)
+    assert fitted.data["unused"] == unused
+    listed = ", ".join(f"{name} (of {number} rows)" for name, number in unused.items())
+    assert heard.notes.count(f"not used by {objective}: {listed}") == 1
+    assert "- columns that the objective does not use: `" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_margins_of_a_dataset_that_the_objective_does_not_use_are_counted(store: Store, model: Path, tmp_path: Path):
+    pairs = pairs_of(imported(store, tmp_path, pair_rows(6)))
+    dataset = Dataset({"by": "hand"}, (replace(pairs[0], margin=2.0), *pairs[1:]))
+    store.add_dataset(dataset)
+    assert trained(store, "dpo", model, tmp_path, dataset=dataset.id).data["unused"] == {"margin": 1}
+    assert all("not used" not in note for note in _notes_without_more(model, tmp_path))
+
+
+def _notes_without_more(model: Path, tmp_path: Path) -> list[str]:
+    train_rows("dpo", model, tmp_path / "plain", pair_rows(6), progress=(heard := Heard()), num_steps=1)
+    return heard.notes
+
+
 def test_a_row_that_is_there_twice_counts_twice(model: Path, tmp_path: Path):
     fitted = train_rows("dpo", model, tmp_path / "out", [*pair_rows(6), *pair_rows(2)], num_steps=1)
     assert fitted.data["train"]["num_examples"] == 8

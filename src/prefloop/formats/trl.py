@@ -29,10 +29,11 @@ from prefloop.records import JSONObject, Judgement, Message, Role, Status, StepL
 
 STEP_SEPARATOR = "\n"
 PLAIN_TEXT = "plain_text"  # in the `extra` of a trajectory that is a text of nobody, to be learnt without a template
-_KNOWN = frozenset(
-    ("prompt", "completion", "chosen", "rejected", "label", "messages", "conversations", "text", "tools", "margin",
-     "probability", "tie", "completions", "labels")
-)  # fmt: skip
+_OF_MESSAGES = frozenset(("messages", "conversations", "tools"))
+_OF_TEXT = frozenset(("text", "tools"))
+_OF_COMPLETION = frozenset(("prompt", "completion", "label", "tools"))
+_OF_PREFERENCE = frozenset(("prompt", "chosen", "rejected", "margin", "probability", "tie", "tools"))
+_OF_STEPS = frozenset(("prompt", "completions", "labels", "tools"))
 
 
 def convert_trl(row: Mapping[str, Any], line: int, context: Context) -> Bundle:
@@ -70,7 +71,7 @@ def convert_messages(row: Mapping[str, Any], line: int, context: Context) -> Bun
     if start == len(messages):
         raise RowProblemError(key, "no message is the assistant's")
     task = _task(row, context, messages[:start])
-    return Bundle([task], [context.trajectory(task, messages[start:], line, columns=other_columns(row, _KNOWN))])
+    return Bundle([task], [context.trajectory(task, messages[start:], line, columns=other_columns(row, _OF_MESSAGES))])
 
 
 def _task(row: Mapping[str, Any], context: Context, messages: tuple[Message, ...]) -> Task:
@@ -82,7 +83,7 @@ def _task(row: Mapping[str, Any], context: Context, messages: tuple[Message, ...
 def _text(row: Mapping[str, Any], line: int, context: Context) -> Bundle:
     completion = (Message(Role.ASSISTANT, _string(row["text"], "text")),)
     task = _task(row, context, ())
-    trajectory = context.trajectory(task, completion, line, columns=other_columns(row, _KNOWN))
+    trajectory = context.trajectory(task, completion, line, columns=other_columns(row, _OF_TEXT))
     return Bundle([task], [replace(trajectory, extra={**trajectory.extra, PLAIN_TEXT: True})])
 
 
@@ -90,7 +91,7 @@ def _completion(row: Mapping[str, Any], line: int, context: Context) -> Bundle:
     prompt = parse_turns(take(row, "prompt"), "prompt", Role.USER, context.limits)
     completion = parse_turns(take(row, "completion"), "completion", Role.ASSISTANT, context.limits)
     task = _task(row, context, prompt)
-    trajectory = context.trajectory(task, completion, line, columns=other_columns(row, _KNOWN))
+    trajectory = context.trajectory(task, completion, line, columns=other_columns(row, _OF_COMPLETION))
     bundle = Bundle([task], [trajectory])
     if row.get("label") is not None:
         label = parse_flag(row["label"], "label")
@@ -104,7 +105,7 @@ def _completion(row: Mapping[str, Any], line: int, context: Context) -> Bundle:
 def _preference(row: Mapping[str, Any], line: int, context: Context) -> Bundle:
     prompt, chosen, rejected = _sides(row, context)
     task = _task(row, context, prompt)
-    columns = other_columns(row, _KNOWN)
+    columns = other_columns(row, _OF_PREFERENCE)
     attempts = [context.trajectory(task, side, line, columns=columns) for side in (chosen, rejected)]
     return Bundle([task], attempts, comparisons=[context.comparison(*attempts, **_strength(row))])
 
@@ -155,7 +156,7 @@ def _stepwise(row: Mapping[str, Any], line: int, context: Context) -> Bundle:
     values = [_step_label(label, f"labels[{i}]") for i, label in enumerate(labels)]
     task = _task(row, context, prompt)
     completion = (Message(Role.ASSISTANT, STEP_SEPARATOR.join(texts)),)
-    trajectory = context.trajectory(task, completion, line, columns=other_columns(row, _KNOWN), variant=values)
+    trajectory = context.trajectory(task, completion, line, columns=other_columns(row, _OF_STEPS), variant=values)
     return Bundle([task], [trajectory], step_labels=_step_labels(trajectory.id, len(prompt), texts, values, context))
 
 

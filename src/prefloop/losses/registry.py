@@ -27,7 +27,7 @@ class Objective:
 
     `reference`: it needs a reference model. `couples`: the loss of a row depends on the others of the optimizer step.
     `per_token`: the reward that it implies is a mean over a completion's tokens. `above_zero`: knobs that must be.
-    `of_policy`: what is trained is a policy, not a reward model.
+    `of_policy`: what is trained is a policy, not a reward model. `margins`: it reads by how much chosen is better.
     """
 
     function: str
@@ -39,6 +39,7 @@ class Objective:
     per_token: bool = False
     above_zero: tuple[str, ...] = ()
     of_policy: bool = True
+    margins: bool = False
 
     def load(self) -> Callable[..., Any]:
         """The function."""
@@ -75,7 +76,7 @@ OBJECTIVES: Mapping[str, Objective] = {
     "simpo": _pairs("reference_free.simpo", "simple preference optimisation", {"beta": 2.0, "gamma": 1.0, "label_smoothing": 0.0}, reference=False, per_token=True),
     "orpo": _pairs("reference_free.orpo", "odds-ratio preference optimisation", {"beta": 0.1, "nll_coef": 1.0}, reference=False, per_token=True),
     "kto": Objective("kto.kto", "Kahneman-Tversky optimisation", {"beta": 0.1, "kl": "derangement", "desirable_weight": 1.0, "undesirable_weight": 1.0}, "labelled samples"),
-    "reward": Objective("reward.bradley_terry", "a reward model of preference pairs", {"ties": "half", "tie_strength": 1.0, "center_coef": 0.0}, reference=False, of_policy=False),
+    "reward": Objective("reward.bradley_terry", "a reward model of preference pairs", {"ties": "half", "tie_strength": 1.0, "center_coef": 0.0}, reference=False, of_policy=False, margins=True),
     "process_reward": Objective("reward.step_cross_entropy", "a reward model of steps", {}, "steps", reference=False, of_policy=False),
 }
 # fmt: on

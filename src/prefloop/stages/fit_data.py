@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,12 +37,16 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Selected:
-    """Rows to train on and rows held out (None: none are), with all that they name, and those that were bad."""
+    """Rows to train on and rows held out (None: none are), with all that they name, and those that were bad.
+
+    `unused` counts the rows that have something which the objective does not use, by its name.
+    """
 
     rows: Rows
     held_out: Rows | None
     corpus: Corpus
     skips: Skips
+    unused: Counter[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +75,9 @@ class FitData:
                 yield f"{counts['num_dropped']} of {counts['num_rows']} {name} rows are too long and were left out"
             if counts and counts["num_cut"]:
                 yield f"{counts['num_cut']} of {counts['num_rows']} {name} rows are too long: their ends were cut off"
+        if self.detail["unused"]:
+            listed = ", ".join(f"{name} (of {counted(num, 'row')})" for name, num in self.detail["unused"].items())
+            yield f"not used by {self.detail['objective']}: {listed}"
         if self.detail["num_skipped"]:
             yield f"bad rows that were left out: {self.detail['num_skipped']}"
         if self.detail.get("num_shared_prompts"):
@@ -82,15 +90,19 @@ def select(settings: FitSettings, store: Store) -> Selected:
     Raises:
         PrefloopError: a file, dataset or rater that is not there, or a bad row that is not to be skipped.
     """
-    records, skips = objective(settings.objective).records, Skips(settings.on_error)
+    about, skips = objective(settings.objective), Skips(settings.on_error)
+    records = about.records
     rows = _source(settings, store, records, skips)
     held_out = None
     if settings.eval_data:
         held_out = rows_of_files(store, [Path(file) for file in settings.eval_data], records, skips, 1.0)
     corpus = read_corpus(store, rows, *([held_out] if held_out else []))
+    unused = rows.unread + (held_out.unread if held_out else Counter())
+    if about.margins:
+        del unused["margin"]
     if settings.held_out:
         rows, held_out = split_rows(rows, corpus, settings.held_out)
-    return Selected(rows, held_out, corpus, skips)
+    return Selected(rows, held_out, corpus, skips, unused)
 
 
 def _source(settings: FitSettings, store: Store, records: Records, skips: Skips) -> Rows:
@@ -139,6 +151,7 @@ def ready(
         detail["num_shared_prompts"] = count_shared(selected.corpus, selected.rows, selected.held_out)
         held = prepared.examples
     detail |= {"num_skipped": skips.num, "skipped": skips.listed, "max_length": limit.max_length}
+    detail |= {"objective": settings.objective, "unused": dict(sorted(selected.unused.items()))}
     detail |= {"truncate": limit.truncate, "source": selected.rows.source}
     return FitData(train.examples, held, dataset, detail, kind_of_steps(steps.labels.values()) if steps else None)
 

@@ -7,6 +7,7 @@ id) by which errors speak of it.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,15 +63,21 @@ class Skips:
 
 @dataclass(slots=True)
 class Rows:
-    """Members with their names, in order, and where they come from."""
+    """Members with their names, in order, and where they come from.
+
+    `unread` counts the rows that have something which objectives of these records do not read, by its name; margins
+    among them, which `reward` does.
+    """
 
     source: JSONObject
     members: list[Member] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     num_rows: int = 0
+    unread: Counter[str] = field(default_factory=Counter)
 
-    def add(self, name: str, members: Iterable[Member]) -> None:
-        """Add the members of one row."""
+    def add(self, name: str, members: Iterable[Member], unread: Iterable[str]) -> None:
+        """Add the members of one row, and the names of what nobody reads of it."""
+        self.unread.update(unread)
         for member in members:
             self.members.append(member)
             self.names.append(name)
@@ -110,7 +117,7 @@ def rows_of_files(store: Store, files: Sequence[Path], records: Records, skips: 
         def take(line: int, bundle: Bundle, file: Path = file) -> None:
             where = f"{file.name}:{line}"
             try:
-                rows.add(where, members_of_row(bundle, records))
+                rows.add(where, members_of_row(bundle, records), _unread_of_row(bundle, records))
             except RowProblemError as problem:
                 skips.add(where, problem.reason)
 
@@ -152,6 +159,18 @@ def members_of_row(bundle: Bundle, records: Records) -> list[Member]:
     if not bundle.trajectories:
         raise RowProblemError("", "there is only a prompt: nobody has answered it")
     return take[records](bundle)
+
+
+def _unread_of_row(bundle: Bundle, records: Records) -> set[str]:
+    """The columns of a row that are not read: those that its format does not know, and what a preference says more."""
+    unknown = {name for trajectory in bundle.trajectories for name in trajectory.extra.get("columns", ())}
+    return unknown.union(*(_unread(each.strength is not None, records) for each in bundle.comparisons))
+
+
+def _unread(has_margin: bool, records: Records) -> set[str]:
+    """What is not read of a preference."""
+    found = {"margin": has_margin, "rejected": records == "demonstrations"}
+    return {name for name, there in found.items() if there}
 
 
 def _pairs(bundle: Bundle) -> list[Member]:
@@ -251,7 +270,8 @@ def rows_of_dataset(store: Store, dataset_id: str, records: Records, skips: Skip
     for member in held:
         where = names(member)
         try:
-            rows.add(where, _as_records(member, records))
+            unread = _unread(member.margin != 0, records) if isinstance(member, Pair) else ()
+            rows.add(where, _as_records(member, records), unread)
         except RowProblemError as problem:
             skips.add(where, problem.reason)
     return rows
@@ -290,7 +310,7 @@ def rows_of_top_k(store: Store, rater_id: str, k: int, min_score: float) -> Rows
     rows.num_rows = len(kept)
     names = _names(store, kept)
     for trajectory_id in kept:
-        rows.add(names(trajectory_id), [trajectory_id])
+        rows.add(names(trajectory_id), [trajectory_id], ())
     return rows
 
 

@@ -99,6 +99,9 @@ def _data(data: JSONObject) -> Iterator[str]:
     yield f"- longest row taken: {data['max_length'] or 'any number of'} tokens; longer ones: {data['truncate']}"
     yield f"- bad rows left out: {data['num_skipped']}"
     yield from (f"  - {row}" for row in _first(data["skipped"]))
+    if data["unused"]:
+        listed = ", ".join(f"`{column}` (of {counted(num, 'row')})" for column, num in data["unused"].items())
+        yield f"- columns that the objective does not use: {listed}"
     for part in ("train", "held_out"):
         yield from (f"  - too long: {row}" for row in _first(data.get(part, {}).get("too_long", ())))
     if data.get("num_shared_prompts"):
