@@ -61,6 +61,10 @@ def test_help_has_the_knobs_of_the_objective_with_their_defaults_and_no_others(n
     assert ("--num-heads" in text) == (name == "reward")
 
 
+def test_help_shows_the_line_end_that_separates_steps_escaped(capsys):
+    assert r'ends a step of text [default: "\n"]' in help_of(capsys, "train", "process_reward")
+
+
 def test_every_option_is_documented():
     text = "\n".join(path.read_text() for path in (ROOT / "docs").glob("*.md"))
     own = [key for key in FitSettings.model_fields if key not in TrainingSettings.model_fields and key != "objective"]

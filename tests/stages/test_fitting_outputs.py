@@ -1,5 +1,6 @@
 """What a training leaves opens in transformers and peft from anywhere, and says what it is."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -124,6 +125,35 @@ def test_the_card_says_data_recipe_metrics_and_lineage(model: Path, tmp_path: Pa
     ):
         assert words in card, words
     assert card.startswith("---\n") and card.count("\n---\n") == 1
+
+
+OF_ALL = {"seed", "batch_size", "held_out", "dtype"}
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "listed", "others"),
+    [
+        ("sft", chat_rows, {"dft", "min_score"}, {"beta", "reference", "sync_reference_mixup", "num_heads"}),
+        ("dpo", pair_rows, {"beta", "sync_reference_mixup"}, {"gamma", "min_score", "num_heads", "separator"}),
+        ("simpo", pair_rows, {"gamma"}, {"sync_reference_mixup", "min_score", "num_adapters", "kl"}),
+        ("reward", pair_rows, {"ties", "num_heads", "num_adapters"}, {"beta", "sync_reference_mixup", "separator"}),
+        ("process_reward", step_rows, {"separator"}, {"num_heads", "num_adapters", "sync_reference_mixup", "ties"}),
+    ],
+)
+def test_the_card_lists_the_settings_that_the_objective_reads(name, rows, listed, others, model: Path, tmp_path: Path):
+    train_rows(name, model, tmp_path / "out", rows(8), num_steps=1)
+    card = (tmp_path / "out" / "README.md").read_text()
+    found = set(re.findall(r"^\| `([\w.]+)` \| `", card, re.M))
+    assert found >= OF_ALL | listed
+    assert not found & others
+
+
+def test_the_card_lists_the_knobs_of_a_mixtures_losses(model: Path, tmp_path: Path):
+    options = {"mixture": {"simpo": 0.5}, "gamma": 0.3, "beta": 0.2}
+    train_rows("dpo", model, tmp_path / "out", pair_rows(4), num_steps=1, **options)
+    card = (tmp_path / "out" / "README.md").read_text()
+    for key, value in {"beta": 0.2, "mixture.simpo": 0.5, "simpo.gamma": 0.3, "simpo.beta": 0.2}.items():
+        assert f"| `{key}` | `{value}` |" in card
 
 
 def test_the_same_training_writes_the_same_bytes(model: Path, tmp_path: Path):

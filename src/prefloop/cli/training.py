@@ -7,6 +7,7 @@ objectives are taken, too, so that the error can say whose they are.
 from __future__ import annotations
 
 import inspect
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,7 +31,7 @@ from prefloop.losses.registry import OBJECTIVES, Objective
 from prefloop.losses.settings import LossSettings
 from prefloop.models.settings import LoraSettings
 from prefloop.records import PrefloopError
-from prefloop.stages.fit_settings import OF_REFERENCE, FitSettings, default_learning_rate
+from prefloop.stages.fit_settings import FitSettings, default_learning_rate, reads
 from prefloop.training.settings import TrainingSettings
 
 app = App(
@@ -52,8 +53,6 @@ OF_MODEL = (
     "seed",
     "num_threads",
 )
-OF_THE_BEST = ("top_k", "rater", "min_score")
-OF_ONE = {"num_heads": "reward", "num_adapters": "reward", "separator": "process_reward"}
 
 
 @app.default
@@ -161,16 +160,18 @@ def _field(name: str, key: str, field: FieldInfo, found: Objective) -> inspect.P
         rates = [default_learning_rate(name, lora=lora) for lora in (False, True)]
         text, annotation = f"{text} (default {rates[0]:g}, with LoRA {rates[1]:g})", float | None
     many = isinstance(default, list)
-    usable = (
-        (found.reference or key not in OF_REFERENCE)
-        and (found.records == "demonstrations" or key not in OF_THE_BEST)
-        and OF_ONE.get(key, name) == name
-    )
     parameter = Parameter(
-        help=text, group=group, show=usable, show_default=default not in ("", []) and None,
+        help=text, group=group, show=reads(name, key, has_reference=found.reference), show_default=_shown(default),
         consume_multiple=many, negative=() if many else None,
     )  # fmt: skip
     return _parameter(key, annotation, inspect.Parameter.empty if key == "model" else default, parameter)
+
+
+def _shown(default: Any) -> Callable[[Any], str] | bool | None:
+    """How help shows a default: not where it is empty, and a text that does not print, such as a line end, escaped."""
+    if isinstance(default, str) and not default.isprintable():
+        return json.dumps
+    return False if default in ("", []) else None
 
 
 def _parameter(name: str, annotation: Any, default: Any, parameter: Parameter) -> inspect.Parameter:

@@ -20,6 +20,8 @@ LORA_RATE = 10.0  # an adapter takes about ten times the learning rate of whole 
 MIN_SCORE = 0.5  # what a row scores that is neither labelled as good nor as bad
 WORK_SUFFIX = ".run"
 OF_REFERENCE = ("reference", "sync_reference_every", "sync_reference_mixup")
+OF_THE_BEST = ("top_k", "rater", "min_score")
+OF_ONE = {"num_heads": "reward", "num_adapters": "reward", "separator": "process_reward"}
 
 
 class FitSettings(TrainingSettings, LossSettings):
@@ -96,6 +98,15 @@ class FitSettings(TrainingSettings, LossSettings):
         if self.held_out and self.eval_data:
             raise PrefloopError("which rows are held out: give --held-out SHARE or --eval-data FILE, not both")
         return self
+
+
+def reads(name: str, key: str, *, has_reference: bool) -> bool:
+    """Whether a training of an objective reads a setting that is none of its knobs."""
+    return (
+        (has_reference or key not in OF_REFERENCE)
+        and (objective(name).records == "demonstrations" or key not in OF_THE_BEST)
+        and OF_ONE.get(key, name) == name
+    )
 
 
 def default_learning_rate(name: str, *, lora: bool) -> float:

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefloop.losses.registry import resolve_knobs
+from prefloop.losses.registry import needs_reference, resolve_knobs, resolve_parts
 from prefloop.losses.settings import LossSettings
 from prefloop.records import Checkpoint, JSONObject, PrefloopError, content_hash
 from prefloop.stages.context import BEFORE, claimed, run_id
 from prefloop.stages.fit_data import FitData, ready, select
-from prefloop.stages.fit_settings import FitProgress, FitSettings, work_directory
+from prefloop.stages.fit_settings import FitProgress, FitSettings, reads, work_directory
 from prefloop.stages.selecting import sha256_of
 from prefloop.store import Store
 from prefloop.training.model_card import CARD, model_card
@@ -86,10 +86,16 @@ class _Fitting:
         return recipe
 
     def _settings(self) -> JSONObject:
-        """The recipe with every knob of the objective as it counts."""
-        knobs = resolve_knobs(self.settings.objective, self.settings)
-        others = {key: value for key, value in self.recipe().items() if key not in LossSettings.model_fields}
-        return {"objective": others.pop("objective"), **knobs, **others}
+        """Of the recipe what the objective reads, with every knob as it counts, those of its mixture's losses too."""
+        name, settings = self.settings.objective, self.settings
+        knobs = resolve_knobs(name, settings)
+        for part, (_, arguments) in resolve_parts(name, settings).items():
+            if part != name:
+                knobs |= {f"{part}.{key}": value for key, value in arguments.items()}
+        found, has_reference = self.recipe(), needs_reference(name, settings)
+        others = [key for key in found if key not in LossSettings.model_fields and key != "objective"]
+        read = {key: found[key] for key in others if reads(name, key, has_reference=has_reference)}
+        return {"objective": name, **knobs, **read}
 
     def found(self) -> Fitted | None:
         """What an earlier call came to; None where it is not finished.
