@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from prefloop.batch.layout import Layout, Segment
+from prefloop.models.blocks import attend_block, attend_block_backward, is_faster
 from prefloop.models.piecewise import piecewise_attention
 from prefloop.records import PrefloopError
 
@@ -47,8 +48,8 @@ ATTENDING_LAYERS = frozenset({"full_attention", "sliding_attention"})
 NOISE = re.compile(r"dropout|layerdrop|^(input_)?jitter_noise$")
 """Numbers of modules that are the probability or width of random changes, beside the `p` of dropout layers."""
 
-_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_kernel_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class _Cascade(torch.autograd.Function):
@@ -65,38 +66,44 @@ class _Cascade(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, out, lse = ctx.saved_tensors
-        return *_cascade_backward(grads[0], q, k, v, out, lse, ctx.segments, ctx.scale), None, None
+        found = _cascade_backward(grads[0], q, k, v, out, lse, ctx.segments, ctx.scale)
+        grad_q, grad_k, grad_v = (grad.to(q.dtype) for grad in found)
+        return grad_q, grad_k, grad_v, None, None
 
 
 def _cascade_forward(
     q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segment], scale: float
 ) -> tuple[Tensor, Tensor]:
-    out = torch.empty_like(q)
-    lse = q.new_empty((1, q.shape[2], q.shape[1]), dtype=_lse_dtype(q)).transpose(1, 2)
+    out = torch.empty_like(q, dtype=_wide(q))
+    lse = q.new_empty((1, q.shape[2], q.shape[1]), dtype=_wide(q)).transpose(1, 2)
     for s, e, _, asks in segments:
         if not asks:
             out[:, :, s:e], lse[:, :, s:e] = 0, -torch.inf
             continue
-        out[:, :, s:e], lse[:, :, s:e] = _attend(q[:, :, s:e], k[:, :, s:e], v[:, :, s:e], 0.0, True, scale=scale)
+        out[:, :, s:e], lse[:, :, s:e] = _attend(q[:, :, s:e], k[:, :, s:e], v[:, :, s:e], True, scale)
     for s, e, end, _ in segments:
         if end > e:
-            part, part_lse = _attend(q[:, :, e:end], k[:, :, s:e], v[:, :, s:e], 0.0, False, scale=scale)
+            part, part_lse = _attend(q[:, :, e:end], k[:, :, s:e], v[:, :, s:e], False, scale)
             merged, merged_lse = out[:, :, e:end], lse[:, :, e:end]
-            share = torch.sigmoid(part_lse - merged_lse).unsqueeze(-1).to(q.dtype)
-            merged.lerp_(part, share)
+            share = torch.sigmoid(part_lse - merged_lse).unsqueeze(-1)
+            merged.lerp_(part.to(merged.dtype), share)
             torch.logaddexp(merged_lse, part_lse, out=merged_lse)
-    return out, lse
+    return out.to(q.dtype), lse
 
 
 def _cascade_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Sequence[Segment], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    wide = _wide(q)  # the gradient of a token is a sum over many blocks
+    grad_q, grad_k, grad_v = (torch.empty_like(x, dtype=wide) for x in (q, k, v))
+    grads = grad_q, grad_k, grad_v
 
     def block(rows: slice, keys: slice, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
         query, key = (slice(None), slice(None), rows), (slice(None), slice(None), keys)
         tensors = (grad[query], q[query], k[key], v[key], out[query], lse[query])
-        return _attend_backward(*tensors, 0.0, causal, scale=scale)  # type: ignore[no-any-return]
+        if is_faster(q[query], k[key]):
+            return attend_block_backward(*tensors, causal, scale)
+        return _kernel_backward(*tensors, 0.0, causal, scale=scale)  # type: ignore[no-any-return]
 
     for s, e, _, asks in segments:
         own = slice(s, e)
@@ -115,8 +122,16 @@ def _cascade_backward(
     return grads
 
 
-def _lse_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
+def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """One block's attention and log-sum-exp."""
+    if is_faster(q, k):
+        return attend_block(q, k, v, causal, scale)
+    return _kernel(q, k, v, 0.0, causal, scale=scale)  # type: ignore[no-any-return]
+
+
+def _wide(q: Tensor) -> torch.dtype:
+    """float32 for half precision, which neither a log-sum-exp nor a sum over blocks should suffer."""
+    return torch.promote_types(q.dtype, torch.float32)
 
 
 def cascade_attention(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segment], scale: float) -> Tensor:
