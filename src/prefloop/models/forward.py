@@ -34,6 +34,9 @@ LOGIT_BUDGET = 1 << 29
 CHUNK_TOKENS = 512
 """Tokens whose logits are computed at a time: 4 MB of them at a vocabulary of 2,048, near the caches' size."""
 
+CHUNK_LOGITS = 1 << 24
+"""Logits that are computed at a time, 64 MB in float32: of large vocabularies those of fewer tokens."""
+
 SEGMENT_FLOPS = 2e6
 """What the attention of one segment costs in calls: measured 47 µs at about 40 GFLOP/s, one thread."""
 
@@ -191,7 +194,8 @@ class _LinearHead(torch.autograd.Function):
         keep: bool,
     ) -> tuple[Tensor, Tensor]:
         logprobs, entropies, kept = [], [], []
-        for hidden, token in zip(_chunks(hidden_UD), _chunks(token_U), strict=True):
+        for rows in _chunks(token_U.shape[0], weight_WD.shape[0]):
+            hidden, token = hidden_UD[rows], token_U[rows]
             logits = nn.functional.linear(hidden, weight_WD, bias_W)
             if keep:
                 kept.append(logits)
@@ -211,9 +215,8 @@ class _LinearHead(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_UD) if needs_hidden else None
         grad_weight = torch.zeros_like(weight_WD, dtype=_sum_dtype(weight_WD)) if needs_weight else None
         grad_bias = torch.zeros_like(bias_W) if bias_W is not None and needs_bias else None
-        for i, token in enumerate(_chunks(token_U)):
-            rows = slice(i * CHUNK_TOKENS, i * CHUNK_TOKENS + token.shape[0])
-            hidden = hidden_UD[rows]
+        for i, rows in enumerate(_chunks(token_U.shape[0], weight_WD.shape[0])):
+            hidden, token = hidden_UD[rows], token_U[rows]
             logits = ctx.kept[i] if ctx.kept else nn.functional.linear(hidden, weight_WD, bias_W)
             grad_logits = _logit_gradient(logits, token, grads[0][rows]).to(hidden.dtype)
             if grad_hidden is not None:
@@ -239,8 +242,10 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left @ right
 
 
-def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(tensor, CHUNK_TOKENS)
+def _chunks(num_tokens: int, num_words: int) -> list[slice]:
+    """Tokens whose logits over a vocabulary are computed at a time."""
+    step = min(CHUNK_TOKENS, max(1, CHUNK_LOGITS // num_words))
+    return [slice(start, start + step) for start in range(0, num_tokens, step)]
 
 
 def _logit_gradient(logits: Tensor, token: Tensor, grad: Tensor) -> Tensor:
@@ -273,6 +278,6 @@ def _own_head(
     def chunk(hidden: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
         return _score(logits_of(hidden), token, want_entropy)
 
-    chunks = zip(_chunks(hidden_UD), _chunks(token_U), strict=True)
-    scored = [checkpoint(chunk, hidden, token, use_reentrant=False) for hidden, token in chunks]
+    chunks = hidden_UD.split(CHUNK_TOKENS), token_U.split(CHUNK_TOKENS)
+    scored = [checkpoint(chunk, *rows, use_reentrant=False) for rows in zip(*chunks, strict=True)]
     return torch.cat([logprob for logprob, _ in scored]), torch.cat([entropy for _, entropy in scored])
