@@ -9,7 +9,7 @@ from typing import Any
 
 from prefloop.config import parse_settings
 from prefloop.records import JSONObject
-from prefloop.stages.fit_settings import FitProgress, FitSettings, work_directory
+from prefloop.stages.fit_settings import WHOLE, FitProgress, FitSettings, work_directory
 from prefloop.stages.fitting import Fitted, fit
 from prefloop.stages.initial import make_initial_model
 from prefloop.store import Store
@@ -25,6 +25,7 @@ class Heard(FitProgress):
         self.notes: list[str] = []
         self.steps: list[int] = []
         self.evaluations: list[int] = []
+        self.evaluated_by: list[str] = []
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -32,8 +33,9 @@ class Heard(FitProgress):
     def advance(self, done: int, metrics: Any) -> None:
         self.steps.append(done)
 
-    def evaluated(self, step: int, metrics: Any) -> None:
+    def evaluated(self, step: int, metrics: Any, name: str = WHOLE) -> None:
         self.evaluations.append(step)
+        self.evaluated_by.append(name)
 
 
 def pair_rows(number: int = 24) -> list[JSONObject]:

@@ -151,6 +151,18 @@ def test_a_training_from_a_file(model: Path, capsys):
     assert "what is to be said is in runs/dpo/README.md" in report
 
 
+def test_evaluations_of_an_ensemble_name_its_members(model: Path, capsys):
+    write_rows(Path("rows.jsonl"), pair_rows(12))
+    line = ["train", "reward", "--data", "rows.jsonl", "--eval-data", "rows.jsonl", "--model", model, "--num-steps", 1]
+    text = said(capsys, *line, "--lora-rank", 2, "--num-adapters", 2)
+    assert [re.findall(r"(\S+): held out, after step 1:", text), text.count("held out, after")] == [
+        ["member_0", "member_1"],
+        2,
+    ]
+    text = said(capsys, *line, "--num-heads", 2, "-o", "heads")
+    assert text.count("held out, after") == 1 and ": held out, after" not in text
+
+
 def test_a_training_from_the_usual_store(model: Path, capsys, monkeypatch: pytest.MonkeyPatch):
     with Store("mine.db") as store:
         import_file(store, write_rows(Path("rows.jsonl"), labelled_rows(12)))

@@ -24,7 +24,7 @@ from rich.table import Table
 from prefloop.records import JSONObject, counted
 from prefloop.stages.context import BEFORE
 from prefloop.stages.context import Progress as Quiet
-from prefloop.stages.fit_settings import FitProgress
+from prefloop.stages.fit_settings import WHOLE, FitProgress
 from prefloop.stages.fitting import Fitted
 from prefloop.training.model_card import CARD, COUNTED, interval_text
 
@@ -229,10 +229,11 @@ class LiveTraining(FitProgress):
             left = (self._total - done) * (now - self._started) / max(done - self._first, 1)
             self.note(f"step {done} of {self._total}: {note}, {left:,.0f} s left")
 
-    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+    def evaluated(self, step: int, metrics: Mapping[str, float], name: str = WHOLE) -> None:
         """Print the metrics of the held-out rows."""
         shown = "  ".join(f"{n} {value:.4g}" for n, value in sorted(metrics.items()) if not n.startswith(COUNTED))
-        self.note(f"held out, after step {step}: {shown}")
+        who = "" if name == WHOLE else f"{name}: "
+        self.note(f"{who}held out, after step {step}: {shown}")
 
     def finish(self, fitted: Fitted, output: Path) -> None:
         """Say what came of it."""

@@ -18,7 +18,7 @@ from prefloop.training.metrics import BETTER, is_better
 from prefloop.training.reference import following
 from prefloop.training.settings import TrainingSettings
 from prefloop.training.step import StepSettings, TrainingStep, with_reference
-from prefloop.training.trainer import train
+from prefloop.training.trainer import TrainingDivergedError, train
 
 PLAIN = {"learning_rate": 3e-3, "batch_size": 4, "num_epochs": 3, "checkpoint_every": 2, "evaluate_every": 2}
 
@@ -242,6 +242,32 @@ def test_an_evaluation_that_is_not_finite_is_never_the_best(tmp_path, rows, monk
     _, result = trained(tmp_path, rows, num_steps=6)
     assert ["loss" in one.metrics for one in result.evaluations] == [False, True, False]
     assert result.best_step == 4
+
+
+def broken(*, at):
+    """A look that breaks a weight after a step."""
+
+    def look(number, model):
+        if number == at:
+            model.get_input_embeddings().weight.data.fill_(math.inf)
+
+    return look
+
+
+def test_a_held_out_metric_that_is_not_finite_is_told_of_at_once(tmp_path, rows, caplog):
+    knobs = {"num_steps": 4, "max_skipped": 9, "early_stopping_metric": "rewards/margins", "watch": [broken(at=3)]}
+    _, result = trained(tmp_path / "plain", rows, **knobs)
+    told = [f"step 4: {name} of the held-out rows is nan" for name in ("loss", "rewards/margins")]
+    assert result.warnings == told
+    assert "step 4: loss of the held-out rows is nan" in [record.getMessage() for record in caplog.records]
+    assert "loss" in result.evaluations[0].metrics and "loss" not in result.evaluations[1].metrics
+
+
+def test_early_stopping_by_a_metric_that_is_not_finite_is_an_error(tmp_path, rows):
+    for name in ("loss", "rewards/accuracies"):
+        knobs = {"num_steps": 9, "max_skipped": 9, "patience": 3, "early_stopping_metric": name}
+        with pytest.raises(TrainingDivergedError, match=f"^step 4: {name} of the held-out rows is nan, and early stop"):
+            trained(tmp_path / name, rows, watch=[broken(at=3)], **knobs)
 
 
 # --- a reference that follows -------------------------------------------------------------------------------------

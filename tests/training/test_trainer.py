@@ -112,9 +112,6 @@ def test_only_the_last_two_states_are_kept(tmp_path, examples):
     algorithm, rows = examples["sft"]
     trained(tmp_path, algorithm, rows)
     assert sorted(path.name for path in tmp_path.glob("*/*")) == ["step-00000006", "step-00000008"]
-    trainer.forget_state(tmp_path)
-    assert not tmp_path.exists()
-    trainer.forget_state(tmp_path)
 
 
 CHANGES = {

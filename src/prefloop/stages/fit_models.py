@@ -314,7 +314,7 @@ def _with_reference(
         PrefloopError: the reference has another tokenizer or chat template than the model.
     """
     from prefloop.models.load import load_policy
-    from prefloop.training.reference import following, stored_reference
+    from prefloop.training.reference import following, precision_of, stored_reference
 
     def load() -> nn.Module:
         """The reference as a model of its own."""
@@ -337,9 +337,7 @@ def _with_reference(
 
     if settings.sync_reference_every is not None:
         return following(load()), data.examples, data.held_out
-    precision: Any = settings.dtype
-    if settings.precision == "bfloat16" and settings.dtype == "float32":
-        precision = "float32 in bfloat16"
+    precision = precision_of(settings.dtype, settings.precision)
 
     def scored(examples: list[Example]) -> list[Example]:
         if not examples:

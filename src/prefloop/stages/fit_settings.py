@@ -19,6 +19,7 @@ from prefloop.training.settings import TrainingSettings
 LORA_RATE = 10.0  # an adapter takes about ten times the learning rate of whole weights (TRL's guide says the same)
 MIN_SCORE = 0.5  # what a row scores that is neither labelled as good nor as bad
 WORK_SUFFIX = ".run"
+WHOLE = "all"  # the name of a training that is not of one member of an ensemble
 OF_REFERENCE = ("reference", "sync_reference_every", "sync_reference_mixup")
 OF_THE_BEST = ("top_k", "rater", "min_score")
 OF_ONE = {"num_heads": "reward", "num_adapters": "reward", "separator": "process_reward"}
@@ -133,5 +134,5 @@ class FitProgress:
     def advance(self, done: int, metrics: Mapping[str, float]) -> None:
         """`done` units are done; the metrics of the last."""
 
-    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
-        """The held-out rows were evaluated."""
+    def evaluated(self, step: int, metrics: Mapping[str, float], name: str = WHOLE) -> None:
+        """The held-out rows were evaluated by the model, or by the member of an ensemble of this name."""

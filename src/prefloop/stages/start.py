@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -122,7 +123,7 @@ def _learn(run: Run, base: Checkpoint, demonstrations: Dataset) -> Checkpoint:
     """Imitate the demonstrations, all but those of held-out prompts."""
     from prefloop.batch.examples import Demonstration
     from prefloop.training.algorithms import make_algorithm
-    from prefloop.training.trainer import count_steps, forget_state, train
+    from prefloop.training.trainer import count_steps, train
 
     settings = run.settings.sft
     assert settings is not None
@@ -155,5 +156,5 @@ def _learn(run: Run, base: Checkpoint, demonstrations: Dataset) -> Checkpoint:
         run.store.add_checkpoint(checkpoint)
         policies.keep(checkpoint.id, policy)
         detail |= {"checkpoint_id": checkpoint.id, **result.summary()}
-    forget_state(states)
+    shutil.rmtree(states, ignore_errors=True)
     return checkpoint

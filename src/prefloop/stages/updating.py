@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,8 +62,6 @@ def train_stage(run: Run, iteration: int) -> None:
             "`prefloop export` writes its pairs for another trainer"
         )
 
-    from prefloop.training.trainer import forget_state
-
     settings = run.settings.train
     before = run.checkpoint_before(iteration)
     dataset = dataset_of(run, iteration, objective(settings.algorithm).records)
@@ -89,7 +88,7 @@ def train_stage(run: Run, iteration: int) -> None:
             "rolled_back": not accepted,
             "warnings": last.warnings,
         }
-    forget_state(_states(run, iteration))
+    shutil.rmtree(_states(run, iteration), ignore_errors=True)
 
 
 def _attempts(run: Run, iteration: int, before: str, dataset: Dataset, rows: Rows) -> list[_Attempt]:
@@ -136,7 +135,7 @@ def _fit(
                 on_step=lambda step, _, metrics: run.progress.advance(step, f"loss {metrics.get('loss', 0):.3f}"),
             )
         except TrainingDivergedError as error:
-            return error.result, str(error.__cause__)
+            return error.result, str(error.__cause__ or error)
     return result, ""
 
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from prefloop.batch.examples import PreferencePair
 from prefloop.models.reward import RewardModel
 from prefloop.records import TokenPath
 from prefloop.training.algorithms import Algorithm
+from prefloop.training.metrics import Metrics
 from prefloop.training.settings import TrainingSettings
 from prefloop.training.state import TrainingResult
 from prefloop.training.trainer import train
@@ -30,6 +32,13 @@ from prefloop.training.writers import MetricsWriter
 
 OpenWriters = Callable[[str, int], AbstractContextManager[Sequence[MetricsWriter]]]
 """The writers of the part of this name and place."""
+
+
+class OnEvaluation(Protocol):
+    """Is told of each evaluation, and of the name of the part that was evaluated."""
+
+    def __call__(self, step: int, metrics: Metrics, name: str) -> None:
+        """The held-out rows were evaluated after a step."""
 
 
 class Part(NamedTuple):
@@ -50,12 +59,13 @@ def train_reward_model(
     identity: str,
     state_directory: Path,
     open_writers: OpenWriters = lambda name, index: nullcontext(()),
+    on_evaluation: OnEvaluation = lambda step, metrics, name: None,
     **options: Any,
 ) -> dict[str, TrainingResult]:
     """Train a reward model in place, adapters one after another, and centre it on the pairs' trajectories.
 
-    Further options are those of `train`; `open_writers` gives the writers of each part's metrics. Returns what came of
-    each part (`parts`), by its name.
+    Further options are those of `train`; `open_writers` gives the writers of each part's metrics, `on_evaluation` is
+    also told which part was evaluated. Returns what came of each part (`parts`), by its name.
 
     Raises:
         PrefloopError: as `train` and `RewardModel.calibrate`.
@@ -73,6 +83,7 @@ def train_reward_model(
                 identity=f"{identity} {part.name}",
                 state_directory=state_directory / part.name,
                 writers=writers,
+                on_evaluation=partial(on_evaluation, name=part.name),
                 **options,
             )
     reward_model.calibrate([path for pair in pairs for path in scored_paths(pair)], settings.max_tokens)

@@ -50,7 +50,7 @@ class TrainingResult:
     `history` holds the metrics of each step, `evaluations` those of the held-out rows, of which the one after
     `best_step` steps was the best (None: nothing was held out). With patience the weights are those of `best_step`,
     else the last ones; `stopped_early` says that patience ended. `skipped` are the steps that were not taken,
-    `warnings` what to look at.
+    `warnings` what to look at, `chosen_fell` whether one of them is of chosen completions that become unlikely.
     """
 
     history: list[Metrics] = field(default_factory=list)
@@ -59,6 +59,7 @@ class TrainingResult:
     stopped_early: bool = False
     skipped: list[SkippedStep] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    chosen_fell: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""

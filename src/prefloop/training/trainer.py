@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -43,7 +42,7 @@ SKIPPED_ROWS = "skipped.jsonl"
 
 
 class TrainingDivergedError(DivergedError):
-    """Too many steps in a row were not finite; `result` is what the training came to before."""
+    """Too many steps in a row, or what says when to stop, were not finite; `result` is what came before."""
 
     def __init__(self, message: str, result: TrainingResult) -> None:
         super().__init__(message)
@@ -96,7 +95,7 @@ def train(
 
     Raises:
         PrefloopError: no examples, nothing held out to evaluate, a reference that cannot follow; and as `TrainingStep`.
-        TrainingDivergedError: too many steps in a row were not finite.
+        TrainingDivergedError: too many steps in a row were not finite, or with patience the held-out metric.
     """
     _check(algorithm, reference, examples, held_out, settings)
     num_steps = count_steps(settings, len(examples))
@@ -195,19 +194,26 @@ class _Training:
 
     def _watch(self) -> None:
         """Warn once."""
-        found = None if self.result.warnings else falling_chosen(self.result.history, self.step.algorithm)
+        found = None if self.result.chosen_fell else falling_chosen(self.result.history, self.step.algorithm)
         if found is not None:
-            self.result.warnings.append(f"step {len(self.result.history)}: {found}")
-            log.warning("%s", self.result.warnings[-1])
+            self.result.chosen_fell = True
+            self._warn(found)
+
+    def _warn(self, text: str) -> None:
+        self.result.warnings.append(f"step {len(self.result.history)}: {text}")
+        log.warning("%s", self.result.warnings[-1])
 
     def _evaluate(self, number: int) -> None:
         """Measure the held-out rows; notes the best weights, and whether patience has ended."""
         result, name, patience = self.result, self.settings.early_stopping_metric, self.settings.patience
         found = self.step.evaluate(self.held_out, seed=(self.seed, 0, 1))  # not a seed of any step
+        if not math.isfinite(found["loss"]):
+            found[name] = math.nan  # a mean that leaves rows out, or an accuracy of NaN, tells nothing of these weights
         if name not in found:
             raise PrefloopError(
                 f"early_stopping_metric: {self.step.algorithm.name} has no {name!r}; it has {', '.join(sorted(found))}"
             )
+        self._check_finite(number, found)
         best = next((one.metrics[name] for one in result.evaluations if one.step == result.best_step), None)
         result.evaluations.append(Evaluation(number, {n: value for n, value in found.items() if math.isfinite(value)}))
         if is_better(name, found[name], best):
@@ -217,6 +223,17 @@ class _Training:
         since = sum(one.step > (result.best_step or 0) for one in result.evaluations)
         result.stopped_early = patience is not None and since >= patience and number < self.num_steps
         self.on_evaluation(number, result.evaluations[-1].metrics)
+
+    def _check_finite(self, number: int, found: Metrics) -> None:
+        """Warn of held-out metrics that are not finite; where one of them says when to stop, that ends the training."""
+        for name in sorted(name for name, value in found.items() if not math.isfinite(value)):
+            text = f"{name} of the held-out rows is {found[name]}"
+            if self.settings.patience is not None and name == self.settings.early_stopping_metric:
+                raise TrainingDivergedError(
+                    f"step {number}: {text}, and early stopping goes by it: take smaller steps (learning_rate)",
+                    self.result,
+                )
+            self._warn(text)
 
     def _write(self, number: int) -> None:
         """Give the writers a step's metrics, those of the held-out rows among them."""
@@ -260,11 +277,6 @@ def _recomputing(model: nn.Module, on: bool) -> Iterator[None]:
     finally:
         if on:
             causal.gradient_checkpointing_disable()
-
-
-def forget_state(state_directory: Path) -> None:
-    """Remove saved training state, once its result is safe."""
-    shutil.rmtree(state_directory, ignore_errors=True)
 
 
 def environment_fingerprint() -> dict[str, Any]:
