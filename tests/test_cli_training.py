@@ -102,6 +102,28 @@ def test_a_model_that_is_not_there(capsys):
     assert "model './nowhere' cannot be loaded: there is no such directory" in line
 
 
+@pytest.mark.parametrize("objective", ["sft", "reward"])
+def test_a_model_that_is_a_file(objective: str, capsys):
+    write_rows(Path("rows.jsonl"), pair_rows(4))
+    Path("gen.py").write_text("print('a program')\n")
+    line = said(capsys, "train", objective, "--data", "rows.jsonl", "--model", "gen.py", code=1)
+    assert line == (
+        "error: model 'gen.py' cannot be loaded: it is a file; name a directory in Hugging Face's layout or a hub id"
+    )
+
+
+@pytest.mark.parametrize("options", [[], ["--lora-rank", 2]], ids=["whole", "adapter"])
+def test_a_model_that_is_a_reward_model(options: list, model: Path, capsys):
+    write_rows(Path("rows.jsonl"), pair_rows(4))
+    said(capsys, "train", "reward", "--data", "rows.jsonl", "--model", model, "-o", "scores", *options)
+    for objective in ("dpo", "reward"):
+        line = said(capsys, "train", objective, "--data", "rows.jsonl", "--model", "scores", code=1)
+        assert line == (
+            "error: model 'scores' cannot be loaded: it gives scores and no longer says anything; name the language "
+            "model that it was trained from"
+        )
+
+
 @pytest.mark.parametrize("device", ["foo", "cuda:99", "meta"])
 def test_a_device_that_is_not_there(device: str, model: Path, capsys):
     write_rows(Path("rows.jsonl"), pair_rows(4))

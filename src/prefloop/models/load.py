@@ -14,6 +14,7 @@ from prefloop.models.settings import LoraSettings
 from prefloop.records import PrefloopError
 
 ADAPTER_CONFIG = "adapter_config.json"
+REWARD_CONFIG = "reward_model.json"
 transformers_logging.disable_progress_bar()  # prefloop shows its own
 
 PEFT_MISSING = "LoRA needs peft: pip install 'prefloop[train]'"
@@ -48,15 +49,19 @@ def load_policy(
     A directory that holds an adapter is loaded on top of the model that the adapter names.
 
     Raises:
-        PrefloopError: nothing is there, or it is not a causal language model; peft is missing; as `check_device`.
+        PrefloopError: it is not a causal language model, such as a reward model; peft is missing; as `check_place` and
+            `check_device`.
     """
     check_device(device)
-    if _is_path(name) and not Path(name).is_dir():
-        raise PrefloopError(f"model {name!r} cannot be loaded: there is no such directory")
+    check_place(name)
+    if (Path(name) / REWARD_CONFIG).is_file():
+        raise _no_policy(name)
     adapter = (Path(name) / ADAPTER_CONFIG).is_file()
     base = _adapter_base(name) if adapter else name
     try:
-        AutoConfig.from_pretrained(base)
+        config = AutoConfig.from_pretrained(base)
+        if any("Classification" in one for one in config.architectures or ()):
+            raise _no_policy(name)
         tokenizer = AutoTokenizer.from_pretrained(name)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
     except (OSError, ValueError) as error:
@@ -70,6 +75,27 @@ def load_policy(
     elif lora is not None:
         wrapped = _with_adapter(model, lora)
     return Policy(wrapped.to(device).eval(), tokenizer)
+
+
+def check_place(name: str) -> None:
+    """See that a model's name can be a directory that is there, or a hub id.
+
+    Raises:
+        PrefloopError: it is a file, or a path where there is nothing.
+    """
+    if Path(name).is_file():
+        raise PrefloopError(
+            f"model {name!r} cannot be loaded: it is a file; name a directory in Hugging Face's layout or a hub id"
+        )
+    if _is_path(name) and not Path(name).is_dir():
+        raise PrefloopError(f"model {name!r} cannot be loaded: there is no such directory")
+
+
+def _no_policy(name: str) -> PrefloopError:
+    return PrefloopError(
+        f"model {name!r} cannot be loaded: it gives scores and no longer says anything; name the language model that "
+        "it was trained from"
+    )
 
 
 def check_device(name: str) -> None:

@@ -36,7 +36,16 @@ from prefloop.chat import ChatRenderer, StepKind, stop_ids
 from prefloop.chat.steps import SEPARATOR
 from prefloop.models.attention import causal_model, why_not_shared
 from prefloop.models.forward import forward, score_head
-from prefloop.models.load import ADAPTER_CONFIG, Policy, check_device, load_peft, load_policy, lora_config
+from prefloop.models.load import (
+    ADAPTER_CONFIG,
+    REWARD_CONFIG,
+    Policy,
+    check_device,
+    check_place,
+    load_peft,
+    load_policy,
+    lora_config,
+)
 from prefloop.models.settings import LoraSettings
 from prefloop.records import JSONObject, PrefloopError, TokenPath
 
@@ -47,7 +56,6 @@ CLASSES: dict[Kind, tuple[Any, str]] = {
     "sequence": (AutoModelForSequenceClassification, "SEQ_CLS"),
     "token": (AutoModelForTokenClassification, "TOKEN_CLS"),
 }
-SAVED = "reward_model.json"
 BASE = "base"
 """The folder of the model below the adapters, where that is nowhere else."""
 
@@ -152,7 +160,7 @@ class RewardModel:
             "step": self.step,
             "separator": self.separator,
         }
-        (directory / SAVED).write_text(json.dumps(saved, indent=1) + "\n")
+        (directory / REWARD_CONFIG).write_text(json.dumps(saved, indent=1) + "\n")
 
 
 def new_reward_model(
@@ -210,8 +218,11 @@ def load_reward_model(
         PrefloopError: nothing is there, or it is not such a model; peft is missing.
     """
     check_device(device)
+    check_place(name)
     directory = Path(name)
-    saved: JSONObject = json.loads((directory / SAVED).read_text()) if (directory / SAVED).is_file() else {}
+    saved: JSONObject = (
+        json.loads((directory / REWARD_CONFIG).read_text()) if (directory / REWARD_CONFIG).is_file() else {}
+    )
     if saved and saved["kind"] != kind:
         raise PrefloopError(f"model {name!r} scores each {saved['kind']}, not each {kind}")
     alone = (directory / ADAPTER_CONFIG).is_file()

@@ -81,21 +81,41 @@ class FitSettings(TrainingSettings, LossSettings):
         if len(given) != 1:
             found = " and ".join(f"--{name.replace('_', '-')}" for name in given) or "nothing"
             raise PrefloopError(f"rows: give one of --data FILE, --dataset ID and --top-k K; given was {found}")
+        return self
+
+    @model_validator(mode="after")
+    def _best_are_demonstrations(self) -> FitSettings:
         records = objective(self.objective).records
         if self.top_k is not None and records != "demonstrations":
             raise PrefloopError(f"--top-k: {self.objective} learns from {records}, and the best are demonstrations")
         if self.top_k is None and (self.rater or self.min_score != MIN_SCORE):
             raise PrefloopError("--rater and --min-score say which are the best: they go with --top-k")
+        return self
+
+    @model_validator(mode="after")
+    def _ensembles_are_of_reward_models(self) -> FitSettings:
         if self.objective != "reward" and (self.num_heads > 1 or self.num_adapters > 1):
             raise PrefloopError(
                 f"--num-heads and --num-adapters: ensembles are of reward models, not of {self.objective}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _separator_ends_steps(self) -> FitSettings:
         if self.objective != "process_reward" and self.separator != SEPARATOR:
             raise PrefloopError(f"--separator ends the steps of process_reward; {self.objective} has none")
+        return self
+
+    @model_validator(mode="after")
+    def _no_samples_are_stored(self) -> FitSettings:
         if self.kl == "samples":
             raise PrefloopError(
                 "--kl samples: stored rows hold no fresh samples of the policy; for rows of several turns use --kl none"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _held_out_one_way(self) -> FitSettings:
         if self.held_out and self.eval_data:
             raise PrefloopError("which rows are held out: give --held-out SHARE or --eval-data FILE, not both")
         return self
