@@ -9,6 +9,7 @@ import pytest
 from fit_runs import labelled_rows, pair_rows, tiny_model, write_rows
 from prefloop.cli import main
 from prefloop.formats import import_file
+from prefloop.live import LiveTraining
 from prefloop.losses.registry import OBJECTIVES
 from prefloop.stages.fit_settings import FitSettings
 from prefloop.store import Store
@@ -118,10 +119,7 @@ def test_a_model_that_is_a_reward_model(options: list, model: Path, capsys):
     said(capsys, "train", "reward", "--data", "rows.jsonl", "--model", model, "-o", "scores", *options)
     for objective in ("dpo", "reward"):
         line = said(capsys, "train", objective, "--data", "rows.jsonl", "--model", "scores", code=1)
-        assert line == (
-            "error: model 'scores' cannot be loaded: it gives scores and no longer says anything; name the language "
-            "model that it was trained from"
-        )
+        assert re.match(r"error: model '\S*scores' cannot be loaded: it gives scores .* name the language model", line)
 
 
 @pytest.mark.parametrize("device", ["foo", "cuda:99", "meta"])
@@ -130,6 +128,55 @@ def test_a_device_that_is_not_there(device: str, model: Path, capsys):
     for objective in ("dpo", "reward"):
         line = said(capsys, "train", objective, "--data", "rows.jsonl", "--model", model, "--device", device, code=1)
         assert f"device '{device}' cannot be used here: expected 'cpu'" in line and "Traceback" not in line
+
+
+BAD = [{**pair_rows(1)[0], "rejected": ""}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (BAD, [], "rows.jsonl:1: "),
+        (pair_rows(4), ["--model", "./nowhere"], "there is no such directory"),
+        (pair_rows(4), ["--max-length", 8], "rows are longer than 8 tokens"),
+        (pair_rows(4), ["--reference", "./nowhere"], "there is no such directory"),
+    ],
+)
+def test_a_training_that_never_began_leaves_nothing(rows: list, options: list, message: str, model: Path, capsys):
+    write_rows(Path("rows.jsonl"), rows)
+    line = ["train", "dpo", "--data", "rows.jsonl", "-o", "out", *([] if "--model" in options else ["--model", model])]
+    assert message in said(capsys, *line, *options, code=1)
+    assert [path.name for path in Path().iterdir()] == ["rows.jsonl"]
+    with Store("mine.db") as store:
+        import_file(store, write_rows(Path("others.jsonl"), pair_rows(4)))
+    assert message in said(capsys, *line, *options, "--store", "mine.db", code=1)
+    assert not Path("out.run").exists()
+    with Store("mine.db") as store:
+        assert store.runs() == []
+
+
+def test_a_training_that_never_began_leaves_what_is_not_its(model: Path, capsys):
+    write_rows(Path("rows.jsonl"), BAD)
+    Path("out.run").mkdir()
+    Path("out.run/notes.txt").write_text("mine")
+    said(capsys, "train", "dpo", "--data", "rows.jsonl", "-o", "out", "--model", model, code=1)
+    assert [path.name for path in Path("out.run").iterdir()] == ["notes.txt"]
+
+
+def test_a_training_that_began_stays_to_go_on(model: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    write_rows(Path("rows.jsonl"), pair_rows(4))
+    line = ["train", "dpo", "--data", "rows.jsonl", "-o", "out", "--model", model, "--num-steps", 3, "--batch-size", 2]
+
+    def interrupted(self, done, metrics):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LiveTraining, "advance", interrupted)
+        assert "goes on from here" in said(capsys, *line, code=130)
+    assert {"lock", "prefloop.db"} <= {path.name for path in Path("out.run").iterdir()}
+    # Another recipe does not take it away.
+    assert "started with other" in said(capsys, *line[:-2], "--batch-size", 1, code=1)
+    assert "3 steps, loss" in said(capsys, *line)
 
 
 def test_one_row_and_one_step_are_in_the_singular(model: Path, capsys):

@@ -33,6 +33,7 @@ NUM_NAMED = 3  # of many
 
 app = App(
     name="prefloop",
+    suppress_keyboard_interrupt=False,  # `main` says what to do
     version=__version__,
     help="Preference learning for language-model agents: roll out, judge, curate, train, prove it is better.",
 )

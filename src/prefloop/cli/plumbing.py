@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,14 +51,26 @@ def open_store(store: str | None, *, must_exist: bool = True) -> Iterator[Store]
 
 @contextmanager
 def training_store(store: str | None, output: Path, *, own: bool) -> Iterator[Store]:
-    """The store of a training on data of one's own: beside its output where its rows come from files."""
+    """The store of a training on data of one's own: beside its output where its rows come from files.
+
+    One beside an output whose training never began is removed.
+    """
+    from prefloop.stages.context import LOCK
     from prefloop.stages.fit_settings import work_directory
     from prefloop.store import Store
 
     beside = work_directory(output) / Path(DEFAULT_STORE).name
     location = location_of(store, str(beside) if own else None)
-    with Store(location, must_exist=not own) as opened:
-        yield opened
+    try:
+        with Store(location, must_exist=not own) as opened:
+            yield opened
+    except BaseException:
+        if location == str(beside) and not (beside.parent / LOCK).exists():
+            for file in beside.parent.glob(f"{beside.name}*"):
+                file.unlink()
+            with contextlib.suppress(OSError):  # something else is there
+                beside.parent.rmdir()
+        raise
 
 
 @contextmanager

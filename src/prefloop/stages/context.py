@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from prefloop.stages.policies import Policies
     from prefloop.training.writers import MetricsWriter
 
+LOCK = "lock"  # of a run's directory
 BEFORE = -1  # the "iteration" of what comes before the loop
 
 
@@ -216,7 +217,7 @@ def claimed(store: Store, name: str, directory: Path, settings: JSONObject, othe
     """
     _check_place(store, name, directory, otherwise)
     directory.mkdir(parents=True, exist_ok=True)
-    with _locked(directory / "lock", name):
+    with _locked(directory / LOCK, name):
         known = store.run(run_id(name))
         changed = _differences(known["settings"], settings) if known is not None else []
         if changed and store.events(run_id(name)):
@@ -238,7 +239,7 @@ def _check_place(store: Store, name: str, directory: Path, otherwise: str) -> No
         raise PrefloopError(
             f"run {name} lies in {known['directory']}, not in {directory}: {otherwise}, or name its directory again"
         )
-    if not (directory / "lock").exists():
+    if not (directory / LOCK).exists():
         raise PrefloopError(
             f"run {name} is in {store.location}, but its directory {directory} is not here: "
             "run this where it was started, or restore the directory"

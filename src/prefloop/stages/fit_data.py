@@ -138,7 +138,7 @@ def ready(
     if dealt:
         _check_dealt(train.examples, settings.batch_size)
     dataset = selected.rows.freeze(run_id, part="train", held_out=settings.held_out)
-    detail: JSONObject = {"dataset_id": store.add_dataset(dataset), "train": train.to_dict()}
+    detail: JSONObject = {"dataset_id": dataset.id, "train": train.to_dict()}
     held: list[Example] = []
     if selected.held_out is not None:
         prepared = prepare(selected.held_out, selected.corpus, renderer, limit, skips, steps, one_turn=dealt)
@@ -147,9 +147,11 @@ def ready(
                 f"{prepared.examples[0].name} is the only held-out row, and {DEALS}; hold out more, or set --kl none"
             )
         frozen = selected.held_out.freeze(run_id, part="held_out", held_out=settings.held_out)
-        detail |= {"held_out_id": store.add_dataset(frozen), "held_out": prepared.to_dict()}
+        detail |= {"held_out_id": frozen.id, "held_out": prepared.to_dict()}
         detail["num_shared_prompts"] = count_shared(selected.corpus, selected.rows, selected.held_out)
         held = prepared.examples
+        store.add_dataset(frozen)
+    store.add_dataset(dataset)
     detail |= {"num_skipped": skips.num, "skipped": skips.listed, "max_length": limit.max_length}
     detail |= {"objective": settings.objective, "unused": dict(sorted(selected.unused.items()))}
     detail |= {"truncate": limit.truncate, "source": selected.rows.source}

@@ -6,6 +6,7 @@ the result is a checkpoint with its parent. Killed anywhere, the same call goes 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 from prefloop.losses.registry import needs_reference, resolve_knobs, resolve_parts
 from prefloop.losses.settings import LossSettings
 from prefloop.records import Checkpoint, JSONObject, PrefloopError, content_hash
-from prefloop.stages.context import BEFORE, claimed, run_id
+from prefloop.stages.context import BEFORE, LOCK, claimed, run_id
 from prefloop.stages.fit_data import FitData, ready, select
 from prefloop.stages.fit_settings import FitProgress, FitSettings, reads, work_directory
 from prefloop.stages.selecting import sha256_of
@@ -46,6 +47,8 @@ class Fitted:
 def fit(settings: FitSettings, store: Store, output: Path, progress: FitProgress | None = None) -> Fitted:
     """Train an objective on stored data, or go on with it where it was killed; `output` becomes the checkpoint.
 
+    A training that fails before its first step leaves neither a run nor its directory, but for the store in it.
+
     Raises:
         PrefloopError: the output is there and comes of something else, another process is at it, or a bad row, model
             or setting, each in one line.
@@ -53,7 +56,11 @@ def fit(settings: FitSettings, store: Store, output: Path, progress: FitProgress
     output = Path(os.path.relpath(output))  # one name for one place, however it is spelled
     fitting = _Fitting(settings, store, output, progress or FitProgress())
     with claimed(store, str(output), fitting.directory, fitting.recipe(), "give another --output"):
-        return fitting.found() or fitting.go_on()
+        try:
+            return fitting.found() or fitting.go_on()
+        except BaseException:
+            fitting.leave_nothing_unless_begun()
+            raise
 
 
 @dataclass(slots=True)
@@ -74,6 +81,14 @@ class _Fitting:
     def directory(self) -> Path:
         """Where its lock and state lie."""
         return work_directory(self.output)
+
+    def leave_nothing_unless_begun(self) -> None:
+        """Forget a run that failed on its model, rows or settings; one that has begun to train stays, to go on."""
+        with contextlib.suppress(PrefloopError, OSError):  # what went wrong before is what is to be told
+            if self._event(BEFORE, "start") is None:
+                self.store.forget_run(self.id)
+                (self.directory / LOCK).unlink()
+                self.directory.rmdir()  # unless the store is there, too
 
     def recipe(self) -> JSONObject:
         """All that decides the result, with the content of files in place of where they lie."""
@@ -134,8 +149,8 @@ class _Fitting:
         self.progress.begin("load the model")
         learner = load_learner(self.settings)
         self.progress.begin("render rows")
-        data = ready(selected, self.settings, self.store, learner.renderer, learner.context, self.id)
         start = circumstances(self.settings)
+        data = ready(selected, self.settings, self.store, learner.renderer, learner.context, self.id)
         self._begin(start, data)
         for note in (*learner.notes(), *data.notes()):
             self.progress.note(note)

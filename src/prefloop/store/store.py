@@ -15,7 +15,7 @@ from itertools import groupby, islice
 from operator import itemgetter
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, RowMapping, Select, Table, func, select, text, update
+from sqlalchemy import Connection, RowMapping, Select, Table, delete, func, select, text, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DatabaseError, IntegrityError
 
@@ -165,6 +165,17 @@ class Store:
         values = {"settings": settings, "settings_hash": content_hash(settings)}
         with self.transaction() as connection:
             connection.execute(update(schema.run).where(schema.run.c.id == run_id).values(**values))
+
+    def forget_run(self, run_id: str) -> None:
+        """Forget a run that has not done anything.
+
+        Raises:
+            PrefloopError: the run has recorded what it did.
+        """
+        if self.events(run_id):
+            raise PrefloopError(f"run {run_id} has begun: it stays")
+        with self.transaction() as connection:
+            connection.execute(delete(schema.run).where(schema.run.c.id == run_id))
 
     def add_tasks(self, tasks: Iterable[Task]) -> int:
         """Record tasks; returns how many were new."""
