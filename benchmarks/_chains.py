@@ -3,18 +3,18 @@
 A chain is a digit and six operations (add or take 1 … 5, modulo 10), each followed by the result that the policy says;
 it was taught by demonstrations of which every fifth result is wrong. An attempt is right if its last result is, a step
 if it follows from the result before. `steps`: a process reward model of 6,000 attempts whose steps were checked;
-`rollouts`: one of 2,000 attempts, 8 completions from each step (Monte Carlo); `outcomes`: a model of the outcome
-alone, of 6,000 attempts and of 60,000. It is taught with the outcome at every step first (Cobbe et al. 2021,
-arXiv:2110.14168), then at the last alone, and read there; all start from the policy. Whether it learns is told by its
-AUC on attempts at problems that nothing was trained on.
+`rollouts`: one of 20,000 attempts, 4 completions from each step (Monte Carlo); `outcomes`: a model of the outcome
+alone, of 60,000 attempts; `few_…`: the same of fewer. An outcome model is taught with the outcome at every step first
+(Cobbe et al. 2021, arXiv:2110.14168), then at the last alone, and read there; all start from the policy. Whether one
+learns is told by its AUC on attempts at problems that nothing was trained on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,25 +46,50 @@ NEVER = START + 1
 LENGTH = 2 + 2 * NUM_STEPS
 RESULTS = np.arange(3, LENGTH, 2)  # the places of results
 SOURCE = np.where(np.isin(np.arange(LENGTH), RESULTS), Source.SAMPLED, Source.PROMPT).astype(np.uint8)
-NUM_ATTEMPTS, NUM_COMPLETIONS = 16, 8
+NUM_ATTEMPTS = 16
+
+
+class Labelled(NamedTuple):
+    """How many attempts a model learns from, for how many steps of 256, and how many completions value a step."""
+
+    num: int
+    num_steps: tuple[int, ...]
+    num_completions: int = 0
 
 
 @dataclass(frozen=True)
 class Size:
-    """How many attempts of each kind there are, and for how many steps of 256 the models are trained."""
+    """How many demonstrations and problems there are, for how long the policy is trained, and what verifiers get."""
 
-    demonstrations: int = 20_000
-    steps_checked: int = 6_000
-    rolled_on: int = 2_000
-    outcomes: int = 60_000
-    problems: int = 400
-    sft: int = 250
-    process: int = 300
-    few_outcomes: int = 300
-    many_outcomes: tuple[int, int] = (1100, 700)
+    demonstrations: int
+    sft: int
+    problems: int
+    verifiers: Mapping[str, Labelled]
 
 
-QUICK = Size(1_000, 300, 50, 600, 40, 20, 10, 10, (10, 10))
+FULL = Size(
+    demonstrations=20_000,
+    sft=250,
+    problems=400,
+    verifiers={
+        "steps": Labelled(6_000, (300,)),
+        "few_steps": Labelled(2_000, (300,)),
+        "rollouts": Labelled(20_000, (900,), 4),
+        "few_rollouts": Labelled(2_000, (300,), 8),
+        "outcomes": Labelled(60_000, (1100, 700)),
+        "few_outcomes": Labelled(6_000, (300, 150)),
+    },
+)
+QUICK = Size(
+    demonstrations=1_000,
+    sft=20,
+    problems=40,
+    verifiers={
+        "steps": Labelled(300, (10,)),
+        "rollouts": Labelled(100, (10,), 4),
+        "outcomes": Labelled(600, (10, 10)),
+    },
+)
 
 
 def cells(quick: bool) -> dict[str, Cell]:
@@ -74,7 +99,7 @@ def cells(quick: bool) -> dict[str, Cell]:
 
 def measure(seed: int, options: Options) -> Measured:
     """All verifiers on the attempts of one policy."""
-    world = World(options.seed + seed, QUICK if options.quick else Size())
+    world = World(options.seed + seed, QUICK if options.quick else FULL)
     found: dict[str, float] = {
         "pass1": float(world.right.mean()),
         f"pass{NUM_ATTEMPTS}": float(world.right.any(1).mean()),
@@ -83,7 +108,7 @@ def measure(seed: int, options: Options) -> Measured:
     rows = [{"verifier": "none", "best of 4": f"{found['pass1']:.3f}", "best of 16": f"{found['pass1']:.3f}"}]
     rows += _record(found, "majority", world.majority)
     for name, labelled, values, aggregates in world.verifiers():
-        found[f"{name}_step_accuracy"] = float(((values > 0.5) == world.right_steps).mean())
+        found[f"{name}_step_auc"] = area_under_curve(values.ravel(), world.right_steps.ravel())
         for aggregate in aggregates:
             score = np.array([aggregate_steps(one, aggregate) for one in values.reshape(-1, NUM_STEPS).tolist()])
             chosen = partial(best_of, score.reshape(world.right.shape), world.right)
@@ -213,16 +238,17 @@ class World:
     @cached_property
     def pool(self) -> Ints:
         """Attempts to learn from, each at a problem of its own."""
-        return self.go_on(problems(self.size.outcomes, self._rng(2)), 0, draw=2)
+        num = max(labelled.num for labelled in self.size.verifiers.values())
+        return self.go_on(problems(num, self._rng(2)), 0, draw=2)
 
-    def values(self, chain_NL: Ints) -> Floats:
+    def values(self, chain_NL: Ints, num_completions: int) -> Floats:
         """The value of each step of these attempts by rollouts [N, NUM_STEPS]; that of the last is the outcome."""
         value_NK = np.empty((len(chain_NL), NUM_STEPS))
         value_NK[:, -1] = is_right(chain_NL)
         for step in range(NUM_STEPS - 1):
-            copies = np.repeat(chain_NL, NUM_COMPLETIONS, axis=0)
+            copies = np.repeat(chain_NL, num_completions, axis=0)
             ended = self.go_on(copies, step + 1, draw=10 + step)
-            value_NK[:, step] = is_right(ended).reshape(-1, NUM_COMPLETIONS).mean(1)
+            value_NK[:, step] = is_right(ended).reshape(-1, num_completions).mean(1)
         return value_NK
 
     def majority(self, n: int) -> float:
@@ -231,26 +257,19 @@ class World:
         counts = np.stack([(said == digit).sum(1) for digit in range(MODULUS)], 1)
         return float((counts.argmax(1) == solution(self.attempts)[::n]).mean())
 
-    def verifiers(self) -> list[tuple[str, int, Floats, Sequence[StepAggregate]]]:
+    def verifiers(self) -> Iterator[tuple[str, int, Floats, Sequence[StepAggregate]]]:
         """Name, number of labelled attempts, probabilities of the steps of all attempts, and how they are read."""
-        size, both = self.size, ("min", "product", "last")
-        checked, rolled, pool = self.pool[: size.steps_checked], self.pool[: size.rolled_on], self.pool
-        by_steps = self.verifier((stepped(checked, right_steps(checked)), size.process))
-        by_rollouts = self.verifier((stepped(rolled, self.values(rolled)), size.process))
-        few = self.verifier(*self._outcomes(checked, (size.few_outcomes, size.few_outcomes // 2)))
-        many = self.verifier(*self._outcomes(pool, size.many_outcomes))
-        return [
-            ("steps", len(checked), by_steps, both),
-            ("rollouts", len(rolled), by_rollouts, both),
-            ("few_outcomes", len(checked), few, ("last",)),
-            ("outcomes", len(pool), many, ("last",)),
-        ]
-
-    def _outcomes(self, chain_NL: Ints, num_steps: tuple[int, int]) -> list[tuple[list[SteppedSample], int]]:
-        """The outcome as the label of every step, then of the last."""
-        label_NK = np.repeat(is_right(chain_NL)[:, None], NUM_STEPS, axis=1)
-        both = (stepped(chain_NL, label_NK, first) for first in (0, NUM_STEPS - 1))
-        return list(zip(both, num_steps, strict=True))
+        for name, labelled in self.size.verifiers.items():
+            chain_NL = self.pool[: labelled.num]
+            if name.endswith("outcomes"):
+                label_NK = np.repeat(is_right(chain_NL)[:, None], NUM_STEPS, axis=1)
+                firsts, aggregates = (0, NUM_STEPS - 1), ("last",)
+            else:
+                of_rollouts = name.endswith("rollouts")
+                label_NK = self.values(chain_NL, labelled.num_completions) if of_rollouts else right_steps(chain_NL)
+                firsts, aggregates = (0,), ("min", "product", "last")
+            courses = [stepped(chain_NL, label_NK, first) for first in firsts]
+            yield name, labelled.num, self.verifier(*zip(courses, labelled.num_steps, strict=True)), aggregates
 
     def verifier(self, *courses: tuple[list[SteppedSample], int]) -> Floats:
         """Train one from the policy, course after course; its probabilities for the attempts [P, n, NUM_STEPS]."""

@@ -60,7 +60,8 @@ def measure(seed: int, options: Options) -> Measured:
 
 
 def _settings(name: str, seed: int, directory: str, quick: bool, *more: str) -> RunSettings:
-    seeds = (f"name={name}", f"seed={seed}", f"judge.rules.seed={seed}", f"directory={directory}")
+    # One name for all: the noise of the judge is a function of it. A folder for each.
+    seeds = ("name=booking", f"seed={seed}", f"judge.rules.seed={seed}", f"directory={directory}/{name}")
     overrides = (*seeds, *UNGUARDED, *UPDATE, *(QUICK if quick else ()), *more)
     data = apply_overrides(read_run_file(RUN_FILE), overrides)
     if more:  # the start policy is there

@@ -194,7 +194,7 @@ def over_seeds(figures: dict[str, float]) -> dict[str, float]:
 
 
 def plot(means: Mapping[str, float], spreads: Mapping[str, float]) -> None:
-    """True reward against KL, a line with a band of one standard deviation for each method, named at its end."""
+    """True reward against KL: a panel for each method, its line and a band of one sd over the other methods' lines."""
     curves = {method: curve for method in (*SWEEPS, "bon") if len(curve := curve_of(method, means, spreads)) > 1}
     if not curves:
         return
@@ -203,18 +203,38 @@ def plot(means: Mapping[str, float], spreads: Mapping[str, float]) -> None:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    ends = {}
-    for number, (method, curve) in enumerate(curves.items()):
-        kl, mean, spread = np.array(curve).T
-        (line,) = axes.plot(kl, mean, marker="o", markersize=4, color=f"C{number}")
-        axes.fill_between(kl, mean - spread, mean + spread, color=line.get_color(), alpha=0.12, linewidth=0)
-        ends[method] = (kl[-1], mean[-1], line.get_color())
-    label_ends(axes, ends)
-    axes.set(xlabel="KL to the start policy, nats a completion", ylabel="true reward, sd of the start policy")
-    axes.set_title("What each method reaches at equal KL; mean and sd over languages", fontsize="medium")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
+    num_rows = -(-len(curves) // 4)
+    figure, grid = pyplot.subplots(
+        num_rows, 4, figsize=(10, 0.6 + 2.4 * num_rows), sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, method in zip(grid.flat, curves, strict=False):
+        for curve in curves.values():
+            axes.plot(*np.array(curve).T[:2], color="0.8", linewidth=1)
+        kl, mean, spread = np.array(curves[method]).T
+        axes.fill_between(kl, mean - spread, mean + spread, color="C0", alpha=0.25, linewidth=0)
+        axes.plot(kl, mean, marker="o", markersize=4, color="C0")
+        short = kl[-1] < 1  # its number goes to the right of the end, where no line runs
+        axes.annotate(
+            f"{mean[-1]:.2f} at {kl[-1]:.1f}",
+            (kl[-1], mean[-1] if short else mean[-1] + spread[-1]),
+            xytext=(30, -12) if short else (0, 8),
+            textcoords="offset points",
+            ha="left" if short else "right",
+            fontsize="small",
+        )
+        axes.set_title("best-of-n" if method == "bon" else method, fontsize="medium", fontweight="bold")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        axes.margins(y=0.12)
+    for axes in grid.flat[len(curves) :]:
+        axes.set_visible(False)
+    for axes in grid.flat[max(len(curves) - 4, 0) : len(curves)]:
+        axes.tick_params(labelbottom=True)
+    figure.supxlabel("KL to the start policy, nats a completion", fontsize="medium")
+    figure.supylabel("true reward, sd of the start policy", fontsize="medium")
+    figure.suptitle(
+        "True reward at equal KL: mean, one sd over languages; in grey the other methods", fontsize="medium"
+    )
     STATE.mkdir(parents=True, exist_ok=True)
     figure.savefig(STATE / "learning_offline.svg")
     pyplot.close(figure)
@@ -226,25 +246,6 @@ def curve_of(method: str, means: Mapping[str, float], spreads: Mapping[str, floa
     places = {f"gold_at_kl_{level:g}": level for level in KL_LEVELS if level < end} | {"gold_end": end}
     known = [(kl, f"{method}_{name}") for name, kl in places.items() if f"{method}_{name}" in means]
     return [(0.0, 0.0, 0.0), *((kl, means[name], spreads.get(f"{name}_sd", 0.0)) for kl, name in known)]
-
-
-def label_ends(axes: Any, ends: Mapping[str, tuple[float, float, str]]) -> None:
-    """The methods' names in one column beside the plot, apart from one another, each with a thin line to its end."""
-    low, high = axes.get_ylim()
-    right = 1.06 * max(kl for kl, _, _ in ends.values())
-    gap, below = 0.06 * (high - low), -math.inf
-    for method, (kl, reward, colour) in sorted(ends.items(), key=lambda item: item[1][1]):
-        below = max(reward, below + gap)
-        name = "best-of-n" if method == "bon" else method
-        axes.annotate(
-            name,
-            (kl, reward),
-            (right, below),
-            color=colour,
-            va="center",
-            arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.4},
-        )
-    axes.set_xlim(0, 1.12 * right)
 
 
 def cells(quick: bool) -> dict[str, Cell]:
