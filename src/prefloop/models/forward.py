@@ -1,7 +1,7 @@
 """Log-probs of a batch under a model: one forward for every algorithm.
 
 Only the log-probs of tokens that enter a loss are computed, each read at its parent. The head works in chunks of
-tokens; logits are kept for the backward pass where they fit a budget, else computed again, so that logits over
+tokens; probabilities are kept for the backward pass where they fit a budget, else computed again, so that values over
 the vocabulary are never all in memory beyond it.
 
 Shape suffixes: T tokens of the forest, V visits, U tokens that are read (distinct), D hidden size, W vocabulary, H
@@ -29,7 +29,7 @@ from prefloop.records import PrefloopError
 Want = Literal["logprob", "entropy", "score"]
 
 LOGIT_BUDGET = 1 << 29
-"""Bytes of logits that may be kept for the backward pass."""
+"""Bytes of probabilities over the vocabulary that may be kept for the backward pass."""
 
 CHUNK_TOKENS = 512
 """Tokens whose logits are computed at a time: 4 MB of them at a vocabulary of 2,048, near the caches' size."""
@@ -175,13 +175,13 @@ def _head(
         dtype = torch.get_autocast_dtype(hidden_UD.device.type)
         hidden_UD, weight_WD = hidden_UD.to(dtype), weight_WD.to(dtype)
         bias_W = None if bias_W is None else bias_W.to(dtype)
-    num_bytes = token_U.shape[0] * weight_WD.shape[0] * weight_WD.element_size()
+    num_bytes = token_U.shape[0] * weight_WD.shape[0] * _wide(weight_WD).itemsize
     keep = torch.is_grad_enabled() and num_bytes <= logit_budget
     return _LinearHead.apply(hidden_UD, weight_WD, bias_W, token_U, want_entropy, keep)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _LinearHead(torch.autograd.Function):
-    """Log-softmax of a linear head at one token each, in chunks; logits kept or computed again."""
+    """Log-softmax of a linear head at one token each, in chunks; probabilities kept or computed again."""
 
     @staticmethod
     def forward(
@@ -196,10 +196,9 @@ class _LinearHead(torch.autograd.Function):
         logprobs, entropies, kept = [], [], []
         for rows in _chunks(token_U.shape[0], weight_WD.shape[0]):
             hidden, token = hidden_UD[rows], token_U[rows]
-            logits = nn.functional.linear(hidden, weight_WD, bias_W)
+            logprob, entropy, probability = _score(_logits(hidden, weight_WD, bias_W), token, want_entropy)
             if keep:
-                kept.append(logits)
-            logprob, entropy = _score(logits, token, want_entropy)
+                kept.append(probability)
             logprobs.append(logprob)
             entropies.append(entropy)
         ctx.save_for_backward(hidden_UD, weight_WD, bias_W, token_U)
@@ -213,12 +212,16 @@ class _LinearHead(torch.autograd.Function):
         hidden_UD, weight_WD, bias_W, token_U = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden_UD) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight_WD, dtype=_sum_dtype(weight_WD)) if needs_weight else None
+        grad_weight = torch.zeros_like(weight_WD, dtype=_wide(weight_WD)) if needs_weight else None
         grad_bias = torch.zeros_like(bias_W) if bias_W is not None and needs_bias else None
         for i, rows in enumerate(_chunks(token_U.shape[0], weight_WD.shape[0])):
             hidden, token = hidden_UD[rows], token_U[rows]
-            logits = ctx.kept[i] if ctx.kept else nn.functional.linear(hidden, weight_WD, bias_W)
-            grad_logits = _logit_gradient(logits, token, grads[0][rows]).to(hidden.dtype)
+            if ctx.kept:
+                probability = ctx.kept[i]
+            else:
+                logits = _logits(hidden, weight_WD, bias_W)
+                probability = torch.softmax(logits, dim=-1, out=logits)
+            grad_logits = _logit_gradient(probability, token, grads[0][rows]).to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight_WD, out=grad_hidden[rows])
             if grad_weight is not None:
@@ -230,8 +233,8 @@ class _LinearHead(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
-def _sum_dtype(tensor: Tensor) -> torch.dtype:
-    """Float32 for narrower types: rounding each chunk's share of a sum would bias it."""
+def _wide(tensor: Tensor) -> torch.dtype:
+    """Float32 for narrower types, whose rounding a softmax and a sum over chunks should not suffer."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
@@ -248,25 +251,29 @@ def _chunks(num_tokens: int, num_words: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, num_tokens, step)]
 
 
-def _logit_gradient(logits: Tensor, token: Tensor, grad: Tensor) -> Tensor:
+def _logits(hidden_UD: Tensor, weight_WD: Tensor, bias_W: Tensor | None) -> Tensor:
+    return nn.functional.linear(hidden_UD, weight_WD, bias_W).to(_wide(hidden_UD))
+
+
+def _logit_gradient(probability: Tensor, token: Tensor, grad: Tensor) -> Tensor:
     """d logprob / d logits times the incoming gradient: grad · (1[token] - softmax(logits)).
 
     Works out of place, so that a graph may be walked twice.
     """
-    result = torch.softmax(logits.to(grad.dtype), dim=-1).mul_(-grad[:, None])
-    return result.scatter_add_(1, token[:, None], grad[:, None])
+    return (probability * -grad[:, None]).scatter_add_(1, token[:, None], grad[:, None])
 
 
-def _score(logits: Tensor, token: Tensor, want_entropy: bool) -> tuple[Tensor, Tensor]:
-    """Log-prob of each token and, if wanted, the entropy of its distribution; nats, float32 or float64."""
-    if logits.dtype != torch.float64:
-        logits = logits.float()
-    norm = torch.logsumexp(logits, dim=-1)
-    logprob = logits.gather(1, token[:, None])[:, 0] - norm
-    if not want_entropy:
-        return logprob, norm.new_empty(0)
-    logprobs = logits - norm[:, None]
-    return logprob, -(logprobs.exp() * logprobs).sum(-1).detach()
+def _score(logits: Tensor, token: Tensor, want_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-prob of each token (nats), the entropy of its distribution if wanted, and the probabilities of all words.
+
+    The probabilities overwrite the logits unless the entropy is wanted. The largest is exp(top logit - norm), which
+    gives the norm without another pass of exponentials.
+    """
+    own, top = logits.gather(1, token[:, None])[:, 0], logits.amax(-1)
+    probability = torch.softmax(logits, dim=-1) if want_entropy else torch.softmax(logits, dim=-1, out=logits)
+    norm = top - probability.amax(-1).log()
+    entropy = norm - (probability * logits).sum(-1) if want_entropy else norm.new_empty(0)
+    return own - norm, entropy, probability
 
 
 def _own_head(
@@ -276,8 +283,11 @@ def _own_head(
     from torch.utils.checkpoint import checkpoint
 
     def chunk(hidden: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
-        return _score(logits_of(hidden), token, want_entropy)
+        logits = logits_of(hidden)
+        logprob_UW = torch.log_softmax(logits.to(_wide(logits)), dim=-1)
+        entropy = -(logprob_UW.exp() * logprob_UW).sum(-1).detach() if want_entropy else logprob_UW.new_empty(0)
+        return logprob_UW.gather(1, token[:, None])[:, 0], entropy
 
-    chunks = hidden_UD.split(CHUNK_TOKENS), token_U.split(CHUNK_TOKENS)
+    chunks = torch.split(hidden_UD, CHUNK_TOKENS), torch.split(token_U, CHUNK_TOKENS)
     scored = [checkpoint(chunk, *rows, use_reentrant=False) for rows in zip(*chunks, strict=True)]
     return torch.cat([logprob for logprob, _ in scored]), torch.cat([entropy for _, entropy in scored])
