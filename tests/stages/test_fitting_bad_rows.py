@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,22 @@ def test_a_step_of_one_row_is_seen_before_the_reference_is_read(
     with Store(str(tmp_path / "rows.run" / "prefloop.db")) as store:
         assert not [event for run in store.runs() for event in store.events(run.id)]
     train_rows("kto", model, tmp_path / "none", labelled_rows(number), **{**options, "kl": "none"}, num_steps=1)
+
+
+def test_rows_of_kto_that_all_have_one_prompt(model: Path, tmp_path: Path):
+    rows = [{**row, "prompt": PROMPT} for row in labelled_rows(8)]
+    with pytest.raises(PrefloopError, match=r"^all 8 rows, rows\.jsonl:1 to .*:8, have one prompt, .* set --kl none"):
+        train_rows("kto", model, tmp_path / "rows", rows)
+    train_rows("kto", model, tmp_path / "none", rows, kl="none", num_steps=1)
+
+
+@pytest.mark.parametrize(("num_steps", "fails"), [(1, False), (2, False), (3, True), (5, True)])
+def test_a_last_step_of_one_row_that_never_comes_is_no_mistake(
+    model: Path, tmp_path: Path, num_steps: int, fails: bool
+):
+    with pytest.raises(PrefloopError, match="the last step would have one row") if fails else nullcontext():
+        fitted = train_rows("kto", model, tmp_path / "rows", labelled_rows(17), num_steps=num_steps)
+        assert fitted.train["steps"] == num_steps
 
 
 def test_one_held_out_row_of_kto(model: Path, tmp_path: Path):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -38,6 +40,44 @@ def test_three_rows_are_dealt_in_both_ways_equally_often():
     counts = [deals.count(deal) for deal in sorted(set(deals))]
     assert len(counts) == 2
     assert min(counts) > 150  # 5 standard deviations below 200
+
+
+def of_prompts(*numbers):
+    """Rows of which so many have the same prompt, each with a completion of its own, shuffled."""
+    rows = single_turn_labels(54, seed=1)[::6]
+    made = []
+    for number, row in zip(numbers, rows, strict=False):
+        [path] = row.paths
+        for i in range(number):
+            token = path.token.copy()
+            token[-1] = 3 + (len(made) + i) % 40  # no two completions are the same
+            made.append(replace(row, paths=(replace(path, token=token),), name=str(len(made))))
+    return [made[i] for i in np.random.default_rng(5).permutation(len(made))]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "least"), [((1, 1), 0), ((2, 2), 0), ((4, 2, 1, 1), 0), ((3, 2, 1), 0), ((3, 1), 2), ((5, 1, 1), 3)]
+)
+def test_a_prompt_is_dealt_its_own_completions_only_where_it_must_be(numbers, least):
+    examples = of_prompts(*numbers)
+    own = {example.name: parts(example.paths) for example in examples}
+    prompt_of = {completion: prompt for prompt, completion in own.values()}
+    assert len(prompt_of) == sum(numbers)
+    for seed in range(20):
+        others = {sample.name: parts(sample.paths) for sample in deranged(examples, (seed, 1))}
+        assert sorted(completion for _, completion in others.values()) == sorted(prompt_of)
+        assert not [name for name, pair in others.items() if pair == own[name]]
+        assert sum(prompt_of[completion] == prompt for prompt, completion in others.values()) == least
+        assert sorted(others.values()) == dealt(examples[::-1], (seed, 1))
+
+
+def test_rows_that_all_share_a_prompt_are_dealt_within_it_and_that_is_said(caplog):
+    examples = of_prompts(4)
+    own = {example.name: parts(example.paths) for example in examples}
+    others = {sample.name: parts(sample.paths) for sample in deranged(examples, (0, 1))}
+    assert set(others.values()) == set(own.values())
+    assert not [name for name, pair in others.items() if pair == own[name]]
+    assert caplog.messages == ["kto: all 4 rows of a step have one prompt: each is dealt another completion of it"]
 
 
 def test_rotation_gives_each_prompt_the_completion_of_the_row_before():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -136,7 +137,7 @@ def ready(
     train = prepare(selected.rows, selected.corpus, renderer, limit, skips, steps, one_turn=dealt)
     _check_classes(train.examples)
     if dealt:
-        _check_dealt(train.examples, settings.batch_size)
+        _check_dealt(train.examples, settings)
     dataset = selected.rows.freeze(run_id, part="train", held_out=settings.held_out)
     detail: JSONObject = {"dataset_id": dataset.id, "train": train.to_dict()}
     held: list[Example] = []
@@ -170,13 +171,18 @@ def _steps(selected: Selected, settings: FitSettings, store: Store) -> LabelledS
     return LabelledSteps({label.id: label for label in found if label.id in named}, settings.separator)
 
 
-def _check_dealt(examples: Sequence[Example], batch_size: int) -> None:
-    """A step of one row has no other row to deal its completion to."""
-    num, rows = len(examples), f"{examples[0].name} to {examples[-1].name}"
+def _check_dealt(examples: Sequence[Example], settings: FitSettings) -> None:
+    """A step of one row, where the training comes to it, has no other row to deal to, and one prompt has no other."""
+    from prefloop.training.kl_samples import prompt_of
+
+    num, rows, batch_size = len(examples), f"{examples[0].name} to {examples[-1].name}", settings.batch_size
+    comes_to_last = settings.num_steps is None or settings.num_steps >= math.ceil(num / batch_size)
     if batch_size == 1 or num == 1:
         what = f"each step of the {num} rows, {rows}," if num > 1 else f"the only step, of {examples[0].name},"
-    elif num % batch_size == 1:
+    elif num % batch_size == 1 and comes_to_last:
         what = f"of {num} rows, {rows}, the last step"
+    elif len({prompt_of(example) for example in examples}) == 1:
+        raise PrefloopError(f"all {num} rows, {rows}, have one prompt, and {DEALS} of another prompt: set --kl none")
     else:
         return
     raise PrefloopError(

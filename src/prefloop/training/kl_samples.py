@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,24 +11,39 @@ import numpy as np
 from prefloop.batch.examples import Demonstration, Example
 from prefloop.records import PrefloopError, TokenPath
 
+log = logging.getLogger(__name__)
+
 
 def deranged(examples: Sequence[Example], seed: Sequence[int]) -> list[Demonstration]:
-    """Each prompt with the completion of another row, no row with its own: a uniform random derangement.
+    """Each prompt with the completion of another row, no row with its own: a random derangement.
 
-    Drawn by rejection: about e permutations are tried. It is drawn over the rows in the order of their tokens, so that
-    the order in which a step has them changes nothing.
+    The rows are shuffled, those of one prompt put side by side, and each is dealt the completion that lies as many
+    places on as the most frequent prompt has rows. So nobody is dealt a completion of its own prompt, unless one prompt
+    has more than half of the rows; then as few are as there can be. Where prompts differ, every other row is equally
+    likely. It is drawn over the rows in the order of their tokens, so that the order in which a step has them changes
+    nothing.
 
     Raises:
         PrefloopError: fewer than two rows, or rows of several turns, whose completions answer their own tools.
     """
     _check(examples)
     rows = sorted(examples, key=_content)
-    rng = np.random.default_rng(seed)
-    own = np.arange(len(rows))
-    order = rng.permutation(own)
-    while (order == own).any():
-        order = rng.permutation(own)
-    return [_dealt(rows[i], rows[j]) for i, j in enumerate(order)]
+    prompts = [prompt_of(row) for row in rows]
+    drawn = np.random.default_rng(seed).permutation(len(rows)).tolist()
+    first = {prompts[i]: place for place, i in reversed([*enumerate(drawn)])}
+    grouped = sorted(drawn, key=lambda i: first[prompts[i]])
+    most = max(Counter(prompts).values())
+    if most == len(rows):
+        log.warning("kto: all %d rows of a step have one prompt: each is dealt another completion of it", most)
+    shift = most % len(rows) or 1
+    dealt_to = dict(zip(grouped, grouped[shift:] + grouped[:shift], strict=True))
+    return [_dealt(row, rows[dealt_to[i]]) for i, row in enumerate(rows)]
+
+
+def prompt_of(example: Example) -> bytes:
+    """What tells rows of different prompts apart: the tokens before the first that the policy said."""
+    path = example.samples[0][0]
+    return path.token[: int(np.argmax(path.loss_mask))].tobytes()
 
 
 def _content(example: Example) -> tuple[bytes, bytes]:
