@@ -1,5 +1,6 @@
 import fcntl
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 import curation_makers
 from prefloop.cli import app, main
+from prefloop.records import Dataset, Labelled, Pair, Task
 from prefloop.store import Store
 from store_records import JUDGE, TASK, checkpoint, judgement
 
@@ -209,6 +211,42 @@ def test_a_checkpoint_whose_files_are_gone(store: str, fails: Fails):
 def test_curating_an_empty_store(tmp_path: Path, fails: Fails):
     Store("e.db").close()
     assert "there are no trajectories in e.db" in fails("curate", "--store", "e.db")
+
+
+def test_curate_says_how_many_of_what_and_what_was_left_out(store: str, capsys: pytest.CaptureFixture[str]):
+    other = Task("other", messages=TASK.messages)
+    with Store(store) as opened:
+        opened.add_tasks([other])
+        made = [curation_makers.trajectory(name, TASK.id) for name in "cd"]
+        opened.add_trajectories([*made, curation_makers.trajectory("e", other.id)])
+        opened.add_judgements([judgement("c", 0.5), judgement("e", 0.7)])
+    assert main(["curate", "--store", store]) == 0
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first.endswith(": 1 pair from 1 of 2 tasks")
+    assert others == [
+        "trajectories: 5, of them 4 scored; left out: 1 without a score, 0 that say the same as another",
+        "tasks without a pair: 1; pairs left out: 0 not confirmed, 0 contradicted by votes",
+    ]
+
+
+def test_status_lists_datasets_of_every_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    made = [curation_makers.trajectory(name, TASK.id) for name in "ab"]
+    a, b = (trajectory.id for trajectory in made)
+    datasets = {
+        "pairs": Dataset({"of": "train"}, (Pair(TASK.id, a, b),)),
+        "demonstrations": Dataset({"of": "kept"}, trajectory_ids=(a, b)),
+        "labelled samples": Dataset({"of": "labelled"}, labelled=(Labelled(a, True), Labelled(b, False))),
+        "steps": Dataset({"of": "steps"}, labelled=(Labelled(a, None),)),
+    }
+    with Store(str(tmp_path / "kinds.db")) as opened:
+        opened.add_tasks([TASK])
+        opened.add_trajectories(made)
+        for dataset in datasets.values():
+            opened.add_dataset(dataset)
+    assert main(["status", "--store", str(tmp_path / "kinds.db")]) == 0
+    printed = capsys.readouterr().out
+    for kind, dataset in datasets.items():
+        assert re.search(rf"{dataset.id[:12]}\W+{kind}\W+{dataset.num_members}\W", printed), kind
 
 
 def test_no_pair_meets_the_margin(store: str, fails: Fails):

@@ -10,6 +10,7 @@ from prefloop.records import (
     AuthorKind,
     Dataset,
     Ended,
+    Labelled,
     Message,
     Pair,
     PrefloopError,
@@ -180,6 +181,39 @@ def test_what_cannot_be_exported_says_so(store, tmp_path):
     with pytest.raises(PrefloopError, match="erased"):
         export_dataset(store, [Pair(a.task_id, a.id, b.id)], path)
     assert not path.exists()
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_labelled_trajectories_are_exported_with_their_labels(store, tmp_path, suffix):
+    a, b, c = add(store, (DONE,), (SEARCH, FOUND, DONE), (BOOK,))
+    labelled = (Labelled(b.id, False), Labelled(a.id, True), Labelled(c.id, True))
+    dataset = store.add_dataset(Dataset({"of": "labelled"}, labelled=labelled))
+    path = tmp_path / f"l.{suffix}"
+    assert export_dataset(store, dataset, path, format="trl-unpaired") == 3
+    if suffix == "jsonl":
+        rows = lines(path)
+        assert [row["label"] for row in rows] == [False, True, True]
+        assert [[m["role"] for m in row["prompt"]] for row in rows] == [["user"]] * 3
+        assert [len(row["completion"]) for row in rows] == [3, 1, 1]
+        assert rows[1]["completion"] == [DONE.to_dict()] and json.loads(rows[0]["tools"]) == list(TOOLS)
+    with Store(str(tmp_path / "other.db")) as other:
+        import_file(other, path)
+        said_of = {str(said(t)): t.id for t in other.trajectories()}
+        scores = {judgement.trajectory_id: judgement.score for judgement in other.judgements()}
+        assert [scores[said_of[str(said(t))]] for t in (a, b, c)] == [1.0, 0.0, 1.0]
+
+
+def test_labels_are_refused_where_a_format_cannot_say_them(store, tmp_path):
+    (a,) = add(store, (DONE,))
+    dataset = store.add_dataset(Dataset({"of": "labelled"}, labelled=(Labelled(a.id, True),)))
+    steps = store.add_dataset(Dataset({"of": "steps"}, labelled=(Labelled(a.id, None),)))
+    for name in ("trl-preference", "openai-chat"):
+        with pytest.raises(PrefloopError, match=rf"holds labelled .* cannot be {name}: use the format trl-unpaired"):
+            export_dataset(store, dataset, tmp_path / "x.jsonl", format=name)
+    for name in ("trl-unpaired", "openai-chat"):
+        with pytest.raises(PrefloopError, match=f"labels of steps, so it cannot be {name}"):
+            export_dataset(store, steps, tmp_path / "x.jsonl", format=name)
+    assert not (tmp_path / "x.jsonl").exists()
 
 
 def test_a_dataset_is_exported_by_its_id_and_demonstrations_as_chats(store, tmp_path):

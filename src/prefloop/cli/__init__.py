@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
@@ -351,13 +351,25 @@ def _print_steps(dataset_id: str, num_kept: int, num_not_agreed: int, conflicts:
         console.print(f"raters contradict each other on {len(conflicts)} of them: {named}", highlight=False)
 
 
-def _print_curated(detail: dict[str, object]) -> None:
-    console.print(
-        f"dataset {detail['dataset_id']}: {detail['num_pairs']} pairs from {detail['num_scored']} scored trajectories "
-        f"of {detail['num_tasks']} tasks; {detail['num_tasks_without_pair']} tasks without a pair",
-        highlight=False,
-        soft_wrap=True,
-    )
+def _print_curated(detail: dict[str, Any]) -> None:
+    """Pairs from how many tasks, how many trajectories took part in the selection, and why others did not."""
+    num_tasks, num_without = detail["num_tasks"], detail["num_tasks_without_pair"]
+    lines = [
+        f"dataset {detail['dataset_id']}: {counted(detail['num_pairs'], 'pair')} from {num_tasks - num_without:,} of "
+        f"{counted(num_tasks, 'task')}"
+    ]
+    if "num_unscored" in detail:  # a dataset of the store that a run took over says no more
+        num_all = sum(detail[f"num_{kind}"] for kind in ("scored", "unscored", "duplicates"))
+        lines.append(
+            f"trajectories: {num_all:,}, of them {detail['num_scored']:,} scored; left out: {detail['num_unscored']:,} "
+            f"without a score, {detail['num_duplicates']:,} that say the same as another"
+        )
+        lines.append(
+            f"tasks without a pair: {num_without:,}; pairs left out: {detail['num_unconfirmed']:,} not confirmed, "
+            f"{detail['num_contradicted']:,} contradicted by votes"
+        )
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def _write_report(store: Store, run_id: str, path: Path) -> None:

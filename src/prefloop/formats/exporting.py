@@ -1,4 +1,4 @@
-"""Exporting pairs and trajectories as JSON Lines or Parquet that TRL and others load unchanged."""
+"""Exporting pairs and trajectories, labelled or not, as JSON Lines or Parquet that TRL and others load unchanged."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from prefloop.formats.rows import shared_beginning
 from prefloop.records import (
     Dataset,
     JSONObject,
+    Labelled,
     Message,
     Pair,
     PrefloopError,
@@ -42,23 +43,37 @@ def export_dataset(
     """Write a frozen dataset (or its id, or pairs) to a `.parquet`, `.jsonl` or `.json` (also lines) file.
 
     `trl-preference`: conversational rows with an explicit prompt, which is the shared beginning of both sides;
-    `trl-unpaired`: two labelled rows a pair; `openai-chat`: one chat a trajectory (of pairs, the chosen ones).
+    `trl-unpaired`: two labelled rows a pair, one a labelled trajectory; `openai-chat`: one chat a trajectory (of pairs,
+    the chosen ones). What a format has no column for, such as weights and probabilities, is not written.
     Arguments of tool calls and the `tools` column are JSON texts: as objects, Arrow would fill the keys of one call
     into all others with nulls. Returns the number of rows.
 
     Raises:
-        PrefloopError: the dataset is empty or not in the store, a trajectory was erased, both sides of a pair are
-            the same, the file exists and `force` is off, or it cannot be written.
+        PrefloopError: the dataset is empty or not in the store, its members cannot be of this format, a trajectory was
+            erased, both sides of a pair are the same, the file exists and `force` is off, or it cannot be written.
     """
     found = store.dataset(dataset) if isinstance(dataset, str) else dataset
-    pairs = found.pairs if isinstance(found, Dataset) else tuple(found)
-    if pairs:
-        rows = _pair_rows(store, pairs, format)
+    held = found if isinstance(found, Dataset) else Dataset({}, tuple(found))
+    if held.pairs:
+        rows = _pair_rows(store, held.pairs, format)
+    elif held.labelled:
+        _check_labelled(held.labelled, format)
+        rows = _labelled_rows(store, held.labelled)
     else:
-        if format != OPENAI_CHAT and isinstance(found, Dataset) and found.trajectory_ids:
+        if format != OPENAI_CHAT and held.trajectory_ids:
             raise PrefloopError(f"the dataset holds no pairs, so it cannot be {format}: use the format {OPENAI_CHAT}")
-        rows = _chat_rows(store, found.trajectory_ids if isinstance(found, Dataset) else ())
+        rows = _chat_rows(store, held.trajectory_ids)
     return _write(rows, Path(path), force)
+
+
+def _check_labelled(labelled: Sequence[Labelled], format_name: str) -> None:
+    """Which format says what the labels say."""
+    if any(each.desirable is None for each in labelled):
+        raise PrefloopError(f"the dataset holds labels of steps, so it cannot be {format_name}, nor another format")
+    if format_name != TRL_UNPAIRED:
+        raise PrefloopError(
+            f"the dataset holds labelled trajectories, so it cannot be {format_name}: use the format {TRL_UNPAIRED}"
+        )
 
 
 def export_trajectories(store: Store, ids: Iterable[str], path: str | Path, *, force: bool = False) -> int:
@@ -98,6 +113,23 @@ def _chat_rows(store: Store, ids: Sequence[str]) -> Rows:
             for trajectory_id in wanted:
                 trajectory = found[trajectory_id]
                 yield {"messages": _messages(trajectory.messages), **_tools(tasks[trajectory.task_id])}
+
+    return rows
+
+
+def _labelled_rows(store: Store, labelled: Sequence[Labelled]) -> Rows:
+    def rows() -> Iterator[JSONObject]:
+        for start in range(0, len(labelled), CHUNK):
+            chunk = labelled[start : start + CHUNK]
+            found, tasks = _load(store, [each.trajectory_id for each in chunk])
+            for each in chunk:
+                trajectory = found[each.trajectory_id]
+                yield {
+                    "prompt": _messages(trajectory.messages[: trajectory.num_prompt_messages]),
+                    "completion": _messages(trajectory.completion),
+                    "label": each.desirable,
+                    **_tools(tasks[trajectory.task_id]),
+                }
 
     return rows
 

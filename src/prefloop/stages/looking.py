@@ -70,11 +70,11 @@ def status_table(store: Store) -> Group:
     runs.add_column("checkpoint", no_wrap=True, min_width=ID_LENGTH)  # to be copied whole from a narrow terminal too
     for run in store.runs():
         runs.add_row(run["name"], *_how_far(store, run))
-    datasets = Table("dataset", "members", "iteration", title="datasets of pairs", title_justify="left")
+    datasets = Table("dataset", "of", "members", "iteration", title="datasets", title_justify="left")
     for row in store.datasets():
-        if "of" not in row["recipe"] and "curation" in row["recipe"]:
+        if row["num_members"]:
             iteration = "" if row["iteration"] < 0 else str(row["iteration"] + 1)
-            datasets.add_row(row["id"][:ID_LENGTH], f"{row['num_members']:,}", iteration)
+            datasets.add_row(row["id"][:ID_LENGTH], row["kind"], f"{row['num_members']:,}", iteration)
     return Group(held, *([runs] if runs.row_count else []), *([datasets] if datasets.row_count else []))
 
 

@@ -15,7 +15,7 @@ from itertools import groupby, islice
 from operator import itemgetter
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, RowMapping, Select, Table, delete, func, select, text, update
+from sqlalchemy import Connection, RowMapping, Select, Table, case, delete, func, select, text, true, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DatabaseError, IntegrityError
 
@@ -397,10 +397,18 @@ class Store:
         return dataset
 
     def datasets(self, *, run_id: str | None = None) -> list[RowMapping]:
-        """Rows of the datasets, with `num_members`, the oldest first."""
-        head, member = schema.dataset, schema.dataset_member
+        """Rows of the datasets, the oldest first, with `num_members` and `kind`: what the first member is."""
+        head, member, first = schema.dataset, schema.dataset_member, schema.dataset_member.alias("first")
         count = select(func.count()).where(member.c.dataset_id == head.c.id).scalar_subquery()
-        query = select(head, count.label("num_members")).order_by(head.c.created_at, head.c.id)
+        kind = case(
+            (first.c.rejected_id.is_not(None), "pairs"),
+            (first.c.labelled.is_not(true()), "demonstrations"),
+            (first.c.desirable.is_(None), "steps"),
+            else_="labelled samples",
+        )
+        joined = head.outerjoin(first, (first.c.dataset_id == head.c.id) & (first.c.position == 0))
+        query = select(head, count.label("num_members"), kind.label("kind")).select_from(joined)
+        query = query.order_by(head.c.created_at, head.c.id)
         return self._all(query if run_id is None else query.where(head.c.run_id == run_id))
 
     def checkpoints(self, *, run_id: str | None = None) -> list[Checkpoint]:
