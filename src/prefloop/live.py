@@ -143,7 +143,7 @@ def _found(stage: str, detail: JSONObject) -> str:
         case "judge":
             return f"mean score {_number(detail['mean_score'])}, statuses {detail['statuses']}"
         case "curate":
-            return f"{counted(detail['num_pairs'], 'pair')} of {detail['num_scored']} scored"
+            return f"{counted(detail['num_pairs'], 'pair')} of {counted(detail['num_scored'], 'scored attempt')}"
         case "train":
             reasons = [attempt["reason"] for attempt in detail["attempts"]] or [detail.get("reason", "")]
             tried = "; rolled back; ".join(reasons) + ("; rolled back" if detail["rolled_back"] else "")

@@ -17,9 +17,11 @@ from transformers import (
 
 from fit_runs import Heard, chat_rows, labelled_rows, pair_rows, step_rows, train_rows, write_rows
 from prefloop.records import PrefloopError
+from prefloop.stages.fit_models import Outcome
 from prefloop.store import Store
 from prefloop.store.metrics import read_metrics
 from prefloop.training.checkpoint import verify
+from prefloop.training.state import TrainingResult
 
 
 def logits(model, directory: Path) -> np.ndarray:
@@ -89,6 +91,11 @@ def test_an_ensemble_of_adapters(model: Path, tmp_path: Path):
         found = read_metrics(store, fitted.checkpoint.run_id)
     assert {one.training.attempt for one in found} == {0, 1}
     assert 'load_reward_model("out")' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_warnings_of_an_ensemble_name_the_member():
+    results = {f"member_{i}": TrainingResult([{"loss": 1.0}], warnings=["step 2: odd"] * i) for i in range(3)}
+    assert Outcome(results).to_dict()["warnings"] == ["member_1: step 2: odd", *["member_2: step 2: odd"] * 2]
 
 
 def test_a_template_of_ones_own_is_saved_with_the_model(model: Path, tmp_path: Path):

@@ -192,7 +192,8 @@ class Outcome:
         if not others:
             return found
         metrics = mean_metrics([part["metrics"] for part in parts.values()])
-        return {**found, "metrics": metrics, "parts": parts}
+        warnings = [f"{name}: {warning}" for name, part in parts.items() for warning in part["warnings"]]
+        return {**found, "metrics": metrics, "warnings": warnings, "parts": parts}
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,8 +96,8 @@ class FitSettings(TrainingSettings, LossSettings):
     def _ensembles_are_of_reward_models(self) -> FitSettings:
         if self.objective != "reward" and (self.num_heads > 1 or self.num_adapters > 1):
             raise PrefloopError(
-                f"--num-heads and --num-adapters: ensembles are of reward models, not of {self.objective}; their members "
-                "each see a bootstrap sample of the pairs"
+                f"--num-heads and --num-adapters: ensembles are of reward models, not of {self.objective}; each "
+                "of their members sees a bootstrap sample of the pairs"
             )
         return self
 
