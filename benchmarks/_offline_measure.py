@@ -35,7 +35,10 @@ QUICK_NUM = 2
 
 @dataclass(frozen=True)
 class Case:
-    """An objective on some rows: PROMPT_COMPLETION lengths, `llmbar` or `tau_bench`; `num` pairs make a step."""
+    """An objective on some rows: PROMPT_COMPLETION lengths, `llmbar` or `tau_bench`; `num` pairs make a step.
+
+    `peers` names the engines beside ours, where not all of them are to be run.
+    """
 
     objective: str
     rows: str
@@ -43,6 +46,7 @@ class Case:
     wide: bool = False
     bf16: bool = False
     varied: bool = False
+    peers: frozenset[str] | None = None
 
     @property
     def label(self) -> str:
@@ -106,18 +110,22 @@ def measure(case: Case, options: Options) -> Measured:
 def new_engines(
     case: Case, objective: Objective, model: nn.Module, reference: nn.Module | None, examples: Sequence[Example]
 ) -> dict[str, Engine]:
-    def build(engine: Any, **options: Any) -> Engine:
-        return engine(objective, copy.deepcopy(model), copy.deepcopy(reference), examples, bf16=case.bf16, **options)
+    def build(engine: Any, **options: Any) -> Callable[[], Engine]:
+        def new() -> Engine:
+            models = copy.deepcopy(model), copy.deepcopy(reference)
+            return engine(objective, *models, examples, bf16=case.bf16, **options)
 
-    engines = {"ours": build(Ours), "installed": build(Theirs)}
+        return new
+
+    builders = {"ours": build(Ours), "installed": build(Theirs)}
     if objective.trainer in COMPACT:
-        engines["compact"] = build(Theirs, compact=True)
+        builders["compact"] = build(Theirs, compact=True)
         if case.is_ragged and objective.algorithm in ("dpo", "sft"):
-            engines["compact_by_one"] = build(Theirs, compact=True, micro=1)
-    engines["padded"] = build(Padded)
+            builders["compact_by_one"] = build(Theirs, compact=True, micro=1)
+    builders["padded"] = build(Padded)
     if case.rows == "tau_bench":
-        engines["plain"] = build(Ours, plain=True)
-    return engines
+        builders["plain"] = build(Ours, plain=True)
+    return {name: new() for name, new in builders.items() if name == "ours" or case.peers is None or name in case.peers}
 
 
 def first_steps(engines: Mapping[str, Engine]) -> tuple[dict[str, float], dict[str, float]]:
@@ -197,7 +205,7 @@ def summarise(
         }
         for name, timing in timings.items()
     ]
-    if "compact" not in ratios:  # its head has no compact form
+    if "installed" in ratios and "compact" not in ratios:  # its head has no compact form
         ratios["compact"] = ratios["installed"]
         rows.append({"engine": "compact", "CPU s": "as installed"})
     figures = {
@@ -207,9 +215,10 @@ def summarise(
         "visited": float(needed.num_visits),
         "computed": float(needed.work.tokens),
         "matmul_share": share,
-        "loss_rel_diff": abs(losses["padded"] / losses["ours"] - 1),
-        "reported_loss_rel_diff": abs(losses["installed"] / losses["ours"] - 1),
     }
+    for name, peer in (("loss_rel_diff", "padded"), ("reported_loss_rel_diff", "installed")):
+        if peer in losses:
+            figures[name] = abs(losses[peer] / losses["ours"] - 1)
     if "plain" in ratios:
         figures |= {"of_sharing": ratios["plain"] / needed.sharing, "of_work": ratios["plain"] / needed.work_ratio}
         rows[-1]["distinct"] = f"tokens {needed.sharing:.2f} times ours, work {needed.work_ratio:.2f}"
