@@ -163,6 +163,20 @@ def test_a_training_that_never_began_leaves_what_is_not_its(model: Path, capsys)
     assert [path.name for path in Path("out.run").iterdir()] == ["notes.txt"]
 
 
+def test_a_mistake_takes_nothing_away_from_a_training_of_the_same_name(model: Path, capsys):
+    """Neither what another store knows of, nor a store whose directory is not whole."""
+    write_rows(Path("rows.jsonl"), pair_rows(4))
+    line = ["train", "dpo", "--data", "rows.jsonl", "-o", "out", "--model", model]
+    said(capsys, *line, "--store", "mine.db")
+    assert "out exists already: name a new --output" in said(capsys, *line, code=1)
+    assert "nothing is done again" in said(capsys, *line, "--store", "mine.db")
+    said(capsys, "train", "dpo", "--data", "rows.jsonl", "-o", "own", "--model", model)
+    Path("own.run/lock").unlink()
+    assert "its directory own.run is not here" in said(capsys, *line[:5], "own", *line[6:], code=1)
+    with Store("own.run/prefloop.db") as store:
+        assert [run["name"] for run in store.runs()] == ["own"]
+
+
 def test_a_training_that_began_stays_to_go_on(model: Path, capsys, monkeypatch: pytest.MonkeyPatch):
     write_rows(Path("rows.jsonl"), pair_rows(4))
     line = ["train", "dpo", "--data", "rows.jsonl", "-o", "out", "--model", model, "--num-steps", 3, "--batch-size", 2]

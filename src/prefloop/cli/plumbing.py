@@ -53,7 +53,7 @@ def open_store(store: str | None, *, must_exist: bool = True) -> Iterator[Store]
 def training_store(store: str | None, output: Path, *, own: bool) -> Iterator[Store]:
     """The store of a training on data of one's own: beside its output where its rows come from files.
 
-    One beside an output whose training never began is removed.
+    One that was made for a training that never began is removed.
     """
     from prefloop.stages.context import LOCK
     from prefloop.stages.fit_settings import work_directory
@@ -61,11 +61,12 @@ def training_store(store: str | None, output: Path, *, own: bool) -> Iterator[St
 
     beside = work_directory(output) / Path(DEFAULT_STORE).name
     location = location_of(store, str(beside) if own else None)
+    made_here = location == str(beside) and not beside.exists()
     try:
         with Store(location, must_exist=not own) as opened:
             yield opened
     except BaseException:
-        if location == str(beside) and not (beside.parent / LOCK).exists():
+        if made_here and not (beside.parent / LOCK).exists():
             for file in beside.parent.glob(f"{beside.name}*"):
                 file.unlink()
             with contextlib.suppress(OSError):  # something else is there

@@ -55,11 +55,13 @@ def fit(settings: FitSettings, store: Store, output: Path, progress: FitProgress
     """
     output = Path(os.path.relpath(output))  # one name for one place, however it is spelled
     fitting = _Fitting(settings, store, output, progress or FitProgress())
+    made_here = not (fitting.directory / LOCK).exists()
     with claimed(store, str(output), fitting.directory, fitting.recipe(), "give another --output"):
         try:
             return fitting.found() or fitting.go_on()
         except BaseException:
-            fitting.leave_nothing_unless_begun()
+            if made_here:
+                fitting.leave_nothing_unless_begun()
             raise
 
 
