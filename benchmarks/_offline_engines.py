@@ -55,12 +55,18 @@ class Objective:
 
 
 BETA = {"beta": 0.1}
+SMOOTHED = {**BETA, "label_smoothing": 0.1}
 KTO = Objective("kto", "kto", {**BETA, "kl": "rotation"}, BETA)
 OBJECTIVES = {
     "sft": Objective("sft", "sft"),
     "reward": Objective("reward", "reward"),
     "dpo": Objective("dpo", "dpo", BETA, BETA),
     "dpo_precomputed": Objective("dpo", "dpo", BETA, {**BETA, "precompute_ref_log_probs": True}, precomputed=True),
+    "smoothed": Objective("dpo", "dpo", SMOOTHED, SMOOTHED),
+    "robust": Objective("robust", "dpo", SMOOTHED, {**SMOOTHED, "loss_type": ["robust"]}),
+    "dpo_norm": Objective("dpo_norm", "dpo", BETA, {**BETA, "loss_type": ["sigmoid_norm"]}),
+    "apo_zero": Objective("apo_zero", "dpo", BETA, {**BETA, "loss_type": ["apo_zero"]}),
+    "apo_down": Objective("apo_down", "dpo", BETA, {**BETA, "loss_type": ["apo_down"]}),
     "ipo": Objective("ipo", "dpo", {**BETA, "reduction": "mean"}, {**BETA, "loss_type": ["ipo"]}),
     "simpo": Objective(
         "simpo",

@@ -33,6 +33,8 @@ FEWER_PAIRS = {"64_64": 4, "512_128": 2, "1024_64": 1, "128_512": 1, "llmbar": 6
 """Those of the other objectives: fewer, so that the whole takes well under an hour."""
 
 OTHERS = ("dpo_precomputed", "ipo", "simpo", "cpo", "orpo", "reward", "sft")
+SIBLINGS = ("smoothed", "robust", "dpo_norm", "apo_zero", "apo_down")
+"""They read what DPO reads: one regime tells."""
 
 CASES = (
     *(Case("dpo", rows, num) for rows, num in NUM_PAIRS.items()),
@@ -42,6 +44,7 @@ CASES = (
     Case("dpo", "64_64", 2, wide=True),
     Case("dpo", "llmbar", 8),
     *(Case(objective, rows, num) for objective in OTHERS for rows, num in FEWER_PAIRS.items()),
+    *(Case(objective, "512_128", 2) for objective in SIBLINGS),
     *(Case("kto", rows, 2 * num) for rows, num in FEWER_PAIRS.items()),
     Case("kto_grouped", "512_128", 2),
     Case("sft", "tau_bench", 4),
