@@ -16,7 +16,10 @@ from packed_examples import (
     relative_error,
     tiny_model,
 )
+from prefloop.batch.examples import LabelledSample
+from prefloop.models.forward import forward
 from prefloop.records import PrefloopError
+from prefloop.training import step as step_module
 from prefloop.training.algorithms import make_algorithm
 from prefloop.training.step import StepSettings, TrainingStep, with_reference
 
@@ -69,6 +72,24 @@ def test_micro_batches_change_neither_loss_nor_gradient(kind, algorithm):
         same = set(metrics) - {"num_tokens", "num_computed"}
         assert {k: metrics[k] for k in same} == pytest.approx({k: whole[k] for k in same}, rel=1e-6)
         assert relative_error(split, expected) < 1e-6
+
+
+@pytest.mark.parametrize("lengths", [{"prompt": (20, 30), "completion": (2, 4)}, {"completion": (12, 20)}])
+def test_kto_in_one_pass_or_in_two_is_the_same(lengths, monkeypatch):
+    """The samples of its reference point go through the pass of the rows only where that costs less."""
+    reference = tiny_model(dtype=torch.float64)
+    model, pairs = perturbed(reference), random_pairs(6, **lengths)
+    rows = [LabelledSample(pair.chosen, i % 2 == 0, name=str(i)) for i, pair in enumerate(pairs)]
+    passes = []
+    monkeypatch.setattr(step_module, "forward", lambda *args, **kwargs: passes.append(1) or forward(*args, **kwargs))
+    whole, expected = gradient_of(model, make_algorithm("kto"), rows, reference)
+    num_joint = len(passes)  # the reference on all, and the policy on all
+    monkeypatch.setattr(TrainingStep, "_joint", lambda *_: None)
+    metrics, apart = gradient_of(model, make_algorithm("kto"), rows, reference)
+    assert (num_joint, len(passes) - num_joint) == ((2, 3) if "prompt" in lengths else (3, 3))
+    assert whole["kl"] > 0
+    assert metrics == pytest.approx(whole, rel=1e-6)
+    assert relative_error(apart, expected) < 1e-6
 
 
 def test_sft_is_the_weighted_mean_over_loss_tokens():

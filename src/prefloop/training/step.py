@@ -142,16 +142,18 @@ class TrainingStep:
                 self.reference, both, max_tokens=self.settings.max_tokens, autocast=self.settings.autocast
             )
             examples, samples = scored[: len(examples)], scored[len(examples) :]
-        kl = self._kl(samples)
         groups = self._split(examples)
-        batches = [replace(self._pack(examples, group), kl=kl) for group in groups]
+        batches = [self._pack(examples, group) for group in groups]
+        joint = self._joint(examples, samples, batches)
+        kl = None if joint is not None else self._kl(samples)
+        batches = [replace(batch, kl=kl) for batch in batches]
         totals = _Totals()
         if self.algorithm.couples and len(batches) > 1:
             self._backward_coupled(replace(self._pack(examples, range(len(examples))), kl=kl), batches, groups, totals)
         else:
             denominator = _Denominators(self.algorithm.name, batches)
             for batch in batches:
-                self._backward(batch, denominator, totals)
+                self._backward(batch, denominator, totals, joint)
         return totals.means() | {
             "num_computed": float(totals.num_computed),
             "num_tokens": float(sum(batch.num_tokens for batch in batches)),
@@ -181,17 +183,45 @@ class TrainingStep:
     def _pack(self, examples: Sequence[Example], group: Sequence[int]) -> PackedBatch:
         return pack_group(examples, group).to(next(self.model.parameters()).device)
 
-    def _backward(self, batch: PackedBatch, denominator: _Denominators, totals: _Totals) -> None:
-        """Forward and backward of one micro-batch; adds its share of loss and metrics."""
+    def _joint(
+        self, examples: Sequence[Example], samples: Sequence[Demonstration], batches: Sequence[PackedBatch]
+    ) -> PackedBatch | None:
+        """Examples and samples of the KL in one batch, where one pass over it costs less than two; None elsewhere.
+
+        It costs three forwards of the samples' own tokens, of which the two of the backward pass are for nothing. Two
+        passes cost one forward of the samples with their prompts.
+        """
+        both: list[Any] = [*examples, *samples]
+        if not samples or len(batches) > 1 or why_not_shared(self.model) or len(self._split(both)) > 1:
+            return None
+        joint = self._pack(both, range(len(both)))
+        num_added = joint.num_tokens - batches[0].num_tokens
+        num_passes = 3 if torch.is_grad_enabled() else 1
+        pays = num_passes * num_added < self._pack(samples, range(len(samples))).num_tokens
+        return joint if pays and joint.ref_logprob_V is not None else None
+
+    def _backward(
+        self, batch: PackedBatch, denominator: _Denominators, totals: _Totals, joint: PackedBatch | None
+    ) -> None:
+        """Forward and backward of one micro-batch; adds its share of loss and metrics.
+
+        The visits of `joint` are those of the batch, then those of samples over which the KL is yet to be taken.
+        """
         batch = self._referenced(batch)
-        layout = layout_for(self.model, batch)
+        layout = layout_for(self.model, joint or batch)
         with self._attention(layout):
-            unit_loss = self.algorithm.loss(batch, self._output(batch, layout))
+            output_V = self._output(joint or batch, layout)
+            if joint is not None:
+                num_own = len(batch.visit_token_V)
+                total = _logratio_V(output_V.detach(), joint)[num_own:].sum()
+                batch = replace(batch, kl=total / (joint.num_samples - batch.num_samples))
+                output_V = output_V[:num_own]
+            unit_loss = self.algorithm.loss(batch, output_V)
             loss = _weighed(unit_loss, batch, denominator)
             if torch.is_grad_enabled():
                 loss.backward()  # type: ignore[no-untyped-call]
         totals.add(loss, unit_loss, batch)
-        totals.num_computed += layout.num_places
+        totals.num_computed += (layout if joint is None else layout_for(self.model, batch)).num_places
 
     def _backward_coupled(
         self, joint: PackedBatch, batches: Sequence[PackedBatch], groups: Sequence[Sequence[int]], totals: _Totals
@@ -254,10 +284,8 @@ class TrainingStep:
         logratios = []
         for group in self._split(samples):
             batch = self._referenced(self._pack(samples, group))
-            assert batch.ref_logprob_V is not None
             with self._autocast():
-                logprob_V = _logprob_of(self.model, batch)
-            logratios.append(((logprob_V - batch.ref_logprob_V).double() * batch.loss_mask_V).sum())
+                logratios.append(_logratio_V(_logprob_of(self.model, batch), batch).sum())
         return torch.stack(logratios).sum() / len(samples)
 
     def _attention(self, layout: Layout) -> AbstractContextManager[None]:
@@ -343,6 +371,12 @@ def _logprob_of(model: nn.Module, batch: PackedBatch) -> Tensor:
     logprob_T = forward(model, batch).logprob_T
     assert logprob_T is not None
     return logprob_T[batch.visit_token_V]
+
+
+def _logratio_V(logprob_V: Tensor, batch: PackedBatch) -> Tensor:
+    """Policy to reference at each visit, nats, in float64; 0 outside the loss mask."""
+    assert batch.ref_logprob_V is not None
+    return (logprob_V - batch.ref_logprob_V).double() * batch.loss_mask_V
 
 
 def _autocast(model: nn.Module, on: bool) -> AbstractContextManager[None]:
