@@ -213,16 +213,8 @@ def plot(means: Mapping[str, float], spreads: Mapping[str, float]) -> None:
         kl, mean, spread = np.array(curves[method]).T
         axes.fill_between(kl, mean - spread, mean + spread, color="C0", alpha=0.25, linewidth=0)
         axes.plot(kl, mean, marker="o", markersize=4, color="C0")
-        short = kl[-1] < 1  # its number goes to the right of the end, where no line runs
-        axes.annotate(
-            f"{mean[-1]:.2f} at {kl[-1]:.1f}",
-            (kl[-1], mean[-1] if short else mean[-1] + spread[-1]),
-            xytext=(30, -12) if short else (0, 8),
-            textcoords="offset points",
-            ha="left" if short else "right",
-            fontsize="small",
-        )
-        axes.set_title("best-of-n" if method == "bon" else method, fontsize="medium", fontweight="bold")
+        title = f"{'best-of-n' if method == 'bon' else method}: {mean[-1]:.2f} at {kl[-1]:.1f}"
+        axes.set_title(title, fontsize="medium", fontweight="bold")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
         axes.margins(y=0.12)
