@@ -67,6 +67,8 @@ class Size:
     verifiers: Mapping[str, Labelled]
 
 
+AGGREGATES: Sequence[StepAggregate] = ("min", "product", "last")
+
 FULL = Size(
     demonstrations=20_000,
     sft=250,
@@ -107,12 +109,12 @@ def measure(seed: int, options: Options) -> Measured:
     }
     rows = [{"verifier": "none", "best of 4": f"{found['pass1']:.3f}", "best of 16": f"{found['pass1']:.3f}"}]
     rows += _record(found, "majority", world.majority)
-    for name, labelled, values, aggregates in world.verifiers():
+    for name, labelled, values in world.verifiers():
         found[f"{name}_step_auc"] = area_under_curve(values.ravel(), world.right_steps.ravel())
-        for aggregate in aggregates:
+        for aggregate in AGGREGATES:
             score = np.array([aggregate_steps(one, aggregate) for one in values.reshape(-1, NUM_STEPS).tolist()])
             chosen = partial(best_of, score.reshape(world.right.shape), world.right)
-            key = f"{name}_{aggregate}" if len(aggregates) > 1 else name
+            key = f"{name}_{aggregate}"
             auc = found[f"{key}_auc"] = area_under_curve(score, world.right.ravel())
             rows += _record(found, key, chosen, labelled=str(labelled), auc=f"{auc:.3f}")
     return Measured({f"chains_{name}_{seed}": value for name, value in found.items()}, rows)
@@ -257,19 +259,22 @@ class World:
         counts = np.stack([(said == digit).sum(1) for digit in range(MODULUS)], 1)
         return float((counts.argmax(1) == solution(self.attempts)[::n]).mean())
 
-    def verifiers(self) -> Iterator[tuple[str, int, Floats, Sequence[StepAggregate]]]:
-        """Name, number of labelled attempts, probabilities of the steps of all attempts, and how they are read."""
+    def verifiers(self) -> Iterator[tuple[str, int, Floats]]:
+        """Name, number of labelled attempts, and probabilities of the steps of all attempts.
+
+        An outcome model first learns each attempt's outcome at every step, which is easier, then at the last alone.
+        """
         for name, labelled in self.size.verifiers.items():
             chain_NL = self.pool[: labelled.num]
             if name.endswith("outcomes"):
                 label_NK = np.repeat(is_right(chain_NL)[:, None], NUM_STEPS, axis=1)
-                firsts, aggregates = (0, NUM_STEPS - 1), ("last",)
+                firsts = (0, NUM_STEPS - 1)
             else:
                 of_rollouts = name.endswith("rollouts")
                 label_NK = self.values(chain_NL, labelled.num_completions) if of_rollouts else right_steps(chain_NL)
-                firsts, aggregates = (0,), ("min", "product", "last")
+                firsts = (0,)
             courses = [stepped(chain_NL, label_NK, first) for first in firsts]
-            yield name, labelled.num, self.verifier(*zip(courses, labelled.num_steps, strict=True)), aggregates
+            yield name, labelled.num, self.verifier(*zip(courses, labelled.num_steps, strict=True))
 
     def verifier(self, *courses: tuple[list[SteppedSample], int]) -> Floats:
         """Train one from the policy, course after course; its probabilities for the attempts [P, n, NUM_STEPS]."""
