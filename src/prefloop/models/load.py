@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
@@ -15,6 +17,13 @@ from prefloop.records import PrefloopError
 
 ADAPTER_CONFIG = "adapter_config.json"
 REWARD_CONFIG = "reward_model.json"
+CONFIG = "config.json"
+TOKENIZERS = ("*token*", "*vocab*", "*.model")
+"""Names of the files that a tokenizer is read from, one of which there must be."""
+
+HUB_SECONDS = 10.0
+"""How long the hub may take to say that it is there."""
+
 transformers_logging.disable_progress_bar()  # prefloop shows its own
 
 PEFT_MISSING = "LoRA needs peft: pip install 'prefloop[train]'"
@@ -49,13 +58,15 @@ def load_policy(
     A directory that holds an adapter is loaded on top of the model that the adapter names.
 
     Raises:
-        PrefloopError: it is not a causal language model, such as a reward model; peft is missing; as `check_place` and
-            `check_device`.
+        PrefloopError: it is not a causal language model, such as a reward model; it has no tokenizer; peft is missing;
+            as `check_place` and `check_device`.
     """
     check_device(device)
     check_place(name)
     if (Path(name) / REWARD_CONFIG).is_file():
         raise _no_policy(name)
+    if Path(name).is_dir() and not any(next(Path(name).glob(pattern), None) for pattern in TOKENIZERS):
+        raise PrefloopError(f"model {name!r} cannot be loaded: it has no tokenizer; put its tokenizer.json there")
     adapter = (Path(name) / ADAPTER_CONFIG).is_file()
     base = _adapter_base(name) if adapter else name
     try:
@@ -78,17 +89,31 @@ def load_policy(
 
 
 def check_place(name: str) -> None:
-    """See that a model's name can be a directory that is there, or a hub id.
+    """See that a model's name is a directory that is there, or that of a model of the hub, loaded before or in reach.
 
     Raises:
-        PrefloopError: it is a file, or a path where there is nothing.
+        PrefloopError: it is a file, can only be a path and there is nothing, or the hub cannot be reached.
     """
     if Path(name).is_file():
         raise PrefloopError(
             f"model {name!r} cannot be loaded: it is a file; name a directory in Hugging Face's layout or a hub id"
         )
-    if _is_path(name) and not Path(name).is_dir():
-        raise PrefloopError(f"model {name!r} cannot be loaded: there is no such directory")
+    if Path(name).is_dir():
+        return
+    missing = f"model {name!r} cannot be loaded: there is no such directory"
+    try:
+        url = hf_hub_url(name, CONFIG)
+    except HFValidationError:
+        raise PrefloopError(missing) from None
+    if isinstance(try_to_load_from_cache(name, CONFIG), str):
+        return
+    try:  # once: transformers asks again and again
+        get_hf_file_metadata(url, timeout=HUB_SECONDS)
+    except HfHubHTTPError:
+        return  # it can be reached; transformers says what is wrong
+    except Exception as error:  # of whichever client the hub's package uses
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise PrefloopError(f"{missing}, and the hub cannot be reached: {reason}") from None
 
 
 def _no_policy(name: str) -> PrefloopError:
@@ -115,11 +140,6 @@ def check_device(name: str) -> None:
     if not usable:
         known = " or ".join(["'cpu'", *(f"'cuda:{i}'" for i in range(torch.cuda.device_count()))])
         raise PrefloopError(f"device {name!r} cannot be used here: expected {known}")
-
-
-def _is_path(name: str) -> bool:
-    """Whether a name can only be a path: a hub id is a name, or an owner and a name."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def load_peft() -> Any:
