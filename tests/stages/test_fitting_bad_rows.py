@@ -270,3 +270,15 @@ def test_the_models_own_context_is_the_limit(model: Path, tmp_path: Path):
 def test_nothing_that_is_left_is_an_error(model: Path, tmp_path: Path):
     with pytest.raises(PrefloopError, match=r"none of the 12 rows is left to train on: 0 were bad, 12 too long"):
         train_rows("dpo", model, tmp_path / "rows", GOOD, max_length=8, truncate="drop")
+
+
+@pytest.mark.parametrize(("num_good", "counts"), [(0, "2 .* 2 were bad, 0 too"), (3, "5 .* 2 were bad, 3 too")])
+def test_rows_that_could_not_be_imported_count_among_those_that_are_bad(
+    model: Path, tmp_path: Path, num_good: int, counts: str
+):
+    bad = [{"prompt": 3, "completions": ["a"], "labels": [True]}, {"prompt": "a", "completions": ["a"], "labels": []}]
+    for number, rows in enumerate([[*bad, *step_rows(num_good)], [*step_rows(num_good), *bad]]):
+        with pytest.raises(PrefloopError, match=f"none of the {counts}"):
+            train_rows(
+                "process_reward", model, tmp_path / str(number), rows, on_error="skip", max_length=2, truncate="drop"
+            )

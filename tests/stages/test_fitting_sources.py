@@ -1,6 +1,7 @@
 """Rows come from files, from frozen datasets and from the store's best; what is held out never straddles."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +41,26 @@ def trained(store: Store, objective: str, model: Path, tmp_path: Path, **options
 
 
 # --- files ------------------------------------------------------------------------------------------------------
+
+
+def test_files_of_one_name_are_told_apart_and_where_they_lie_decides_nothing(model: Path, tmp_path: Path):
+    found, (row,) = [], pair_rows(1)
+    refused, empty = {**row, "prompt": 3}, {**row, "rejected": ""}  # by the import, and after it
+    for place in ("here", "there"):
+        files = []
+        for folder, rows in (("d1", pair_rows(4)), ("d2", [*pair_rows(4), refused]), ("d3", [*pair_rows(2), empty])):
+            (tmp_path / place / folder).mkdir(parents=True)
+            files.append(write_rows(tmp_path / place / folder / "x.jsonl", rows))
+        given = {"data": files[:2], "eval_data": files[2:]}
+        with pytest.raises(PrefloopError, match=rf"^{re.escape(str(files[1]))}:5: "):
+            train_rows("dpo", model, tmp_path / place / "out", **given)
+        fitted = train_rows("dpo", model, tmp_path / place / "out", **given, on_error="skip", num_steps=1)
+        bad = [row.partition(": ")[0] for row in fitted.data["skipped"]]
+        assert bad == [f"{files[1]}:5", f"{files[2]}:3"]
+        card = (tmp_path / place / "out" / "README.md").read_text()
+        assert all(f"- file `{file}` (trl)" in card for file in files[:2])
+        found.append((fitted.data["dataset_id"], fitted.data["held_out_id"]))
+    assert found[0] == found[1]
 
 
 def test_what_a_preference_says_beside_its_sides_reaches_the_example(store: Store, model: Path, tmp_path: Path):

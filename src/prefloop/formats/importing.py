@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from prefloop.formats.agents import TAU_BENCH, convert_tau_bench, convert_tool_calls, is_call_list
 from prefloop.formats.limits import MIB, Limits, RawRow, RowProblemError
-from prefloop.formats.reading import read_rows
+from prefloop.formats.reading import FILES, read_rows
 from prefloop.formats.rows import Bundle, Context
 from prefloop.formats.trl import convert_messages, convert_trl
 from prefloop.records import PrefloopError, Rater, RaterKind, Task
@@ -76,13 +76,15 @@ def import_file(
     rater: Rater | None = None,
     held_out: float = 0.0,
     on_row: Callable[[int, Bundle], None] = lambda line, bundle: None,
+    called: str = "",
 ) -> ImportReport:
     """Import a file of tasks, trajectories and what was said of them.
 
     JSON Lines, a JSON list or Parquet, plain or gzipped, in one of `FORMATS`; `auto` goes by the first object.
     `rater` is who made the file's preferences and labels (by default a person called `import`; for tau-bench its
     test). `held_out` is the share of prompts that become held-out tasks. `on_row` is told of the line and the records
-    of every good row, those that the store knew before too. Importing the same rows again adds nothing.
+    of every good row, those that the store knew before too. Messages speak of `called`, else of the file's name.
+    Importing the same rows again adds nothing.
 
     Raises:
         PrefloopError: a bad row with `on_error="stop"`, an unreadable file, a limit that was passed, an unknown
@@ -96,7 +98,7 @@ def import_file(
     if not 0 <= held_out <= 1:
         raise PrefloopError(f"held_out is {held_out}: expected a share of the prompts, from 0 to 1")
     with store.transaction(), _fewer_collections():
-        importer = _Importer(store, path, format, on_error, limits or Limits(), rater, held_out, on_row)
+        importer = _Importer(store, path, format, on_error, limits or Limits(), rater, held_out, on_row, called)
         return importer.run()
 
 
@@ -127,6 +129,11 @@ def import_rater(format_name: str) -> Rater:
     return Rater(RaterKind.HUMAN, "import")
 
 
+def _printable(name: str) -> str:
+    """A file's name without bytes that are no text."""
+    return name.encode("utf-8", "replace").decode()
+
+
 class _Importer:
     """One import: converts rows, collects records and writes them in chunks."""
 
@@ -140,6 +147,7 @@ class _Importer:
         rater: Rater | None,
         held_out: float,
         on_row: Callable[[int, Bundle], None],
+        called: str,
     ) -> None:
         self.store = store
         self.path = path
@@ -148,8 +156,8 @@ class _Importer:
         self.rater = rater
         self.held_out = held_out
         self.on_row = on_row
-        self.file = path.name.encode("utf-8", "replace").decode()
-        self.report = ImportReport(self.file, format_name)
+        self.file = _printable(path.name)
+        self.report = ImportReport(_printable(called or path.name), format_name)
         self.context: Context | None = None
         self.pending: list[Bundle] = []
         self.pending_bytes = 0
@@ -169,7 +177,7 @@ class _Importer:
                 self._keep(bundle, raw.num_bytes)
         self._flush()
         if self.report.num_rows == 0:
-            raise PrefloopError(f"{self.file} holds no rows: expected JSON Lines, a JSON list or Parquet")
+            raise PrefloopError(f"{self.report.file} holds no rows: expected {FILES}")
         return self.report
 
     def _convert(self, raw: RawRow) -> Bundle:
@@ -194,7 +202,7 @@ class _Importer:
         return Context(self.file, self.report.format, rater, self.limits, self.held_out)
 
     def _refuse(self, line: int, problem: RowProblemError) -> None:
-        error = RowError(self.file, line, problem.key, problem.reason)
+        error = RowError(self.report.file, line, problem.key, problem.reason)
         if self.on_error == "stop":
             raise PrefloopError(f"{error}; nothing of the file was imported (--on-error skip leaves bad rows out)")
         self.report.num_skipped += 1

@@ -51,9 +51,7 @@ def parquet_rows(path: Path, limits: Limits) -> Iterator[RawRow]:
             yield from _batch_rows(batch, first, limits)
             first += batch.num_rows
     except (arrow.ArrowException, OSError) as error:
-        raise PrefloopError(
-            f"{path.name} is not a Parquet file that can be read: {str(error).splitlines()[0]}"
-        ) from None
+        raise PrefloopError(f"{path} is not a Parquet file that can be read: {str(error).splitlines()[0]}") from None
 
 
 def _text_columns(file: Any) -> list[str]:
@@ -64,7 +62,7 @@ def _text_columns(file: Any) -> list[str]:
 def _check_declared(path: Path, metadata: Any, limits: Limits) -> None:
     """Hold what the file says of itself against the limits, before anything is decoded."""
     if metadata.num_rows > limits.max_rows:
-        raise limit_error(path.name, f"holds more than {limits.max_rows} rows")
+        raise limit_error(str(path), f"holds more than {limits.max_rows} rows")
     groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
     columns = [group.column(i) for group in groups for i in range(group.num_columns)]
     num_bytes = sum(column.total_uncompressed_size for column in columns)
@@ -72,12 +70,12 @@ def _check_declared(path: Path, metadata: Any, limits: Limits) -> None:
     size = path.stat().st_size
     _check_unpacked(path, num_bytes, limits)
     if metadata.num_rows > max(size, FREE_ROWS) or num_values > max(10 * size, FREE_VALUES):
-        raise limit_error(path.name, f"claims {metadata.num_rows} rows and {num_values} values in {size} bytes")
+        raise limit_error(str(path), f"claims {metadata.num_rows} rows and {num_values} values in {size} bytes")
 
 
 def _check_unpacked(path: Path, num_bytes: int, limits: Limits) -> None:
     if num_bytes > min(limits.max_bytes, max(10 * limits.max_ratio * path.stat().st_size, FREE_BYTES)):
-        raise limit_error(path.name, f"unpacks to {num_bytes} bytes or more")
+        raise limit_error(str(path), f"unpacks to {num_bytes} bytes or more")
 
 
 def _batch_rows(batch: Any, first: int, limits: Limits) -> Iterator[RawRow]:

@@ -25,6 +25,7 @@ from prefloop.formats.limits import (
 from prefloop.records import PrefloopError
 
 BLOCK = 1 << 16
+FILES = "JSON Lines, a JSON list or Parquet, plain or gzipped"
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BOM = b"\xef\xbb\xbf"
 
@@ -77,7 +78,7 @@ def read_rows(path: Path, limits: Limits) -> Iterator[RawRow]:
         raise PrefloopError(f"there is no file {path}" if not path.exists() else f"{path} is not a file")
     for num_rows, row in enumerate(_rows(path, limits), 1):
         if num_rows > limits.max_rows:
-            raise limit_error(path.name, f"holds more than {limits.max_rows} rows")
+            raise limit_error(str(path), f"holds more than {limits.max_rows} rows")
         yield row
 
 
@@ -92,9 +93,9 @@ def _rows(path: Path, limits: Limits) -> Iterator[RawRow]:
 
             yield from parquet_rows(path, limits)
             return
-        stream = io.BufferedReader(_Metered(file, path.name, limits), BLOCK)
+        stream = io.BufferedReader(_Metered(file, str(path), limits), BLOCK)
         start = stream.peek(1).removeprefix(_BOM).lstrip()
-        yield from _ListReader(stream, limits).rows() if start[:1] == b"[" else _jsonl_rows(stream, path.name, limits)
+        yield from _ListReader(stream, limits).rows() if start[:1] == b"[" else _jsonl_rows(stream, str(path), limits)
 
 
 def _jsonl_rows(stream: _Stream, name: str, limits: Limits) -> Iterator[RawRow]:
@@ -115,11 +116,12 @@ def _parse_line(line: int, raw: bytes, limits: Limits) -> RawRow:
     try:
         return RawRow(line, len(raw), parse_json(raw.decode(), limits))
     except UnicodeDecodeError as error:
-        return RawRow(
-            line, len(raw), problem=RowProblemError("", f"not UTF-8 text: {error.reason} at byte {error.start}")
-        )
-    except RowProblemError as problem:
-        return RawRow(line, len(raw), problem=problem)
+        problem = RowProblemError("", f"not UTF-8 text: {error.reason} at byte {error.start}")
+    except RowProblemError as found:
+        problem = found
+    if not raw.startswith(b"{"):
+        problem = RowProblemError("", f"{problem}; what is read is {FILES}")
+    return RawRow(line, len(raw), problem=problem)
 
 
 class _BrokenListError(Exception):

@@ -12,14 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prefloop.clients.sampling import SamplingSettings
-from prefloop.records import PrefloopError
+from prefloop.records import DivergedError
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _WORD = (1 << 64) - 1
-
-
-class DivergedError(PrefloopError):
-    """A model's numbers are no longer finite: training went too far."""
 
 
 def _mix(word: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -8,7 +8,7 @@ gives the same rows.
 
 from __future__ import annotations
 
-from prefloop.records.base import JSONObject, PrefloopError, canonical_json, content_hash, counted
+from prefloop.records.base import DivergedError, JSONObject, PrefloopError, canonical_json, content_hash, counted
 from prefloop.records.datasets import Checkpoint, Dataset, Labelled, Pair
 from prefloop.records.judgements import (
     Comparison,
@@ -29,6 +29,7 @@ __all__ = [
     "Checkpoint",
     "Comparison",
     "Dataset",
+    "DivergedError",
     "Ended",
     "JSONObject",
     "Judgement",

@@ -113,14 +113,16 @@ def prepare(
         except (RowProblemError, PrefloopError) as problem:
             skips.add(name, str(problem))
     preparing.check_lengths()
-    _check_some(preparing.found, skips)
+    _check_some(preparing.found, rows.num_bad)
     return preparing.found
 
 
-def _check_some(found: Prepared, skips: Skips) -> None:
+def _check_some(found: Prepared, num_bad_before: int) -> None:
     if not found.examples:
+        num = num_bad_before + found.num_rows
         raise PrefloopError(
-            f"none of the {found.num_rows} rows is left to train on: {skips.num} were bad, {found.num_dropped} too long"
+            f"none of the {num} rows is left to train on: {num - found.num_dropped} were bad, {found.num_dropped} too "
+            "long"
         )
 
 

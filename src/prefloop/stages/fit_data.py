@@ -93,10 +93,12 @@ def select(settings: FitSettings, store: Store) -> Selected:
     """
     about, skips = objective(settings.objective), Skips(settings.on_error)
     records = about.records
-    rows = _source(settings, store, records, skips)
-    held_out = None
-    if settings.eval_data:
-        held_out = rows_of_files(store, [Path(file) for file in settings.eval_data], records, skips, 1.0)
+    files, eval_files = ([Path(file) for file in given] for given in (settings.data, settings.eval_data))
+    if files:
+        rows = rows_of_files(store, files, records, skips, settings.held_out, beside=eval_files)
+    else:
+        rows = _rows_of_store(settings, store, records, skips)
+    held_out = rows_of_files(store, eval_files, records, skips, 1.0, beside=files) if eval_files else None
     corpus = read_corpus(store, rows, *([held_out] if held_out else []))
     unused = rows.unread + (held_out.unread if held_out else Counter())
     if about.margins:
@@ -106,9 +108,7 @@ def select(settings: FitSettings, store: Store) -> Selected:
     return Selected(rows, held_out, corpus, skips, unused)
 
 
-def _source(settings: FitSettings, store: Store, records: Records, skips: Skips) -> Rows:
-    if settings.data:
-        return rows_of_files(store, [Path(file) for file in settings.data], records, skips, settings.held_out)
+def _rows_of_store(settings: FitSettings, store: Store, records: Records, skips: Skips) -> Rows:
     if settings.dataset:
         return rows_of_dataset(store, find_dataset(store, settings.dataset), records, skips)
     assert settings.top_k is not None  # the settings see to it
@@ -124,10 +124,12 @@ def ready(
     """The examples of the rows for a model of this tokenizer and context length; freezes their datasets.
 
     Raises:
-        PrefloopError: as `prepare`; `max_length` is more than the model can read; labels of one class only; a step
-            or held-out rows of one row whose completion must be dealt to another.
+        PrefloopError: as `prepare`; `max_length` is more than the model can read; labels of one class only; a
+            warm-up longer than the training; a step or held-out rows of one row whose completion must be dealt to
+            another.
     """
     from prefloop.stages.examples import LengthLimit, prepare
+    from prefloop.training.trainer import count_steps
 
     if settings.max_length and context and settings.max_length > context:
         raise PrefloopError(f"--max-length {settings.max_length}: {settings.model} reads {context} tokens at most")
@@ -136,6 +138,7 @@ def ready(
     skips, dealt = selected.skips, resolve_knobs(settings.objective, settings).get("kl") in ("derangement", "rotation")
     train = prepare(selected.rows, selected.corpus, renderer, limit, skips, steps, one_turn=dealt)
     _check_classes(train.examples)
+    count_steps(settings, len(train.examples))  # an error of the warm-up comes before the reference is read
     if dealt:
         _check_dealt(train.examples, settings)
     dataset = selected.rows.freeze(run_id, part="train", held_out=settings.held_out)

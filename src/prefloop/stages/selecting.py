@@ -63,7 +63,7 @@ class Skips:
 
 @dataclass(slots=True)
 class Rows:
-    """Members with their names, in order, and where they come from.
+    """Members with their names, in order, and where they come from; `num_bad` rows were left out before.
 
     `unread` counts the rows that have something which objectives of these records do not read, by its name; margins
     among them, which `reward` does.
@@ -72,7 +72,7 @@ class Rows:
     source: JSONObject
     members: list[Member] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
-    num_rows: int = 0
+    num_bad: int = 0
     unread: Counter[str] = field(default_factory=Counter)
 
     def add(self, name: str, members: Iterable[Member], unread: Iterable[str]) -> None:
@@ -85,12 +85,15 @@ class Rows:
     def part(self, keep: Sequence[bool]) -> Rows:
         """The rows that are kept."""
         kept = [i for i, wanted in enumerate(keep) if wanted]
-        return Rows(self.source, [self.members[i] for i in kept], [self.names[i] for i in kept], len(kept))
+        return Rows(self.source, [self.members[i] for i in kept], [self.names[i] for i in kept])
 
     def freeze(self, run_id: str, **recipe: object) -> Dataset:
         """The dataset of these members."""
+        source = dict(self.source)
+        if "files" in source:  # where they lie decides nothing
+            source["files"] = [{**file, "name": Path(file["name"]).name} for file in source["files"]]
         return Dataset(
-            {"of": "train", **self.source, **recipe},
+            {"of": "train", **source, **recipe},
             tuple(member for member in self.members if isinstance(member, Pair)),
             tuple(member for member in self.members if isinstance(member, str)),
             run_id,
@@ -102,31 +105,41 @@ class Rows:
 # --- files ------------------------------------------------------------------------------------------------------
 
 
-def rows_of_files(store: Store, files: Sequence[Path], records: Records, skips: Skips, held_out: float) -> Rows:
+def rows_of_files(
+    store: Store,
+    files: Sequence[Path],
+    records: Records,
+    skips: Skips,
+    held_out: float,
+    beside: Iterable[Path] = (),
+) -> Rows:
     """Import files, and take from each row what an objective of these records learns from.
 
-    `held_out` is the share of the prompts that become held-out tasks of the store.
+    `held_out` is the share of the prompts that become held-out tasks of the store. A file is called by its name, or by
+    its path as given where another of these, or of those `beside` them, has that name.
 
     Raises:
         PrefloopError: a file that is not there or holds no rows, or a bad row that is not to be skipped.
     """
-    rows = Rows({"records": records, "files": []})
+    rows, num_before = Rows({"records": records, "files": []}), skips.num
+    names = Counter(file.name for file in {*files, *beside})
     for file in files:
-        rows.source["files"].append({"name": file.name, "sha256": sha256_of(file)})
+        called = file.name if names[file.name] == 1 else str(file)
+        rows.source["files"].append({"name": called, "sha256": sha256_of(file)})
 
-        def take(line: int, bundle: Bundle, file: Path = file) -> None:
-            where = f"{file.name}:{line}"
+        def take(line: int, bundle: Bundle, called: str = called) -> None:
+            where = f"{called}:{line}"
             try:
                 rows.add(where, members_of_row(bundle, records), _unread_of_row(bundle, records))
             except RowProblemError as problem:
                 skips.add(where, problem.reason)
 
-        report = import_file(store, file, on_error=skips.on_error, held_out=held_out, on_row=take)
+        report = import_file(store, file, on_error=skips.on_error, held_out=held_out, on_row=take, called=called)
         for error in report.errors:
             skips.add(f"{error.file}:{error.line}", f"{error.key}: {error.reason}".removeprefix(": "))
         skips.num += report.num_skipped - len(report.errors)
-        rows.num_rows += report.num_rows
         rows.source["files"][-1]["format"] = report.format
+    rows.num_bad = skips.num - num_before
     return rows
 
 
@@ -264,7 +277,7 @@ def rows_of_dataset(store: Store, dataset_id: str, records: Records, skips: Skip
         PrefloopError: the dataset holds other records, or a bad row that is not to be skipped.
     """
     dataset = store.dataset(dataset_id)
-    rows = Rows({"records": records, "dataset": dataset.id}, num_rows=dataset.num_members)
+    rows, num_before = Rows({"records": records, "dataset": dataset.id}), skips.num
     held: list[Member] = [*dataset.pairs, *dataset.trajectory_ids, *dataset.labelled]
     names = _names(store, dataset.all_trajectory_ids)
     for member in held:
@@ -274,6 +287,7 @@ def rows_of_dataset(store: Store, dataset_id: str, records: Records, skips: Skip
             rows.add(where, _as_records(member, records), unread)
         except RowProblemError as problem:
             skips.add(where, problem.reason)
+    rows.num_bad = skips.num - num_before
     return rows
 
 
@@ -307,7 +321,6 @@ def rows_of_top_k(store: Store, rater_id: str, k: int, min_score: float) -> Rows
             f"{min_score} or more"
         )
     rows = Rows({"records": "demonstrations", "rater": rater_id, "top_k": k, "min_score": min_score})
-    rows.num_rows = len(kept)
     names = _names(store, kept)
     for trajectory_id in kept:
         rows.add(names(trajectory_id), [trajectory_id], ())

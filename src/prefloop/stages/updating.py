@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from prefloop.evaluation.guard import Decision, evaluation_guard, kl_guard
 from prefloop.losses.registry import objective
-from prefloop.records import Checkpoint, Dataset, JSONObject, PrefloopError
+from prefloop.records import Checkpoint, Dataset, DivergedError, JSONObject, PrefloopError
 from prefloop.rollout import derived_seed
 from prefloop.stages.context import BEFORE, Run
 from prefloop.stages.curating import dataset_of
@@ -140,8 +140,6 @@ def _fit(
 
 
 def _guard(run: Run, policy: Policy, success_before: Interval | None) -> tuple[Evaluated | None, Decision]:
-    from prefloop.models.draw import DivergedError
-
     try:
         evaluated = guard_evaluation(run, policy)
     except DivergedError as error:

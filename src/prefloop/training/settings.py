@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from prefloop.config import Settings
 from prefloop.losses.registry import objective, resolve_knobs
 from prefloop.losses.settings import LossSettings
-from prefloop.records import PrefloopError
+from prefloop.records import PrefloopError, counted
 from prefloop.training.metrics import BETTER, telling_metrics
 
 Reporter = Literal["tensorboard", "trackio", "wandb"]
@@ -59,6 +59,12 @@ class TrainingSettings(Settings):
     report_to: list[Reporter] = Field(default_factory=list, description="writers of metrics beside the store")
 
     @model_validator(mode="after")
+    def _warms_up_within(self) -> TrainingSettings:
+        if self.num_steps is not None and (wrong := warm_up_problem(self, self.num_steps)):
+            raise ValueError(wrong)
+        return self
+
+    @model_validator(mode="after")
     def _can_stop_early(self) -> TrainingSettings:
         if self.early_stopping_metric not in BETTER:
             raise ValueError(
@@ -67,6 +73,16 @@ class TrainingSettings(Settings):
         if self.patience is not None and self.evaluate_every is None:
             raise ValueError("patience needs evaluate_every: how many steps lie between two evaluations")
         return self
+
+
+def warm_up_problem(settings: TrainingSettings, num_steps: int) -> str:
+    """Why a training of so many steps would never come to its learning rate; empty where it does."""
+    if settings.warmup_steps <= num_steps:
+        return ""
+    return (
+        f"warmup_steps is {settings.warmup_steps}, and the training has {counted(num_steps, 'step')}: it would end "
+        "before it comes to its learning rate; lower it, or train longer"
+    )
 
 
 def check_held_out(settings: TrainingSettings) -> None:

@@ -23,9 +23,8 @@ from prefloop.batch.layout import Layout
 from prefloop.batch.packed import PackedBatch, Unit
 from prefloop.batch.packing import pack_group, split_examples
 from prefloop.models.attention import causal_model, disable_dropout, sharing, why_not_shared
-from prefloop.models.draw import DivergedError
 from prefloop.models.forward import LOGIT_BUDGET, forward, layout_for
-from prefloop.records import PrefloopError
+from prefloop.records import DivergedError, PrefloopError
 from prefloop.training.algorithms import Algorithm, UnitLoss
 
 log = logging.getLogger(__name__)
@@ -304,7 +303,8 @@ class TrainingStep:
         if self.num_skipped_in_a_row > self.settings.max_skipped:
             raise DivergedError(
                 f"{self.num_skipped_in_a_row} steps in a row were not finite (loss {loss}, gradient norm "
-                f"{grad_norm}); the weights are those before; lower the learning rate. The last step's rows: {names}"
+                f"{grad_norm}); the weights are those before; lower the learning rate, or a weight that is very "
+                f"large. The last step's rows: {names}"
             )
         return {"skipped": 1.0}
 

@@ -24,12 +24,11 @@ from torch import nn
 
 from prefloop.batch.examples import Example
 from prefloop.models.attention import causal_model
-from prefloop.models.draw import DivergedError
-from prefloop.records import PrefloopError, content_hash
+from prefloop.records import DivergedError, PrefloopError, content_hash
 from prefloop.training.algorithms import Algorithm
 from prefloop.training.metrics import HELD_OUT, Metrics, is_better
 from prefloop.training.reference import follow
-from prefloop.training.settings import TrainingSettings
+from prefloop.training.settings import TrainingSettings, warm_up_problem
 from prefloop.training.state import Evaluation, SavedState, SkippedStep, TrainingResult
 from prefloop.training.step import StepSettings, TrainingStep
 from prefloop.training.watch import WINDOW, falling_chosen
@@ -50,8 +49,15 @@ class TrainingDivergedError(DivergedError):
 
 
 def count_steps(settings: TrainingSettings, num_examples: int) -> int:
-    """The number of optimizer steps of a training."""
-    return settings.num_steps or settings.num_epochs * math.ceil(num_examples / settings.batch_size)
+    """The number of optimizer steps of a training.
+
+    Raises:
+        PrefloopError: its warm-up is longer.
+    """
+    num_steps = settings.num_steps or settings.num_epochs * math.ceil(num_examples / settings.batch_size)
+    if wrong := warm_up_problem(settings, num_steps):
+        raise PrefloopError(wrong)
+    return num_steps
 
 
 def learning_rate_at(settings: TrainingSettings, step: int, num_steps: int) -> float:
@@ -94,7 +100,8 @@ def train(
     in a training that goes on too. A reference that follows the policy (`sync_reference_every`) is changed in place.
 
     Raises:
-        PrefloopError: no examples, nothing held out to evaluate, a reference that cannot follow; and as `TrainingStep`.
+        PrefloopError: no examples, a warm-up that is longer than the training, nothing held out to evaluate, a
+            reference that cannot follow; and as `TrainingStep`.
         TrainingDivergedError: too many steps in a row were not finite, or with patience the held-out metric.
     """
     _check(algorithm, reference, examples, held_out, settings)
