@@ -97,10 +97,45 @@ def test_mistakes(arguments: list[str], message: str, capsys):
     assert list(Path().iterdir()) == []
 
 
-def test_a_model_that_is_not_there(capsys):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("./nowhere", "there is no such directory$"),
+        ("no model", "there is no such directory$"),
+        ("nowhere", "there is no such directory, and the hub cannot be reached: .*offline mode"),
+    ],
+)
+@pytest.mark.parametrize("objective", ["dpo", "reward"])
+def test_a_model_that_is_not_there(objective: str, name: str, reason: str, capsys):
     write_rows(Path("rows.jsonl"), pair_rows(4))
-    line = said(capsys, "train", "dpo", "--data", "rows.jsonl", "--model", "./nowhere", code=1)
-    assert "model './nowhere' cannot be loaded: there is no such directory" in line
+    line = said(capsys, "train", objective, "--data", "rows.jsonl", "--model", name, code=1)
+    assert re.search(f"model '{name}' cannot be loaded: {reason}", line)
+
+
+def test_a_model_without_a_tokenizer(model: Path, capsys):
+    write_rows(Path("rows.jsonl"), pair_rows(4))
+    Path("bare").mkdir()
+    Path("bare/config.json").write_bytes((model / "config.json").read_bytes())
+    line = said(capsys, "train", "dpo", "--data", "rows.jsonl", "--model", "bare", code=1)
+    assert line.endswith("bare' cannot be loaded: it has no tokenizer; put its tokenizer.json there")
+
+
+def test_a_file_of_another_type(model: Path, capsys):
+    Path("rows.csv").write_text("prompt,chosen,rejected\na,b,c\n")
+    line = said(capsys, "train", "dpo", "--data", "rows.csv", "--model", model, code=1)
+    assert line.startswith("error: rows.csv:1: not valid JSON: ")
+    assert "; what is read is JSON Lines, a JSON list or Parquet, plain or gzipped; nothing" in line
+
+
+@pytest.mark.parametrize(
+    ("length", "num"), [(["--num-steps", 6], "6 steps"), (["--num-epochs", 2], "2 steps")], ids=["steps", "epochs"]
+)
+def test_a_warm_up_that_is_longer_than_the_training(length: list, num: str, model: Path, capsys):
+    write_rows(Path("rows.jsonl"), pair_rows(4))
+    line = ["train", "dpo", "--data", "rows.jsonl", "--model", model, "-o", "out", *length, "--warmup-steps"]
+    assert f"warmup_steps is 7, and the training has {num}: " in said(capsys, *line, 7, code=1)
+    assert [path.name for path in Path().iterdir()] == ["rows.jsonl"]
+    assert f"{num}, loss" in said(capsys, *line, num[0])
 
 
 @pytest.mark.parametrize("objective", ["sft", "reward"])
@@ -193,6 +228,17 @@ def test_a_training_that_began_stays_to_go_on(model: Path, capsys, monkeypatch: 
     assert "3 steps, loss" in said(capsys, *line)
 
 
+@pytest.mark.parametrize("option", [["--learning-rate", 1e30], ["--desirable-weight", 1e20]], ids=["rate", "weight"])
+def test_what_to_do_about_a_training_that_diverged_works(option: list, model: Path, capsys):
+    write_rows(Path("rows.jsonl"), labelled_rows(8))
+    line = ["train", "kto", "--data", "rows.jsonl", "--model", model, "--batch-size", 4, "--num-epochs", 5]
+    said_of_it = said(capsys, *line, "-o", "out", *option, code=1)
+    assert "lower the learning rate, or a weight that is very large" in said_of_it
+    assert said_of_it.endswith("With other settings give another --output than out")
+    assert "started with other settings" in said(capsys, *line, "-o", "out", code=1)
+    assert "10 steps, loss" in said(capsys, *line, "-o", "other")
+
+
 def test_one_row_and_one_step_are_in_the_singular(model: Path, capsys):
     write_rows(Path("rows.jsonl"), pair_rows(1))
     text = said(capsys, "train", "sft", "--data", "rows.jsonl", "--model", model)
@@ -232,6 +278,14 @@ def test_a_training_from_a_file(model: Path, capsys):
     assert "runs/dpo" in said(capsys, "status", "--store", "runs/dpo.run/prefloop.db")
     report = said(capsys, "report", "--store", "runs/dpo.run/prefloop.db", code=1)
     assert "what is to be said is in runs/dpo/README.md" in report
+
+
+def test_an_export_names_the_datasets_of_trainings(model: Path, capsys):
+    write_rows(Path("rows.jsonl"), pair_rows(4))
+    said(capsys, "train", "dpo", "--data", "rows.jsonl", "--model", model, "-o", "out", "--num-steps", 1)
+    line = ["export", "pairs.jsonl", "--store", "out.run/prefloop.db"]
+    found = re.search(r"name one of the others by --dataset ID: (\w{12})$", said(capsys, *line, code=1))
+    assert "4 rows → pairs.jsonl" in said(capsys, *line, "--dataset", found[1])
 
 
 def test_evaluations_of_an_ensemble_name_its_members(model: Path, capsys):

@@ -30,7 +30,7 @@ from prefloop.config import parse_settings
 from prefloop.losses.registry import OBJECTIVES, Objective
 from prefloop.losses.settings import LossSettings
 from prefloop.models.settings import LoraSettings
-from prefloop.records import PrefloopError
+from prefloop.records import DivergedError, PrefloopError
 from prefloop.stages.fit_settings import FitSettings, default_learning_rate, reads
 from prefloop.training.settings import TrainingSettings
 
@@ -90,7 +90,10 @@ def _fit(name: str, output: Path | None, store: str | None, options: dict[str, A
             raise PrefloopError(f"there is no file {file}")
     warnings.filterwarnings("ignore", category=FutureWarning)  # of one library to another: no user can act on it
     with training_store(store, output, own=bool(settings.data)) as opened, LiveTraining(console) as progress:
-        fitted = fit(settings, opened, output, progress)
+        try:
+            fitted = fit(settings, opened, output, progress)
+        except DivergedError as error:  # the run that began stays, and has one recipe
+            raise PrefloopError(f"{error}. With other settings give another --output than {output}") from None
         progress.finish(fitted, output)
 
 

@@ -39,9 +39,13 @@ def find_dataset(store: Store, prefix: str) -> str:
     Raises:
         PrefloopError: there is none, or more than one.
     """
-    datasets = [row for row in store.datasets() if row["id"].startswith(prefix) and row["num_members"]]
-    if not prefix:
-        datasets = [row for row in datasets if "of" not in row["recipe"]][-1:]
+    found = [row for row in store.datasets() if row["id"].startswith(prefix) and row["num_members"]]
+    datasets = found if prefix else [row for row in found if "of" not in row["recipe"]][-1:]
+    if found and not datasets:
+        ids = ", ".join(row["id"][:ID_LENGTH] for row in found)
+        raise PrefloopError(
+            f"{store.location} has no dataset of pairs that was curated; name one of the others by --dataset ID: {ids}"
+        )
     if len(datasets) != 1:
         what = f"{len(datasets)} datasets that begin with {prefix!r}" if prefix else "no dataset of pairs"
         raise PrefloopError(f"{store.location} has {what}: see `prefloop status`; `prefloop curate` makes one")
