@@ -2,9 +2,11 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from fit_runs import labelled_rows, pair_rows, tiny_model, write_rows
 from prefloop.cli import main
@@ -175,10 +177,21 @@ BAD = [{**pair_rows(1)[0], "rejected": ""}]
         (pair_rows(4), ["--model", "./nowhere"], "there is no such directory"),
         (pair_rows(4), ["--max-length", 8], "rows are longer than 8 tokens"),
         (pair_rows(4), ["--reference", "./nowhere"], "there is no such directory"),
+        (pair_rows(4), ["--reference", "other"], "has another tokenizer or chat template"),
+        (pair_rows(4), ["--evaluate-every", 2], "--evaluate-every: no rows are held out; give --held-out SHARE"),
     ],
 )
-def test_a_training_that_never_began_leaves_nothing(rows: list, options: list, message: str, model: Path, capsys):
+def test_a_training_that_never_began_leaves_nothing(
+    rows: list, options: list, message: str, model: Path, tmp_path: Path, capsys
+):
     write_rows(Path("rows.jsonl"), rows)
+    if "other" in options:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer.chat_template += " "
+        other = tmp_path.with_name(f"{tmp_path.name}-other")
+        shutil.copytree(model, other, ignore=shutil.ignore_patterns("MANIFEST.json"))
+        tokenizer.save_pretrained(other)
+        options = ["--reference", other]
     line = ["train", "dpo", "--data", "rows.jsonl", "-o", "out", *([] if "--model" in options else ["--model", model])]
     assert message in said(capsys, *line, *options, code=1)
     assert [path.name for path in Path().iterdir()] == ["rows.jsonl"]

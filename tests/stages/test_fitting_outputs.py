@@ -78,6 +78,7 @@ def test_reward_models_open_as_classifiers(model: Path, tmp_path: Path):
 
     train_rows("process_reward", model, tmp_path / "steps", step_rows(), num_epochs=2)
     assert AutoModelForTokenClassification.from_pretrained(tmp_path / "steps").config.num_labels == 1
+    assert "pipeline_tag: token-classification" in (tmp_path / "steps" / "README.md").read_text()
 
 
 def test_an_ensemble_of_adapters(model: Path, tmp_path: Path):
@@ -90,7 +91,14 @@ def test_an_ensemble_of_adapters(model: Path, tmp_path: Path):
     with Store(str(tmp_path / "out.run" / "prefloop.db")) as store:
         found = read_metrics(store, fitted.checkpoint.run_id)
     assert {one.training.attempt for one in found} == {0, 1}
-    assert 'load_reward_model("out")' in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'load_reward_model("out")' in card
+    parts = fitted.train["parts"].values()
+    held_out = [part["evaluations"][-1]["metrics"]["margin"] for part in parts]
+    assert held_out[0] != pytest.approx(held_out[1], rel=1e-3)
+    assert f"| {np.mean(held_out):.4g} |" in next(line for line in card.splitlines() if line.startswith("| `margin`"))
+    assert "averaged over the 2 members" in card
+    assert fitted.train["loss"] == pytest.approx(np.mean([part["loss"] for part in parts], axis=0).tolist())
 
 
 def test_warnings_of_an_ensemble_name_the_member():
@@ -243,6 +251,22 @@ def test_a_model_that_changed_in_between_is_seen(model: Path, tmp_path: Path):
     (tmp_path / "base" / "MANIFEST.json").unlink()
     with pytest.raises(PrefloopError, match=r"model .*base has other weights than when this training began"):
         train_rows("dpo", tmp_path / "base", tmp_path / "out", data=[rows])
+
+
+def test_a_finished_training_is_of_the_model_that_is_there(model: Path, tmp_path: Path):
+    shutil.copytree(model, tmp_path / "base")
+    rows = write_rows(tmp_path / "rows.jsonl", pair_rows())
+    first = train_rows("dpo", tmp_path / "base", tmp_path / "out", data=[rows])
+    assert train_rows("dpo", tmp_path / "base", tmp_path / "out", data=[rows]).checkpoint == first.checkpoint
+    train_rows("sft", model, tmp_path / "other", chat_rows())
+    shutil.copy(tmp_path / "other" / "model.safetensors", tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "MANIFEST.json").unlink(missing_ok=True)
+    with pytest.raises(PrefloopError, match=r"model .*base has other weights than when this training began"):
+        train_rows("dpo", tmp_path / "base", tmp_path / "out", data=[rows])
+    shutil.rmtree(tmp_path / "base")
+    heard = Heard()
+    train_rows("dpo", tmp_path / "base", tmp_path / "out", data=[rows], progress=heard)
+    assert any(note.startswith("whether it started from the same model could not be checked") for note in heard.notes)
 
 
 def test_an_output_that_was_changed_is_seen(model: Path, tmp_path: Path):

@@ -1,9 +1,10 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from packed_examples import path, random_demonstrations, random_pairs
+from packed_examples import agent_labels, agent_steps, path, random_demonstrations, random_pairs
 from prefloop.batch.examples import PreferencePair
 from prefloop.batch.packed import pack
 from prefloop.records import PrefloopError
@@ -54,6 +55,30 @@ def test_the_likelihood_term_is_the_chosen_mean_per_token():
     assert torch.equal(with_nll.terms[0].value_U, plain)
     assert (with_nll.terms[1].unit, with_nll.terms[1].coef, with_nll.terms[1].value_U.tolist()) == ("pair", 0.5, [2.0])
     assert float(with_nll.metric_U["nll_loss"]) == 2.0
+
+
+@pytest.mark.parametrize("scope", ["completion", "sequence"])
+def test_nll_loss_is_the_term_that_is_added(scope):
+    batch = pack(random_pairs(5))
+    logprob_V = -torch.rand(len(batch.visit_token_V), generator=torch.Generator().manual_seed(0))
+    found = make_algorithm("orpo", nll_scope=scope).loss(batch, logprob_V)
+    torch.testing.assert_close(found.metric_U["nll_loss"], found.terms[1].value_U)
+
+
+def test_labels_of_one_half_are_neither_right_nor_wrong():
+    batch = pack(agent_steps(12))
+    labels = torch.tensor([1.0, 0.0, 0.5]).double().repeat(len(batch.step_label_K))[: len(batch.step_label_K)]
+    score_VH = torch.ones(len(batch.visit_token_V), 1)
+    found = make_algorithm("process_reward").loss(replace(batch, step_label_K=labels), score_VH).metric_U["accuracy"]
+    torch.testing.assert_close(found, torch.where(labels == 0.5, torch.nan, labels), equal_nan=True)
+
+
+def test_kto_without_a_reference_point_logs_none():
+    batch = pack(agent_labels(6))
+    batch = replace(batch, ref_logprob_V=torch.zeros(len(batch.visit_token_V)))
+    algorithm, logprob_V = make_algorithm("kto", kl="none"), -torch.ones(len(batch.visit_token_V))
+    assert "kl" not in algorithm.loss(batch, logprob_V).metric_U
+    assert "kl" in algorithm.loss(replace(batch, kl=torch.tensor(0.1)), logprob_V).metric_U
 
 
 def test_sft_has_one_value_for_each_loss_token():

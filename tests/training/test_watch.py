@@ -11,10 +11,11 @@ import torch
 from packed_examples import path, random_tokens, tiny_model
 from prefloop.batch.examples import PreferencePair
 from prefloop.training.algorithms import make_algorithm
+from prefloop.training.metrics import LAST_STEPS
 from prefloop.training.settings import TrainingSettings
 from prefloop.training.step import with_reference
 from prefloop.training.trainer import train
-from prefloop.training.watch import MAX_FALL, WINDOW, falling_chosen
+from prefloop.training.watch import MAX_FALL, falling_chosen
 
 
 def history(chosen, rejected, logps=None):
@@ -26,7 +27,7 @@ def history(chosen, rejected, logps=None):
     ]
 
 
-def line(end, num=3 * WINDOW, start=0.0):
+def line(end, num=3 * LAST_STEPS, start=0.0):
     return np.linspace(start, end, num).tolist()
 
 
@@ -38,10 +39,10 @@ def test_the_fall_is_that_of_the_log_ratio_over_the_last_steps():
     dpo = make_algorithm("dpo", beta=0.1)
     rewards = line(-1.0)  # log-ratios to -10
     warning = falling_chosen(history(rewards, line(-3.0)), dpo)
-    assert fall_of(warning) == pytest.approx(-10 * np.mean(rewards[-WINDOW:]), abs=0.05)
+    assert fall_of(warning) == pytest.approx(-10 * np.mean(rewards[-LAST_STEPS:]), abs=0.05)
     assert "nll_coef" in warning and "learning_rate" in warning
     assert falling_chosen(history(rewards, line(-3.0)), make_algorithm("dpo", beta=1.0)) is None
-    at_the_edge = [-0.1 * MAX_FALL] * 3 * WINDOW
+    at_the_edge = [-0.1 * MAX_FALL] * 3 * LAST_STEPS
     growing = line(-9.0, start=-1.0)
     assert falling_chosen(history(at_the_edge, growing), dpo) is None
     assert falling_chosen(history([r - 1e-6 for r in at_the_edge], growing), dpo) is not None
@@ -50,7 +51,7 @@ def test_the_fall_is_that_of_the_log_ratio_over_the_last_steps():
 def test_margins_must_grow_and_there_must_be_steps_enough():
     dpo = make_algorithm("dpo", beta=0.1)
     assert falling_chosen(history(line(-3.0), line(-1.0)), dpo) is None  # worse than rejected: another trouble
-    few = 2 * WINDOW - 1
+    few = 2 * LAST_STEPS - 1
     assert falling_chosen(history(line(-9.0, few), line(-20.0, few)), dpo) is None
     assert falling_chosen(history(line(-9.0, few + 1), line(-20.0, few + 1)), dpo) is not None
     with_skipped = history(line(-9.0, few + 1), line(-20.0, few + 1))
@@ -63,12 +64,12 @@ def test_margins_must_grow_and_there_must_be_steps_enough():
 def test_where_rewards_are_no_log_ratios_log_probs_are_held_against_their_start(name):
     algorithm = make_algorithm(name)
     rewards = line(-0.1), line(-0.4)
-    quiet = [-40.0] * WINDOW + [-46.0] * WINDOW
-    assert fall_of(falling_chosen(history(*(r[: 2 * WINDOW] for r in rewards), quiet), algorithm)) == 6.0
-    little = [-40.0] * WINDOW + [-44.9] * WINDOW
-    assert falling_chosen(history(*(r[: 2 * WINDOW] for r in rewards), little), algorithm) is None
-    noisy = (np.array(quiet) + np.tile([20.0, -20.0], WINDOW)).tolist()  # 6 nats are then nothing
-    assert falling_chosen(history(*(r[: 2 * WINDOW] for r in rewards), noisy), algorithm) is None
+    quiet = [-40.0] * LAST_STEPS + [-46.0] * LAST_STEPS
+    assert fall_of(falling_chosen(history(*(r[: 2 * LAST_STEPS] for r in rewards), quiet), algorithm)) == 6.0
+    little = [-40.0] * LAST_STEPS + [-44.9] * LAST_STEPS
+    assert falling_chosen(history(*(r[: 2 * LAST_STEPS] for r in rewards), little), algorithm) is None
+    noisy = (np.array(quiet) + np.tile([20.0, -20.0], LAST_STEPS)).tolist()  # 6 nats are then nothing
+    assert falling_chosen(history(*(r[: 2 * LAST_STEPS] for r in rewards), noisy), algorithm) is None
 
 
 def test_objectives_without_that_knob_are_not_told_of_it():
@@ -111,11 +112,11 @@ def test_a_real_training_warns_once_and_what_it_advises_helps(tmp_path, caplog):
     result = trained()
     (warning,) = result.warnings
     step = int(re.match(r"step (\d+): chosen completions have become", warning)[1])
-    assert step % WINDOW == 0 and step < 40
+    assert step % LAST_STEPS == 0 and step < 40
     assert caplog.text.count("chosen completions have become") == 1
-    mean = np.mean([metrics["rewards/chosen"] for metrics in result.history[step - WINDOW : step]]) / 0.1
+    mean = np.mean([metrics["rewards/chosen"] for metrics in result.history[step - LAST_STEPS : step]]) / 0.1
     assert fall_of(warning) == pytest.approx(-mean, abs=0.05)
-    assert falling_chosen(result.history[: step - WINDOW], make_algorithm("dpo", beta=0.1)) is None
+    assert falling_chosen(result.history[: step - LAST_STEPS], make_algorithm("dpo", beta=0.1)) is None
     assert result.summary()["warnings"] == [warning]
     with_likelihood = trained(nll_coef=1.0)
     assert with_likelihood.warnings == []

@@ -52,16 +52,22 @@ class Selected:
 
 @dataclass(frozen=True, slots=True)
 class FitData:
-    """Examples to train on and examples held out, the frozen dataset of the first, and what was done to the rows.
+    """Examples to train on and examples held out, their frozen datasets, and what was done to the rows.
 
-    `step` says what is a step where steps are labelled.
+    `datasets` are those that the store is yet to be given, the one to train on first. `step` says what is a step where
+    steps are labelled.
     """
 
     examples: list[Example]
     held_out: list[Example]
-    dataset: Dataset
+    datasets: list[Dataset]
     detail: JSONObject
     step: StepKind | None = None
+
+    @property
+    def dataset(self) -> Dataset:
+        """The rows to train on, frozen."""
+        return self.datasets[0]
 
     def notes(self) -> Iterator[str]:
         """What the training learns from, and what was cut or left out, in words."""
@@ -121,7 +127,7 @@ def _rows_of_store(settings: FitSettings, store: Store, records: Records, skips:
 def ready(
     selected: Selected, settings: FitSettings, store: Store, renderer: ChatRenderer, context: int | None, run_id: str
 ) -> FitData:
-    """The examples of the rows for a model of this tokenizer and context length; freezes their datasets.
+    """The examples of the rows for a model of this tokenizer and context length.
 
     Raises:
         PrefloopError: as `prepare`; `max_length` is more than the model can read; labels of one class only; a
@@ -141,8 +147,8 @@ def ready(
     count_steps(settings, len(train.examples))  # an error of the warm-up comes before the reference is read
     if dealt:
         _check_dealt(train.examples, settings)
-    dataset = selected.rows.freeze(run_id, part="train", held_out=settings.held_out)
-    detail: JSONObject = {"dataset_id": dataset.id, "train": train.to_dict()}
+    datasets = [selected.rows.freeze(run_id, part="train", held_out=settings.held_out)]
+    detail: JSONObject = {"dataset_id": datasets[0].id, "train": train.to_dict()}
     held: list[Example] = []
     if selected.held_out is not None:
         prepared = prepare(selected.held_out, selected.corpus, renderer, limit, skips, steps, one_turn=dealt)
@@ -150,16 +156,14 @@ def ready(
             raise PrefloopError(
                 f"{prepared.examples[0].name} is the only held-out row, and {DEALS}; hold out more, or set --kl none"
             )
-        frozen = selected.held_out.freeze(run_id, part="held_out", held_out=settings.held_out)
-        detail |= {"held_out_id": frozen.id, "held_out": prepared.to_dict()}
+        datasets.append(selected.held_out.freeze(run_id, part="held_out", held_out=settings.held_out))
+        detail |= {"held_out_id": datasets[1].id, "held_out": prepared.to_dict()}
         detail["num_shared_prompts"] = count_shared(selected.corpus, selected.rows, selected.held_out)
         held = prepared.examples
-        store.add_dataset(frozen)
-    store.add_dataset(dataset)
     detail |= {"num_skipped": skips.num, "skipped": skips.listed, "max_length": limit.max_length}
     detail |= {"objective": settings.objective, "unused": dict(sorted(selected.unused.items()))}
     detail |= {"truncate": limit.truncate, "source": selected.rows.source}
-    return FitData(train.examples, held, dataset, detail, kind_of_steps(steps.labels.values()) if steps else None)
+    return FitData(train.examples, held, datasets, detail, kind_of_steps(steps.labels.values()) if steps else None)
 
 
 def _steps(selected: Selected, settings: FitSettings, store: Store) -> LabelledSteps | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from prefloop.losses.registry import needs_reference, resolve_knobs
@@ -89,20 +91,30 @@ def settle(settings: FitSettings) -> None:
     torch.use_deterministic_algorithms(True, warn_only=device_of(settings) != "cpu")
 
 
-def circumstances(settings: FitSettings) -> JSONObject:
-    """What the bits of a training depend on besides its settings and rows: weights, device, threads, versions.
+def origins(settings: FitSettings) -> JSONObject:
+    """The model and the reference that a training starts from, with the hashes of their weights.
 
     Raises:
-        PrefloopError: the reference is not there.
+        PrefloopError: one of them is not there.
     """
-    import torch
-
     found: JSONObject = {"model": settings.model, "weights": _weights(settings.model, settings)}
     if needs_reference(settings.objective, settings):
         name = settings.reference or settings.model
         found |= {"reference": name, "reference_weights": _weights(name, settings)}
+    return found
+
+
+def circumstances(settings: FitSettings) -> JSONObject:
+    """What the bits of a training depend on besides its settings and rows: weights, device, threads, versions.
+
+    Raises:
+        PrefloopError: as `origins`.
+    """
+    import torch
+
     threads = torch.get_num_threads()
-    return {**found, "device": device_of(settings), "num_threads": threads, "versions": versions(*PACKAGES)}
+    device = {"device": device_of(settings), "num_threads": threads, "versions": versions(*PACKAGES)}
+    return {**origins(settings), **device}
 
 
 def _weights(name: str, settings: FitSettings) -> str:
@@ -176,7 +188,7 @@ def _options(settings: FitSettings) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class Outcome:
-    """What a training came to: the results of its parts by name (one, but for ensembles of adapters).
+    """What a training came to: the results of its parts by name (one, but for ensembles of adapters, the members').
 
     `reward_model` says how good a reward model is on held-out pairs.
     """
@@ -193,7 +205,18 @@ class Outcome:
             return found
         metrics = mean_metrics([part["metrics"] for part in parts.values()])
         warnings = [f"{name}: {warning}" for name, part in parts.items() for warning in part["warnings"]]
-        return {**found, "metrics": metrics, "warnings": warnings, "parts": parts}
+        shared = {
+            "metrics": metrics,
+            "warnings": warnings,
+            "loss": _mean_losses(part["loss"] for part in parts.values()),
+        }
+        return {**found, **shared, "steps": max(part["steps"] for part in parts.values()), "parts": parts}
+
+
+def _mean_losses(losses: Iterable[Sequence[float | None]]) -> list[float | None]:
+    """The mean over members of the loss of each step, of those that took it."""
+    taken = [[loss for loss in step if loss is not None] for step in zip_longest(*losses)]
+    return [fmean(step) if step else None for step in taken]
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,8 +240,11 @@ def train_learner(
     *,
     identity: str,
     progress: FitProgress,
+    on_begin: Callable[[], None],
 ) -> Outcome:
     """Train a model in place on its data; `identity` names model, rows and recipe.
+
+    `on_begin` is called when all is ready, before the first step.
 
     Raises:
         PrefloopError: as `train`, and as the reference.
@@ -238,6 +264,7 @@ def train_learner(
         progress.begin("log-probs of the reference")
         reference, examples, held_out = _with_reference(learner, data, settings, place.store, start)
     _advise_kto(examples, settings, progress)
+    on_begin()
     opened = _opener(settings, place, len(examples), progress)
     options: dict[str, Any] = {
         "seed": settings.seed,

@@ -119,6 +119,8 @@ class FitSettings(TrainingSettings, LossSettings):
     def _held_out_one_way(self) -> FitSettings:
         if self.held_out and self.eval_data:
             raise PrefloopError("which rows are held out: give --held-out SHARE or --eval-data FILE, not both")
+        if self.evaluate_every is not None and not (self.held_out or self.eval_data):
+            raise PrefloopError("--evaluate-every: no rows are held out; give --held-out SHARE or --eval-data FILE")
         return self
 
 

@@ -118,8 +118,10 @@ class _Fitting:
         """What an earlier call came to; None where it is not finished.
 
         Raises:
-            PrefloopError: its checkpoint is not there or damaged, or the output is there without being its.
+            PrefloopError: its checkpoint is not there or damaged, the model has other weights than it started from, or
+                the output is there without being its.
         """
+        from prefloop.stages.fit_models import origins
         from prefloop.training.checkpoint import verify
 
         start, data, done = (self._event(BEFORE, "start"), self._event(FIRST, "data"), self._event(FIRST, "train"))
@@ -133,6 +135,12 @@ class _Fitting:
             raise PrefloopError(
                 f"{self.output} is not what was recorded: restore it, or remove {self.directory} to train anew"
             )
+        try:
+            now = origins(self.settings)
+        except PrefloopError as error:
+            self.progress.note(f"whether it started from the same model could not be checked: {error}")
+        else:
+            self._check_origins(now)
         shutil.rmtree(self.directory / STATES, ignore_errors=True)  # what a kill at the very end left
         return Fitted(checkpoint, start or {}, data or {}, done, done_before=True)
 
@@ -153,7 +161,7 @@ class _Fitting:
         self.progress.begin("render rows")
         start = circumstances(self.settings)
         data = ready(selected, self.settings, self.store, learner.renderer, learner.context, self.id)
-        self._begin(start, data)
+        self._check_unchanged(start, data)
         for note in (*learner.notes(), *data.notes()):
             self.progress.note(note)
         outcome = train_learner(
@@ -164,22 +172,32 @@ class _Fitting:
             Place(self.store, self.id, str(self.output), FIRST, self.directory, self.directory / STATES),
             identity=content_hash(self.recipe(), start["weights"], data.dataset.id, learner.renderer.tokenizer_hash),
             progress=self.progress,
+            on_begin=lambda: self._begin(start, data),
         )
         return self._save(learner, start, data, outcome, time.perf_counter() - started)
 
-    def _begin(self, start: JSONObject, data: FitData) -> None:
-        """Record what the training begins with, or hold it against what it began with.
+    def _check_unchanged(self, start: JSONObject, data: FitData) -> None:
+        """Hold what there is against what the training began with, where it has begun.
 
         Raises:
             PrefloopError: the model, the reference or the rows are others than they were.
         """
-        before, rows_before = self._event(BEFORE, "start"), self._event(FIRST, "data")
-        for name, what in (("weights", f"model {start['model']}"), ("reference_weights", "the reference")):
-            if before is not None and before.get(name) != start.get(name):
-                raise PrefloopError(f"{what} has other weights than when this training began: {ANEW}")
+        self._check_origins(start)
+        rows_before = self._event(FIRST, "data")
         if rows_before is not None and rows_before["dataset_id"] != data.dataset.id:
             raise PrefloopError(f"the store gives other rows than when this training began: {ANEW}")
+
+    def _check_origins(self, now: JSONObject) -> None:
+        before = self._event(BEFORE, "start")
+        for name, what in (("weights", f"model {now['model']}"), ("reference_weights", "the reference")):
+            if before is not None and before.get(name) != now.get(name):
+                raise PrefloopError(f"{what} has other weights than when this training began: {ANEW}")
+
+    def _begin(self, start: JSONObject, data: FitData) -> None:
+        """Record what the training begins with, before its first step."""
         with self.store.transaction():
+            for dataset in data.datasets:
+                self.store.add_dataset(dataset)
             self.store.add_event(self.id, BEFORE, "start", start)
             self.store.add_event(self.id, FIRST, "data", data.detail)
 

@@ -147,8 +147,9 @@ class Preference(_OwnTokens):
         values = [part.weight * self._value(name, part, pairs, batch) for name, part in self.parts.items()]
         terms, metrics = [Term("pair", torch.stack(values).sum(0))], self._metrics(pairs)
         if self.knobs["nll_coef"]:
-            terms.append(self._likelihood(batch, output_V))
-            metrics["nll_loss"] = (-pairs.chosen_logprob_P / pairs.num_chosen_P).detach()
+            term, mean_P = self._likelihood(batch, output_V)
+            terms.append(term)
+            metrics["nll_loss"] = mean_P.detach()
         return UnitLoss(tuple(terms), metrics)
 
     def _pairs(self, batch: PackedBatch, logprob_V: Tensor) -> Pairs:
@@ -177,15 +178,16 @@ class Preference(_OwnTokens):
         p_P = batch.probability_P
         return torch.where(unsure_P, p_P * value_P + (1 - p_P) * function(pairs.swapped, **part.arguments), value_P)
 
-    def _likelihood(self, batch: PackedBatch, logprob_V: Tensor) -> Term:
+    def _likelihood(self, batch: PackedBatch, logprob_V: Tensor) -> tuple[Term, Tensor]:
+        """The added likelihood of chosen, and its mean over the tokens of each pair."""
         coef, sequence = float(self.knobs["nll_coef"]), self.knobs["nll_scope"] == "sequence"
         visit_U = batch.chosen_sequence_visits if sequence else batch.chosen_visits
-        value_U = -logprob_V[visit_U]
-        if self.knobs["nll_reduction"] == "token":
-            return Term("chosen sequence token" if sequence else "chosen token", value_U, coef)
-        chosen_P = batch.pair_P2[:, 0]
+        value_U, chosen_P = -logprob_V[visit_U], batch.pair_P2[:, 0]
         num_P = sum_by_sample(batch, visit_U, torch.ones_like(value_U))[chosen_P]
-        return Term("pair", sum_by_sample(batch, visit_U, value_U)[chosen_P] / num_P, coef)
+        mean_P = sum_by_sample(batch, visit_U, value_U)[chosen_P] / num_P
+        if self.knobs["nll_reduction"] == "token":
+            return Term("chosen sequence token" if sequence else "chosen token", value_U, coef), mean_P
+        return Term("pair", mean_P, coef), mean_P
 
     def _metrics(self, pairs: Pairs) -> dict[str, Tensor]:
         beta = self.knobs["beta"]
@@ -248,7 +250,7 @@ class KTO(_OwnTokens):
         weights = {key: self.knobs[key] for key in ("beta", "desirable_weight", "undesirable_weight")}
         value_S = kto(logratio_S, desirable_S, kl, **weights)
         reward_S = self.knobs["beta"] * logratio_S.detach()
-        metrics = {"kl": kl.clamp(min=0).expand_as(reward_S)}
+        metrics = {} if batch.kl is None else {"kl": kl.clamp(min=0).expand_as(reward_S)}
         for side, mask_S in (("chosen", desirable_S), ("rejected", ~desirable_S)):
             metrics[f"rewards/{side}"] = torch.where(mask_S, reward_S, torch.nan)
             metrics[f"logps/{side}"] = torch.where(mask_S, logprob_S.detach(), torch.nan)
@@ -305,7 +307,8 @@ class ProcessReward(_Scores):
         score_KH = output_V[batch.step_visit_K].double()
         value_K = step_cross_entropy(score_KH, batch.step_label_K)
         right_K = (score_KH.detach().mean(1) > 0) == (batch.step_label_K > 0.5)
-        return UnitLoss((Term("step", value_K),), {"accuracy": right_K.double()})
+        accuracy_K = torch.where(batch.step_label_K == 0.5, torch.nan, right_K.double())
+        return UnitLoss((Term("step", value_K),), {"accuracy": accuracy_K})
 
 
 def make_algorithm(name: str, settings: LossSettings | None = None, **knobs: Any) -> Algorithm:

@@ -13,6 +13,9 @@ Metrics = dict[str, float]
 HELD_OUT = "eval/"
 """Before the names of metrics that were measured on held-out rows."""
 
+LAST_STEPS = 8
+"""Over which what is told of a training is averaged: single steps differ by their rows."""
+
 BETTER: Mapping[str, Literal["lower", "higher"]] = {
     "loss": "lower",
     "rewards/accuracies": "higher",

@@ -10,13 +10,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from prefloop.losses.registry import objective
 from prefloop.records import JSONObject, counted
+from prefloop.training.metrics import LAST_STEPS, mean_metrics
 
 CARD = "README.md"
 MAX_LISTED = 20
 LOADERS = {
-    "reward": "AutoModelForSequenceClassification",
-    "process_reward": "AutoModelForTokenClassification",
+    "reward": ("AutoModelForSequenceClassification", "text-classification"),
+    "process_reward": ("AutoModelForTokenClassification", "token-classification"),
 }
+POLICY = ("AutoModelForCausalLM", "text-generation")
 COUNTS = {
     "num_rows": "rows",
     "num_examples": "of them trained on or evaluated",
@@ -64,14 +66,14 @@ def _front_matter(recipe: JSONObject) -> Iterator[str]:
     yield "---"
     yield f"base_model: {json.dumps(recipe['model'])}"
     yield f"library_name: {'peft' if lora else 'transformers'}"
-    yield f"pipeline_tag: {'text-classification' if recipe['objective'] in LOADERS else 'text-generation'}"
+    yield f"pipeline_tag: {LOADERS.get(recipe['objective'], POLICY)[1]}"
     yield f"tags: {json.dumps(['prefloop', recipe['objective'], *(['lora'] if lora else [])])}"
     yield "---"
     yield ""
 
 
 def _use(name: str, recipe: JSONObject) -> list[str]:
-    loader = LOADERS.get(recipe["objective"], "AutoModelForCausalLM")
+    loader, _ = LOADERS.get(recipe["objective"], POLICY)
     lines = [f"from transformers import {loader}, AutoTokenizer", "", f'model = {loader}.from_pretrained("{name}")']
     if recipe.get("num_adapters", 1) > 1:
         lines = ["from prefloop.models.reward import load_reward_model", "", f'model = load_reward_model("{name}")']
@@ -142,12 +144,13 @@ def _plain(value: object) -> str:
 def _metrics(recipe: JSONObject, outcome: JSONObject) -> Iterator[str]:
     yield "## Metrics"
     yield ""
-    evaluations = outcome["evaluations"]
-    kept = outcome["best_step"] if recipe.get("patience") else None  # else the weights are the last ones
-    shown = next((one for one in evaluations if one["step"] == kept), evaluations[-1] if evaluations else None)
-    held_out = shown["metrics"] if shown else {}
-    after = f"after step {shown['step']}, whose weights these are" if shown else "(none were held out)"
-    yield f"Means of the last steps, and of the held-out rows {after}."
+    parts = list(outcome.get("parts", {"": outcome}).values())
+    kept = [found for part in parts if (found := _kept_evaluation(part, recipe)) is not None]
+    held_out = mean_metrics([found["metrics"] for found in kept])
+    steps = " and ".join(sorted({str(found["step"]) for found in kept}, key=int))
+    after = f"after step {steps}, whose weights these are" if kept else "(none were held out)"
+    over = f", averaged over the {len(parts)} members" if len(parts) > 1 else ""
+    yield f"Means of the last {min(LAST_STEPS, outcome['steps'])} steps, and of the held-out rows {after}{over}."
     yield ""
     names = sorted(name for name in {*outcome["metrics"], *held_out} if not name.startswith(COUNTED))
     cells = ((f"`{n}`", _number(outcome["metrics"].get(n)), _number(held_out.get(n))) for n in names)
@@ -160,6 +163,13 @@ def _metrics(recipe: JSONObject, outcome: JSONObject) -> Iterator[str]:
         yield ""
     if "reward_model" in outcome:
         yield from _reward_model(outcome["reward_model"])
+
+
+def _kept_evaluation(part: JSONObject, recipe: JSONObject) -> JSONObject | None:
+    """The evaluation of the weights that were kept: the best ones with patience, else the last."""
+    evaluations: list[JSONObject] = part["evaluations"]
+    kept = part["best_step"] if recipe.get("patience") else None
+    return next((one for one in evaluations if one["step"] == kept), evaluations[-1] if evaluations else None)
 
 
 def _reward_model(report: JSONObject) -> Iterator[str]:

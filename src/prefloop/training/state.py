@@ -14,11 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from prefloop.training.checkpoint import newest_whole, save_atomically
-from prefloop.training.metrics import Metrics, mean_metrics
+from prefloop.training.metrics import LAST_STEPS, Metrics, mean_metrics
 
 KEPT_STATES = 2
-LAST_STEPS = 8
-"""Over which a summary averages: single steps differ by their rows."""
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 

@@ -26,12 +26,12 @@ from prefloop.batch.examples import Example
 from prefloop.models.attention import causal_model
 from prefloop.records import DivergedError, PrefloopError, content_hash
 from prefloop.training.algorithms import Algorithm
-from prefloop.training.metrics import HELD_OUT, Metrics, is_better
+from prefloop.training.metrics import HELD_OUT, LAST_STEPS, Metrics, is_better
 from prefloop.training.reference import follow
 from prefloop.training.settings import TrainingSettings, warm_up_problem
 from prefloop.training.state import Evaluation, SavedState, SkippedStep, TrainingResult
 from prefloop.training.step import StepSettings, TrainingStep
-from prefloop.training.watch import WINDOW, falling_chosen
+from prefloop.training.watch import falling_chosen
 from prefloop.training.writers import MetricsWriter
 
 log = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ class _Training:
         self.result.history.append(metrics)
         number, last = index + 1, index + 1 == self.num_steps
         self.on_step(number, self.num_steps, metrics)
-        if number % WINDOW == 0 or last:
+        if number % LAST_STEPS == 0 or last:
             self._watch()
         if settings.sync_reference_every and number % settings.sync_reference_every == 0:
             assert self.step.reference is not None  # seen to before
