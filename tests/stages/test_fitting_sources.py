@@ -77,6 +77,7 @@ def test_what_a_preference_says_beside_its_sides_reaches_the_example(store: Stor
         (0.0, 0.5, True, "p.jsonl:3"),
         (0.0, 1.0, False, "p.jsonl:4"),
     ]
+    assert store.add_dataset(data.dataset) == data.detail["dataset_id"]
     assert store.dataset(data.dataset.id) == data.dataset
 
 
