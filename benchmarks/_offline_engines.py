@@ -76,6 +76,7 @@ OBJECTIVES = {
     ),
     "cpo": Objective("cpo", "cpo", {**BETA, "nll_reduction": "token"}, {"loss_type": "sigmoid", **BETA}),
     "orpo": Objective("orpo", "orpo", {**BETA, "nll_scope": "sequence"}, BETA),
+    "orpo_own": Objective("orpo", "orpo", BETA),
     "kto": KTO,
     "kto_grouped": replace(KTO, grouped=True),
 }

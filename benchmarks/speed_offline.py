@@ -36,6 +36,9 @@ OTHERS = ("dpo_precomputed", "ipo", "simpo", "cpo", "orpo", "reward", "sft")
 SIBLINGS = ("robust", "dpo_norm", "apo_zero", "apo_down")
 """They read what DPO reads: one regime tells."""
 
+LEAN = frozenset({"padded"})
+"""The peer where TRL has no such loss."""
+
 CASES = (
     *(Case("dpo", rows, num) for rows, num in NUM_PAIRS.items()),
     Case("dpo", "256_128", 8, varied=True),
@@ -45,7 +48,8 @@ CASES = (
     Case("dpo", "llmbar", 8),
     *(Case(objective, rows, num) for objective in OTHERS for rows, num in FEWER_PAIRS.items()),
     *(Case(objective, "512_128", 2) for objective in SIBLINGS),
-    Case("smoothed", "512_128", 2, peers=frozenset({"padded"})),  # TRL ignores DPO's label smoothing
+    Case("smoothed", "512_128", 2, peers=LEAN),  # TRL ignores DPO's label smoothing
+    Case("orpo_own", "512_128", 2, peers=LEAN),  # TRL's likelihood counts prompts, too
     *(Case("kto", rows, 2 * num) for rows, num in FEWER_PAIRS.items()),
     Case("kto_grouped", "512_128", 2),
     Case("sft", "tau_bench", 4),
