@@ -33,9 +33,10 @@ POINTS = [
     "rename:1:after",
     "step:3",  # step 5: state 4 is saved
     "rename:2:after",  # state 6, then the output
-    "commit:7",  # the checkpoint and what came of it
-    "commit:7:after",
+    "commit:5",  # the checkpoint and what came of it
+    "commit:5:after",
 ]
+PUBLISHED, RECORDED = 7, 9  # from these points on the output is there, and what came of it
 
 
 def go(folder: Path, point: str = "") -> int:
@@ -63,10 +64,12 @@ def prepared(folder: Path) -> Path:
 def test_kills_at_exact_points(tmp_path: Path):
     undisturbed, killed = (prepared(tmp_path / name) for name in ("undisturbed", "killed"))
     assert go(undisturbed) == 0
-    for point in POINTS:
+    for number, point in enumerate(POINTS):
         assert go(killed, point) == -signal.SIGKILL
-        published = POINTS.index(point) >= POINTS.index("rename:2:after")
-        assert (killed / "out").exists() == published
+        assert (killed / "out").exists() == (number >= PUBLISHED)
+        with Store(str(killed / "out.run" / "prefloop.db"), must_exist=True) as store:
+            events = {event["kind"] for run in store.runs() for event in store.events(run["id"])}
+        assert ("start" in events, "finish" in events) == (number >= 2, number >= RECORDED)
     assert go(killed) == 0  # which removes what the last kill left
     assert verify(killed / "out") == verify(undisturbed / "out")
     with Store(str(killed / "out.run" / "prefloop.db"), must_exist=True) as store:
