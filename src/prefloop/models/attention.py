@@ -74,8 +74,8 @@ class _Cascade(torch.autograd.Function):
 def _cascade_forward(
     q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segment], scale: float
 ) -> tuple[Tensor, Tensor]:
-    out = torch.empty_like(q, dtype=_wide(q))
-    lse = q.new_empty((1, q.shape[2], q.shape[1]), dtype=_wide(q)).transpose(1, 2)
+    out = torch.empty_like(q, dtype=wide(q))
+    lse = q.new_empty((1, q.shape[2], q.shape[1]), dtype=wide(q)).transpose(1, 2)
     for s, e, _, asks in segments:
         if not asks:
             out[:, :, s:e], lse[:, :, s:e] = 0, -torch.inf
@@ -94,8 +94,8 @@ def _cascade_forward(
 def _cascade_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, segments: Sequence[Segment], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = _wide(q)  # the gradient of a token is a sum over many blocks
-    grad_q, grad_k, grad_v = (torch.empty_like(x, dtype=wide) for x in (q, k, v))
+    dtype = wide(q)  # the gradient of a token is a sum over many blocks
+    grad_q, grad_k, grad_v = (torch.empty_like(x, dtype=dtype) for x in (q, k, v))
     grads = grad_q, grad_k, grad_v
 
     def block(rows: slice, keys: slice, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,9 +129,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tupl
     return _kernel(q, k, v, 0.0, causal, scale=scale)  # type: ignore[no-any-return]
 
 
-def _wide(q: Tensor) -> torch.dtype:
-    """float32 for half precision, which neither a log-sum-exp nor a sum over blocks should suffer."""
-    return torch.promote_types(q.dtype, torch.float32)
+def wide(tensor: Tensor) -> torch.dtype:
+    """Float32 for narrower types, whose rounding neither softmaxes nor sums over blocks and chunks should suffer."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def cascade_attention(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segment], scale: float) -> Tensor:

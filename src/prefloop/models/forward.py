@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from prefloop.batch.layout import Layout, forest_layout, rows_layout
 from prefloop.batch.packed import PackedBatch
-from prefloop.models.attention import causal_model, is_sharing, sharing, why_not_shared
+from prefloop.models.attention import causal_model, is_sharing, sharing, why_not_shared, wide
 from prefloop.models.last_layer import asking_segments, only_at
 from prefloop.models.logits import Head, body_of, head_of
 from prefloop.models.positions import check_positions
@@ -175,7 +175,7 @@ def _head(
         dtype = torch.get_autocast_dtype(hidden_UD.device.type)
         hidden_UD, weight_WD = hidden_UD.to(dtype), weight_WD.to(dtype)
         bias_W = None if bias_W is None else bias_W.to(dtype)
-    num_bytes = token_U.shape[0] * weight_WD.shape[0] * _wide(weight_WD).itemsize
+    num_bytes = token_U.shape[0] * weight_WD.shape[0] * wide(weight_WD).itemsize
     keep = torch.is_grad_enabled() and num_bytes <= logit_budget
     return _LinearHead.apply(hidden_UD, weight_WD, bias_W, token_U, want_entropy, keep)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -212,7 +212,7 @@ class _LinearHead(torch.autograd.Function):
         hidden_UD, weight_WD, bias_W, token_U = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden_UD) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight_WD, dtype=_wide(weight_WD)) if needs_weight else None
+        grad_weight = torch.zeros_like(weight_WD, dtype=wide(weight_WD)) if needs_weight else None
         grad_bias = torch.zeros_like(bias_W) if bias_W is not None and needs_bias else None
         for i, rows in enumerate(_chunks(token_U.shape[0], weight_WD.shape[0])):
             hidden, token = hidden_UD[rows], token_U[rows]
@@ -233,11 +233,6 @@ class _LinearHead(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
-def _wide(tensor: Tensor) -> torch.dtype:
-    """Float32 for narrower types, whose rounding a softmax and a sum over chunks should not suffer."""
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     if total.dtype == right.dtype:
         total.addmm_(left, right)
@@ -252,7 +247,7 @@ def _chunks(num_tokens: int, num_words: int) -> list[slice]:
 
 
 def _logits(hidden_UD: Tensor, weight_WD: Tensor, bias_W: Tensor | None) -> Tensor:
-    return nn.functional.linear(hidden_UD, weight_WD, bias_W).to(_wide(hidden_UD))
+    return nn.functional.linear(hidden_UD, weight_WD, bias_W).to(wide(hidden_UD))
 
 
 def _logit_gradient(probability: Tensor, token: Tensor, grad: Tensor) -> Tensor:
@@ -284,7 +279,7 @@ def _own_head(
 
     def chunk(hidden: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
         logits = logits_of(hidden)
-        logprob_UW = torch.log_softmax(logits.to(_wide(logits)), dim=-1)
+        logprob_UW = torch.log_softmax(logits.to(wide(logits)), dim=-1)
         entropy = -(logprob_UW.exp() * logprob_UW).sum(-1).detach() if want_entropy else logprob_UW.new_empty(0)
         return logprob_UW.gather(1, token[:, None])[:, 0], entropy
 
