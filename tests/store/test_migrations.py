@@ -1,6 +1,7 @@
 """The schema that migrations make is the one that the code believes in."""
 
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateTable
 
 import prefloop.store
-from prefloop.records import Dataset, Pair, PrefloopError
+from prefloop.records import Dataset, Ended, Pair, PrefloopError, Thread
 from prefloop.store import Store, database, schema
 from store_records import TASK, fill
 
@@ -138,6 +139,34 @@ def test_a_dataset_of_the_first_schema_is_read_as_it_was(tmp_path: Path):
             connection.execute(f"ALTER TABLE dataset_member DROP COLUMN {column}")
         for table in ("step_metrics", "logprob"):
             connection.execute(f"DROP TABLE {table}")
+        _without_threads(connection)
         connection.execute("UPDATE alembic_version SET version_num = '0001'")
     with Store(str(path)) as store:
         assert store.dataset(dataset.id) == dataset
+
+
+def _without_threads(connection: sqlite3.Connection):
+    """The table of trajectories as it was before an agent could hold several conversations."""
+    connection.execute("ALTER TABLE trajectory DROP COLUMN threads")
+    connection.execute("PRAGMA writable_schema = ON")
+    since = "'deadline', 'interrupted', "
+    connection.execute("UPDATE sqlite_master SET sql = replace(sql, ?, '') WHERE name = 'trajectory'", (since,))
+
+
+def test_a_table_that_is_made_anew_keeps_its_rows_and_those_that_refer_to_them(tmp_path: Path):
+    path = tmp_path / "old.db"
+    with Store(str(path)) as store:
+        fill(store, "x", "y")
+        before = store.trajectories(["x", "y"], with_paths=True)
+    with sqlite3.connect(path) as connection:
+        _without_threads(connection)
+        connection.execute("UPDATE alembic_version SET version_num = '0003'")
+    late = replace(before[0], id="late", ended=Ended.DEADLINE, threads=(Thread(0, 1, 1, ({"name": "t"},)),))
+    with Store(str(path)) as store:
+        assert [t.messages for t in store.trajectories(["x", "y"])] == [t.messages for t in before]
+        assert database.integrity_problems(store.engine) == []
+        store.add_trajectories([late])
+        (found,) = store.trajectories(["late"])
+        assert (found.ended, found.threads) == (late.ended, late.threads)
+    with sqlite3.connect(path) as connection, pytest.raises(sqlite3.IntegrityError, match="ended_known"):
+        connection.execute("UPDATE trajectory SET ended = 'nonsense'")

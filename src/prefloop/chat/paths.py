@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -271,7 +271,17 @@ def trajectory_paths(
     stored, mine = trajectory.token_paths, (renderer.tokenizer_hash, renderer.template_hash)
     if stored and all((path.tokenizer_hash, path.template_hash) == mine for path in stored):
         return stored
-    return render_demonstration(renderer, trajectory.messages, tools, trajectory.num_prompt_messages, trajectory.id)
+    rendered: list[TokenPath] = []
+    for thread in trajectory.conversations(tuple(tools)):
+        messages = trajectory.messages[thread.start : thread.stop]
+        paths = render_demonstration(renderer, messages, thread.tools, thread.num_context, trajectory.id)
+        rendered += (_shifted(path, thread.start) for path in paths)
+    return tuple(rendered)
+
+
+def _shifted(path: TokenPath, start: int) -> TokenPath:
+    """A path of a thread as one of its trajectory, whose messages begin earlier."""
+    return replace(path, message=np.where(path.message < 0, path.message, path.message + start).astype(np.int32))
 
 
 def _replay(

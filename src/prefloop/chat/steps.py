@@ -60,8 +60,7 @@ def steps_of(trajectory: Trajectory, kind: StepKind, separator: str = SEPARATOR)
     """
     if not separator:
         raise PrefloopError("the separator of steps is empty: give the text that ends a step, such as a line break")
-    own = range(trajectory.num_prompt_messages, len(trajectory.messages))
-    turns = [(i, trajectory.messages[i]) for i in own if trajectory.messages[i].role is Role.ASSISTANT]
+    turns = [(i, trajectory.messages[i]) for i in trajectory.own_turns]
     return tuple(place for i, message in turns for place in _steps_of_turn(i, message, kind, separator))
 
 
@@ -181,6 +180,8 @@ def _assistant_message(trajectory: Trajectory, place: StepPlace) -> Message:
     message = trajectory.messages[place.message]
     if message.role is not Role.ASSISTANT:
         raise PrefloopError(f"that message is not the assistant's but of role {message.role.value}")
+    if place.message not in trajectory.own_turns:
+        raise PrefloopError("that message is a thread's context: it was said earlier, label it there")
     if place.tool_call is not None and not 0 <= place.tool_call < len(message.tool_calls):
         raise PrefloopError(f"the message has {len(message.tool_calls)} tool calls")
     if place.span is not None and not 0 <= place.span[0] < place.span[1] <= len(message.content):

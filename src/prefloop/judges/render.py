@@ -17,7 +17,7 @@ from importlib.resources import files
 
 from prefloop.clients.completion import Question
 from prefloop.judges.rubric import Rubric
-from prefloop.records import Message, Role, ToolCall, Trajectory, canonical_json, content_hash
+from prefloop.records import JSONObject, Message, Role, ToolCall, Trajectory, canonical_json, content_hash
 
 NONCE_DIGITS = 16
 
@@ -55,7 +55,7 @@ def shipped_prompts() -> Prompts:
 
 
 def question(
-    prompts: Prompts, rubric: Rubric, trajectory: Trajectory, tools: tuple[object, ...]
+    prompts: Prompts, rubric: Rubric, trajectory: Trajectory, tools: tuple[JSONObject, ...]
 ) -> tuple[Question, str]:
     """What the judge is asked about a trajectory, and the nonce that its verdict must repeat."""
     material = _material(trajectory, tools)
@@ -76,13 +76,18 @@ def fill(template: str, fields: Mapping[str, str]) -> str:
     return _PLACEHOLDER.sub(lambda match: fields[match[1]], template).strip()
 
 
-def _material(trajectory: Trajectory, tools: tuple[object, ...]) -> str:
+def _material(trajectory: Trajectory, tools: tuple[JSONObject, ...]) -> str:
     sections = []
-    if tools:
-        sections.append("[tools the agent may call]\n" + "\n".join(quoted(canonical_json(tool)) for tool in tools))
-    for position, message in enumerate(trajectory.messages):
-        given = position < trajectory.num_prompt_messages
-        sections.append(_section(position, message, given=given))
+    conversations = trajectory.conversations(tools)
+    for number, thread in enumerate(conversations):
+        if len(conversations) > 1:
+            sections.append(f"[conversation {number + 1} of {len(conversations)}, by the same agent]")
+        if thread.tools:
+            listed = "\n".join(quoted(canonical_json(tool)) for tool in thread.tools)
+            sections.append(f"[tools the agent may call]\n{listed}")
+        for position in range(thread.start, thread.stop):
+            given = position < thread.start + thread.num_context
+            sections.append(_section(position, trajectory.messages[position], given=given))
     sections.append(f"[end: {trajectory.ended.value}]")
     return "\n\n".join(sections)
 

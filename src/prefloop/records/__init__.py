@@ -22,7 +22,7 @@ from prefloop.records.judgements import (
     Verdict,
 )
 from prefloop.records.messages import Message, Role, ToolCall, parse_arguments
-from prefloop.records.trajectories import AuthorKind, Ended, Source, Split, Task, TokenPath, Trajectory
+from prefloop.records.trajectories import AuthorKind, Ended, Source, Split, Task, Thread, TokenPath, Trajectory
 
 __all__ = [
     "AuthorKind",
@@ -47,6 +47,7 @@ __all__ = [
     "Status",
     "StepLabel",
     "Task",
+    "Thread",
     "TokenPath",
     "ToolCall",
     "Trajectory",

@@ -47,6 +47,8 @@ class Ended(StrEnum):
     MAX_TURNS = "max_turns"
     LENGTH = "length"
     ERROR = "error"
+    DEADLINE = "deadline"
+    INTERRUPTED = "interrupted"
     IMPORTED = "imported"
 
 
@@ -93,10 +95,25 @@ class TokenPath:
 
 
 @dataclass(frozen=True, slots=True)
+class Thread:
+    """A conversation of its own within a trajectory: its messages [start, stop), and the tools that it had.
+
+    The first `num_context` of them were not said in it; assistant turns among them are context, never learned.
+    """
+
+    start: int
+    stop: int
+    num_context: int
+    tools: tuple[JSONObject, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Trajectory:
     """One attempt at a task: messages and how it ended.
 
     `num_prompt_messages` says how many of the first messages are the task's and not the attempt's.
+    An agent may hold several conversations (its sub-agents', one with a compacted history): `threads` then cut the
+    messages into them, in order. There are none where all messages are one conversation with the task's tools.
     `group_seeded` is False where the environment cannot promise that rollouts of one task share its luck.
     """
 
@@ -115,6 +132,17 @@ class Trajectory:
     group_seeded: bool = True
     token_paths: tuple[TokenPath, ...] = ()
     extra: JSONObject = field(default_factory=dict)
+    threads: tuple[Thread, ...] = ()
+
+    def conversations(self, tools: tuple[JSONObject, ...] = ()) -> tuple[Thread, ...]:
+        """The threads; where there are none, all messages as one with the task's `tools`."""
+        return self.threads or (Thread(0, len(self.messages), self.num_prompt_messages, tools),)
+
+    @property
+    def own_turns(self) -> tuple[int, ...]:
+        """The indices of the assistant messages that were said in this attempt."""
+        said = (range(thread.start + thread.num_context, thread.stop) for thread in self.conversations())
+        return tuple(i for span in said for i in span if self.messages[i].role is Role.ASSISTANT)
 
     @property
     def completion(self) -> tuple[Message, ...]:
@@ -123,8 +151,8 @@ class Trajectory:
 
     @property
     def num_turns(self) -> int:
-        """The number of assistant messages after the prompt."""
-        return sum(message.role is Role.ASSISTANT for message in self.completion)
+        """The number of assistant messages that were said in this attempt."""
+        return len(self.own_turns)
 
     def with_paths(self, paths: Sequence[TokenPath]) -> Trajectory:
         """The same trajectory with these token paths."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from prefloop.chat import ChatRenderer, StepFinder, StepPlace, own_tokens
 from prefloop.clients.sampling import SamplingSettings, TokenSampler
 from prefloop.environments.base import Environment
-from prefloop.records import AuthorKind, Ended, Message, PrefloopError, Role, Task, TokenPath, Trajectory
+from prefloop.records import AuthorKind, Ended, Message, PrefloopError, Task, TokenPath, Trajectory
 from prefloop.rollout import NOTHING, Attempt, LocalSpeaker, Provenance, Rollout, Tokens, Turn, open_episodes, roll_out
 
 
@@ -43,11 +43,16 @@ def prefix_of(trajectory: Trajectory, paths: Sequence[TokenPath], place: StepPla
     """The trajectory up to the end of a step; `paths` are its token paths, sampled or rendered.
 
     Raises:
-        PrefloopError: as `StepFinder.end`.
+        PrefloopError: several conversations, which nothing here can open again; as `StepFinder.end`.
     """
+    if trajectory.threads:
+        raise PrefloopError(
+            f"trajectory {trajectory.id} is an agent's, whose conversations cannot be taken up from the middle: "
+            "label its steps by people or by the judge instead"
+        )
     messages = trajectory.messages
     end = finder.end(trajectory, paths, place)
-    own = [i for i in range(trajectory.num_prompt_messages, len(messages)) if messages[i].role is Role.ASSISTANT]
+    own = trajectory.own_turns
     whole = [i for i in own if i < place.message or (i == place.message and end.ends_turn)]
     begun = NOTHING
     if not end.ends_turn:

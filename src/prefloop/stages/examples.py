@@ -23,7 +23,6 @@ from prefloop.records import (
     Labelled,
     Pair,
     PrefloopError,
-    Role,
     Source,
     StepLabel,
     TokenPath,
@@ -273,7 +272,7 @@ def text_path(renderer: ChatRenderer, text: str) -> TokenPath:
 
 def _check_said(trajectory: Trajectory) -> None:
     """Whether the assistant said anything at all."""
-    turns = [message for message in trajectory.completion if message.role is Role.ASSISTANT]
+    turns = [trajectory.messages[i] for i in trajectory.own_turns]
     if not any(turn.content.strip() or turn.tool_calls or turn.reasoning_content.strip() for turn in turns):
         raise PrefloopError("the completion is empty: there is nothing to learn")
 

@@ -18,7 +18,7 @@ from prefloop.records import PrefloopError
 
 BUSY_TIMEOUT_S = 30.0
 WAL_SAFE_SINCE = (3, 51, 3)  # earlier libraries can corrupt a database in WAL mode when two processes write
-HEAD = "0003"
+HEAD = "0004"
 
 
 def store_url(location: str) -> str:
@@ -104,7 +104,7 @@ def _migrate(engine: Engine, location: str) -> None:
     from alembic.config import Config
     from alembic.util import CommandError
 
-    with engine.begin() as connection, as_file(files("prefloop.store") / "migrations") as scripts:
+    with _without_references(engine) as connection, as_file(files("prefloop.store") / "migrations") as scripts:
         config = Config()
         config.set_main_option("script_location", str(scripts))
         config.attributes["connection"] = connection
@@ -112,6 +112,19 @@ def _migrate(engine: Engine, location: str) -> None:
             command.upgrade(config, "head")
         except CommandError as error:
             raise PrefloopError(f"store {location!r} was written by another version of prefloop: {error}") from None
+
+
+@contextmanager
+def _without_references(engine: Engine) -> Iterator[Connection]:
+    """A transaction in which a table may be made anew: SQLite would miss the rows that refer to it meanwhile."""
+    with engine.connect() as connection:
+        sqlite = engine.dialect.name == "sqlite"
+        if sqlite:
+            connection.connection.cursor().execute("PRAGMA foreign_keys = OFF")
+        with connection.begin():
+            yield connection
+        if sqlite:
+            connection.connection.cursor().execute("PRAGMA foreign_keys = ON")
 
 
 def _schema_version(connection: Connection, location: str) -> str | None:

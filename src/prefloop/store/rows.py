@@ -28,6 +28,7 @@ from prefloop.records import (
     Status,
     StepLabel,
     Task,
+    Thread,
     TokenPath,
     Trajectory,
     Verdict,
@@ -82,6 +83,7 @@ def trajectory_row(trajectory: Trajectory, created_at: float) -> Row:
         "messages": _JSON.encode([message.to_dict() for message in trajectory.messages]),
         "num_prompt_messages": trajectory.num_prompt_messages,
         "group_seeded": trajectory.group_seeded,
+        "threads": _JSON.encode([asdict(thread) for thread in trajectory.threads]) if trajectory.threads else None,
         "extra": trajectory.extra,
         "erased_at": None,
         "created_at": created_at,
@@ -112,7 +114,12 @@ def trajectory_from_row(row: RowMapping, paths: tuple[TokenPath, ...] = ()) -> T
         group_seeded=row["group_seeded"],
         token_paths=paths,
         extra=row["extra"],
+        threads=tuple(_thread(raw) for raw in json.loads(row["threads"] or "[]")),
     )
+
+
+def _thread(raw: Row) -> Thread:
+    return Thread(**{**raw, "tools": tuple(raw["tools"])})
 
 
 def token_path_rows(trajectory: Trajectory) -> list[Row]:

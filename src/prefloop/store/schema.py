@@ -103,6 +103,7 @@ trajectory = Table(
     Column("messages", Text, nullable=True),
     Column("num_prompt_messages", Integer, nullable=False),
     Column("group_seeded", Boolean, nullable=False),
+    Column("threads", Text, nullable=True),
     Column("extra", Json, nullable=False),
     Column("erased_at", Float, nullable=True),
     _created_at(),

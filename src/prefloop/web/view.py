@@ -30,6 +30,8 @@ HOW_ENDED = {
     Ended.MAX_TURNS: "Stopped: too many turns",
     Ended.LENGTH: "Stopped: too long",
     Ended.ERROR: "Stopped by an error",
+    Ended.DEADLINE: "Stopped: too slow",
+    Ended.INTERRUPTED: "Stopped from outside",
 }
 
 
