@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -16,6 +17,7 @@ from prefloop.records import (
     PrefloopError,
     Role,
     Task,
+    Thread,
     ToolCall,
     Trajectory,
     content_hash,
@@ -181,6 +183,21 @@ def test_what_cannot_be_exported_says_so(store, tmp_path):
     with pytest.raises(PrefloopError, match="erased"):
         export_dataset(store, [Pair(a.task_id, a.id, b.id)], path)
     assert not path.exists()
+
+
+def test_an_agents_conversations_are_rows_of_chats_and_no_rows_of_preferences(store, tmp_path):
+    (plain,) = add(store, (DONE,))
+    other = ({"type": "function", "function": {"name": "g"}},)
+    threads = (Thread(0, 2, 1, TOOLS), Thread(2, 4, 1, other))
+    agent = replace(plain, id="agent", messages=(ASK, SEARCH, ASK, BOOK), threads=threads)
+    store.add_trajectories([agent])
+    assert export_trajectories(store, ["agent"], tmp_path / "c.jsonl") == 2
+    first, second = lines(tmp_path / "c.jsonl")
+    assert [m["role"] for m in first["messages"]] == ["user", "assistant"]
+    assert json.loads(first["tools"]) == list(TOOLS) and json.loads(second["tools"]) == list(other)
+    assert second["messages"][1]["tool_calls"][0]["function"]["name"] == "book"
+    with pytest.raises(PrefloopError, match=r"trajectory agent holds 2 conversations.* openai-chat"):
+        export_dataset(store, [Pair(plain.task_id, "agent", plain.id)], tmp_path / "p.jsonl")
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])

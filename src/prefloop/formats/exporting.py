@@ -19,6 +19,7 @@ from prefloop.records import (
     PrefloopError,
     Role,
     Task,
+    Thread,
     ToolCall,
     Trajectory,
     canonical_json,
@@ -112,7 +113,8 @@ def _chat_rows(store: Store, ids: Sequence[str]) -> Rows:
             found, tasks = _load(store, wanted)
             for trajectory_id in wanted:
                 trajectory = found[trajectory_id]
-                yield {"messages": _messages(trajectory.messages), **_tools(tasks[trajectory.task_id])}
+                for thread in trajectory.conversations(tasks[trajectory.task_id].tools):
+                    yield {"messages": _messages(trajectory.messages[thread.start : thread.stop]), **_tools(thread)}
 
     return rows
 
@@ -124,11 +126,12 @@ def _labelled_rows(store: Store, labelled: Sequence[Labelled]) -> Rows:
             found, tasks = _load(store, [each.trajectory_id for each in chunk])
             for each in chunk:
                 trajectory = found[each.trajectory_id]
+                thread = _only_thread(trajectory, tasks[trajectory.task_id])
                 yield {
                     "prompt": _messages(trajectory.messages[: trajectory.num_prompt_messages]),
                     "completion": _messages(trajectory.completion),
                     "label": each.desirable,
-                    **_tools(tasks[trajectory.task_id]),
+                    **_tools(thread),
                 }
 
     return rows
@@ -148,7 +151,8 @@ def _pair_rows(store: Store, pairs: Sequence[Pair], format_name: str) -> Rows:
             found, tasks = _load(store, [i for pair in chunk for i in (pair.chosen_id, pair.rejected_id)])
             for pair in chunk:
                 chosen, rejected = found[pair.chosen_id], found[pair.rejected_id]
-                yield from make(chosen, rejected, _tools(tasks[chosen.task_id]))
+                thread, _ = (_only_thread(side, tasks[side.task_id]) for side in (chosen, rejected))
+                yield from make(chosen, rejected, _tools(thread))
 
     return rows
 
@@ -198,8 +202,19 @@ def prompt_length(chosen: Trajectory, rejected: Trajectory) -> int:
     return shared
 
 
-def _tools(task: Task) -> JSONObject:
-    return {"tools": canonical_json(list(task.tools))} if task.tools else {}
+def _only_thread(trajectory: Trajectory, task: Task) -> Thread:
+    """The one conversation of a trajectory, which is all that a row of TRL can hold."""
+    threads = trajectory.conversations(task.tools)
+    if len(threads) > 1:
+        raise PrefloopError(
+            f"trajectory {trajectory.id} holds {len(threads)} conversations of an agent, and a row of TRL only one: "
+            f"export it as {OPENAI_CHAT}, which gives each a row, or train on it here"
+        )
+    return threads[0]
+
+
+def _tools(thread: Thread) -> JSONObject:
+    return {"tools": canonical_json(list(thread.tools))} if thread.tools else {}
 
 
 def _messages(messages: Sequence[Message]) -> list[JSONObject]:
