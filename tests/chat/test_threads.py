@@ -1,4 +1,4 @@
-"""Trajectories of agents that hold several conversations: each is rendered on its own, indices stay the trajectory's."""
+"""Agents that hold several conversations in a trajectory: each is rendered on its own, indices stay the same."""
 
 import pytest
 
