@@ -329,6 +329,7 @@ def init_model(
     data: Annotated[
         Path | None, Parameter(help="conversations for the tokenizer; the booking task when absent")
     ] = None,
+    dtype: Annotated[Literal["float32", "bfloat16"], Parameter(help="of the weights")] = "float32",
     overrides: Annotated[
         list[str] | None, Parameter(name="--set", negative=(), help="shape of the model: --set hidden_size=128")
     ] = None,
@@ -336,7 +337,7 @@ def init_model(
     """Make a tiny model with random weights, its tokenizer and chat template, from nothing."""
     from prefloop.stages.initial import make_initial_model
 
-    num_parameters, vocabulary = make_initial_model(output, data, overrides or [])
+    num_parameters, vocabulary = make_initial_model(output, data, overrides or [], dtype)
     console.print(f"{output}: {num_parameters:,} parameters, {vocabulary} tokens", highlight=False)
 
 

@@ -17,6 +17,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -99,19 +101,22 @@ def _texts(tokenizer: PreTrainedTokenizerFast, conversations: Iterable[Conversat
     ]
 
 
-def initial_model(tokenizer: PreTrainedTokenizerFast, settings: InitialModelSettings) -> PreTrainedModel:
-    """A model of this shape with random weights, drawn from the seed."""
+def initial_model(
+    tokenizer: PreTrainedTokenizerFast, settings: InitialModelSettings, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """A model of this shape with random weights, drawn from the seed in `dtype`, so that a large one needs no copy."""
     config_class, model_class = {
         "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     }[settings.architecture]
     config = config_class(
-        vocab_size=len(tokenizer),
+        vocab_size=settings.num_embeddings or len(tokenizer),
         hidden_size=settings.hidden_size,
         intermediate_size=settings.intermediate_size,
         num_hidden_layers=settings.num_layers,
         num_attention_heads=settings.num_heads,
-        num_key_value_heads=settings.num_heads,
+        num_key_value_heads=settings.num_kv_heads or settings.num_heads,
         head_dim=settings.hidden_size // settings.num_heads,
         max_position_embeddings=settings.max_length,
         tie_word_embeddings=True,
@@ -123,4 +128,5 @@ def initial_model(tokenizer: PreTrainedTokenizerFast, settings: InitialModelSett
     config.initializer_range = settings.hidden_size**-0.5
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        return model_class(config)
+        model: PreTrainedModel = model_class._from_config(config, dtype=dtype)
+        return model

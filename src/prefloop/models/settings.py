@@ -11,21 +11,33 @@ from prefloop.config import Settings
 
 
 class InitialModelSettings(Settings):
-    """The shape of a model made from nothing (see `prefloop.models.initial`), and the seed of its weights."""
+    """The shape of a model made from nothing (see `prefloop.models.initial`), and the seed of its weights.
 
-    architecture: Literal["llama", "qwen3"] = "llama"
+    `num_kv_heads` None: as many as `num_heads`. `num_embeddings` rows of the embedding stand for a larger vocabulary
+    than the tokenizer's, whose `vocab_size` bounds it alone; None: one row for each of its tokens.
+    """
+
+    architecture: Literal["llama", "qwen2", "qwen3"] = "llama"
     hidden_size: int = Field(default=96, ge=8, le=8192)
     intermediate_size: int = Field(default=256, ge=8, le=32768)
     num_layers: int = Field(default=2, ge=1, le=128)
     num_heads: int = Field(default=6, ge=1)
+    num_kv_heads: int | None = Field(default=None, ge=1)
     max_length: int = Field(default=1024, ge=16)
     vocab_size: int = Field(default=1024, ge=300)
+    num_embeddings: int | None = Field(default=None, ge=300)
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _divisible(self) -> InitialModelSettings:
         if self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size ({self.hidden_size}) should be a multiple of num_heads ({self.num_heads})")
+        if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads ({self.num_heads}) should be a multiple of num_kv_heads ({self.num_kv_heads})")
+        if self.num_embeddings is not None and self.num_embeddings < self.vocab_size:
+            raise ValueError(
+                f"num_embeddings ({self.num_embeddings}) should be at least vocab_size ({self.vocab_size})"
+            )
         return self
 
 
