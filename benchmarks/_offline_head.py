@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from _common import Measured, Options, interleaved
-from _offline_measure import REPETITIONS, times, with_peak
+from _memory import with_peak
+from _offline_measure import REPETITIONS, times
 from _offline_models import Shape, new_model
 from _offline_rows import random_pairs
 from prefloop.batch.examples import Demonstration

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import ctypes
-import gc
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from _common import Measured, Options, Timing, interleaved
+from _memory import with_peak
 from _offline_engines import OBJECTIVES, Objective, Ours, Padded, never_merged
 from _offline_models import SMALL, WIDE, MatmulRate, Shape, Work, needed_work, new_model, noisy_copy
 from _offline_rows import MissingDataError, as_records, llmbar_pairs, random_pairs, tau_bench_group, varied_lengths
@@ -136,24 +134,6 @@ def first_steps(engines: Mapping[str, Engine]) -> tuple[dict[str, float], dict[s
         if peak is not None:
             memory[name] = peak
     return losses, memory
-
-
-def with_peak(run: Callable[[], Any]) -> tuple[Any, float | None]:
-    """What a call gives, and by how many bytes the process grew at its peak; None where the system cannot say."""
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what the allocator holds back would hide the first of the growth
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        before = _status("VmRSS")
-    except (OSError, AttributeError):
-        return run(), None
-    result = run()
-    return result, _status("VmHWM") - before
-
-
-def _status(key: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
 def check_losses(case: Case, losses: Mapping[str, float]) -> None:

@@ -25,8 +25,8 @@ import torch
 from torch import nn
 
 from _common import Cell, Measured, Options, Timing, interleaved, parse_options, run_cells, versions
+from _memory import with_peak
 from _offline_engines import OBJECTIVES, Ours, Padded, Rows, mean_loss
-from _offline_measure import with_peak
 from _offline_models import SMALL, Shape, Work, needed_work, new_model, noisy_copy
 from _offline_rows import as_records, random_pairs
 from _offline_trl import Theirs, quieten
