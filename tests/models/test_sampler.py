@@ -217,6 +217,72 @@ def test_a_rewritten_history_rolls_back(qwen3):
             assert_same(results, sampler.session().generate(asked, keys, settings, seed=cut))
 
 
+def in_chunks(session, contexts, keys, settings, seeds, chunk):
+    """Sample in calls of `chunk` tokens, each row going on where it stopped; token, log-prob and end of each row."""
+    token, logprob = [list(c) for c in contexts], [[] for _ in contexts]
+    ends, left = ["length"] * len(contexts), [settings.max_new_tokens] * len(contexts)
+    while alive := [i for i, budget in enumerate(left) if budget]:
+        asked = [np.array(token[i]) for i in alive]
+        budgets = [min(chunk, left[i]) for i in alive]
+        found = session.generate(asked, [keys[i] for i in alive], settings, [seeds[i] for i in alive], budgets)
+        for i, sampled in zip(alive, found, strict=True):
+            token[i] += sampled.token.tolist()
+            logprob[i] += sampled.logprob.tolist()
+            left[i] = 0 if sampled.stopped == "stop" else left[i] - len(sampled.token)
+            ends[i] = sampled.stopped
+    return [
+        Sampled(np.array(t[len(c) :], np.int32), np.array(p, np.float32), e)
+        for t, c, p, e in zip(token, contexts, logprob, ends, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7])
+def test_sampling_in_chunks_gives_the_same_bits(qwen3, chunk):
+    settings = SamplingSettings(max_new_tokens=22)
+    sampler, contexts = LocalSampler(qwen3, STOPS), grouped_contexts()
+    keys, seeds = [2**63 - 1 - i for i in range(13)], [2**62 + 5 * i for i in range(13)]
+    whole = sampler.session().generate(contexts, keys, settings, seeds)
+    assert len({len(sampled.token) for sampled in whole}) > 2
+    pieces = in_chunks(sampler.session(), contexts, keys, settings, seeds, chunk)
+    for one, other in zip(whole, pieces, strict=True):
+        np.testing.assert_array_equal(one.token, other.token)
+        np.testing.assert_array_equal(one.logprob, other.logprob)
+        assert one.stopped == other.stopped
+
+
+def test_each_row_may_have_its_own_seed(qwen3):
+    settings = SamplingSettings(max_new_tokens=9)
+    sampler, contexts = LocalSampler(qwen3, STOPS), grouped_contexts()
+    together = sampler.session().generate(contexts, range(13), settings, seed=[i % 3 for i in range(13)])
+    for seed in range(3):
+        same = sampler.session().generate(contexts, range(13), settings, seed=seed)
+        assert_same(together[seed::3], same[seed::3])
+    with pytest.raises(PrefloopError, match="13 contexts but 2 seeds"):
+        sampler.session().generate(contexts, range(13), settings, seed=[0, 1])
+
+
+def test_released_rows_give_their_memory_back_and_may_return(qwen3):
+    settings, rng = SamplingSettings(max_new_tokens=6), np.random.default_rng(5)
+    sampler = LocalSampler(qwen3, STOPS)
+    session, engine = sampler.session(), None
+    kept, key = grouped_contexts(seed=1)[:2], 1000
+    for turn in range(12):
+        contexts, keys = kept + grouped_contexts(seed=turn), [1, 2, *range(key, key + 13)]
+        found = session.generate(contexts, keys, settings, seed=turn)
+        assert_same(found, sampler.session().generate(contexts, keys, settings, seed=turn))
+        assert_logprobs(qwen3, contexts, found)
+        kept = turn_contexts(kept, found[:2], rng)
+        session.release([*range(key, key + 13), 77])
+        key += 13
+        engine = session._engine
+        assert len(engine._rows) <= 15 and engine._rows.memory.shape[2] <= 22
+        assert len(engine._prefixes) <= 2 * 13
+    session.release([1, 2])
+    assert set(engine._rows.key) == set(engine._prefixes.key) == {None}
+    last = session.generate(kept, [1, 2], settings, seed=99)
+    assert_same(last, sampler.session().generate(kept, [1, 2], settings, seed=99))
+
+
 def test_draws_do_not_depend_on_the_batch(qwen3):
     settings = SamplingSettings(max_new_tokens=16)
     sampler = LocalSampler(qwen3, STOPS)

@@ -53,16 +53,20 @@ class TokenSession(Protocol):
         contexts: Sequence[Sequence[int] | NDArray[np.integer]],
         row_keys: Sequence[int],
         settings: SamplingSettings,
-        seed: int,
+        seed: int | Sequence[int],
         budgets: Sequence[int] | None = None,
     ) -> list[Sampled]:
         """Continue each row from its full context.
 
         `row_keys` name the rows: the same key in a later call continues the same row, and whatever its context
         shares with the last one need not be computed again. A draw is a function of (seed, row key, position in
-        the context) alone: give another seed where a context is rewritten and positions come again. `budgets`
-        bound the new tokens of each row, beside `settings.max_new_tokens`.
+        the context) alone: give another seed where a context is rewritten and positions come again. `seed` is one
+        for all rows, or one for each. `budgets` bound the new tokens of each row, beside `settings.max_new_tokens`.
         """
+        ...
+
+    def release(self, row_keys: Sequence[int]) -> None:
+        """Forget what is kept of these rows, known or not; a row that comes back is computed from its context."""
         ...
 
 

@@ -91,6 +91,11 @@ class CachedEngine:
         slots = np.arange(count)
         for slot, context in enumerate(ordered):
             rows.keep(slot, min(common_prefix(rows.tokens[slot], context), len(context) - 1))
+        self._count, self._layout = count, GroupLayout.of(rows, count)
+        if all(rows.position(slots) == [len(context) - 1 for context in ordered]):
+            # A row that goes on where it stopped is decoded as if it had never stopped: to the same bits.
+            last = torch.from_numpy(np.array([context[-1] for context in ordered], np.int64))
+            return self.decode(last.to(self._device)), order
         hidden = torch.zeros(count, self._model.config.hidden_size, dtype=rows.shape.dtype, device=self._device)
         self._share(np.flatnonzero(rows.position(slots) == 0).tolist(), ordered, hidden)
         self._compute(rows, slots, ordered, hidden)
@@ -130,6 +135,14 @@ class CachedEngine:
             if key in texts:
                 rows.tokens[slot] = texts[key][: held[slot]]
 
+    def release(self, keys: Sequence[int]) -> None:
+        """Give back the slots of these rows, known or not, and the beginnings that no row uses any more."""
+        rows, gone = self._rows, set(keys)
+        rows.free(np.flatnonzero([key in gone for key in rows.key]))
+        used = set(rows.prefix[rows.prefix_length > 0].tolist())
+        store = self._prefixes
+        store.free(np.array([slot for slot, key in enumerate(store.key) if key and slot not in used], np.int64))
+
     # --- how rows come into the cache -----------------------------------------------------------------------
 
     def _arrange(self, keys: Sequence[int]) -> NDArray[np.int64]:
@@ -139,8 +152,7 @@ class CachedEngine:
         known = set(rows.key)
         new = [key for key in keys if key not in known]
         if new:
-            slots = rows.add(len(new))
-            rows.key[slots] = new
+            rows.add(new)
         wanted = np.array([key in index for key in rows.key])
         count = len(keys)
         rows.reserve(0)
@@ -154,7 +166,7 @@ class CachedEngine:
             return
         prefixes = [contexts[members[0]][:length] for members, length in groups]
         store = self._prefixes
-        slots = store.add(len(groups))
+        slots = store.add([True] * len(groups))
         store.reserve(max(map(len, prefixes)))
         self._copy_root(slots, prefixes)
         last = torch.zeros(len(groups), hidden.shape[1], dtype=hidden.dtype, device=hidden.device)
@@ -171,10 +183,11 @@ class CachedEngine:
         if len(slots) < 2 or length < self._LEAST_SHARED:
             return
         root = KVRows(self._rows.shape)
-        only = root.add(1)
+        only = root.add([True])
         last = torch.zeros(1, self._model.config.hidden_size, dtype=root.shape.dtype, device=self._device)
         self._compute(root, only, [low[:length]], last)
-        self._prefixes.memory[:, :, slots[0] : slots[-1] + 1, :, :length] = root.memory[..., :length, :]
+        where = torch.from_numpy(slots).to(self._device)
+        self._prefixes.memory[:, :, where, :, :length] = root.memory[..., :length, :]
         self._prefixes.length[slots] = length
 
     def _compute(self, rows: KVRows, slots: Slots, contexts: Sequence[Tokens], hidden: Tensor) -> None:

@@ -30,10 +30,15 @@ def words(numbers: object) -> NDArray[np.uint64]:
     return np.array([int(number) & _WORD for number in np.atleast_1d(np.asarray(numbers, object))], np.uint64)
 
 
-def uniforms(seed: int, row_keys: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Uniform draws in [0, 1) with 24 random bits, so that float32 holds them exactly; float32 [N]."""
+def uniforms(
+    seeds: NDArray[np.uint64], row_keys: NDArray[np.uint64], positions: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """Uniform draws in [0, 1) with 24 random bits, so that float32 holds them exactly; float32 [N].
+
+    `seeds` uint64 [N], or [1] for all rows.
+    """
     golden = np.uint64(_GOLDEN)
-    word = _mix(words(seed) + golden)
+    word = _mix(seeds + golden)
     word = _mix(word ^ _mix(row_keys + golden))
     word = _mix(word + positions.astype(np.uint64) * golden)
     return (word >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)

@@ -11,6 +11,7 @@ Shapes: B rows taking part, T new tokens of all of them, Q new tokens of the lon
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,6 +89,7 @@ class KVRows:
     """
 
     _GRANULE = 64
+    _IDLE_BYTES = 1 << 28
 
     def __init__(self, shape: Shape, base: KVRows | None = None, arena: Arena | None = None) -> None:
         self.shape = shape
@@ -119,9 +121,10 @@ class KVRows:
     def __len__(self) -> int:
         return len(self.length)
 
-    def add(self, count: int) -> Slots:
-        """New empty slots, int64 [count]."""
-        start = len(self)
+    def add(self, keys: Sequence[object]) -> Slots:
+        """An empty slot for each of these names (not None), freed or new; int64 [len(keys)], ascending."""
+        free = np.array([slot for slot, key in enumerate(self.key) if key is None], np.int64)[: len(keys)]
+        count, start = len(keys) - len(free), len(self)
         self.length = np.append(self.length, np.zeros(count, np.int64))
         self.prefix = np.append(self.prefix, np.full(count, -1))
         self.prefix_length = np.append(self.prefix_length, np.zeros(count, np.int64))
@@ -129,7 +132,17 @@ class KVRows:
         tokens[:] = [np.zeros(0, np.int32)] * count
         self.tokens = np.append(self.tokens, tokens)
         self.key = np.append(self.key, np.full(count, None))
-        return np.arange(start, start + count)
+        slots = np.append(free, np.arange(start, start + count))
+        self.key[slots] = keys
+        return slots
+
+    def free(self, slots: Slots) -> None:
+        """Give slots back, to be named anew; memory that lies idle stays for them up to a bound."""
+        for slot in slots:
+            self.keep(slot, 0)
+            self.key[slot], self.prefix[slot] = None, -1
+        if self.memory.nbytes > self._IDLE_BYTES and all(key is None for key in self.key):
+            self.memory = self.memory[:, :, :0, :, :0].clone()
 
     def reserve(self, capacity: int) -> None:
         """Make room for every slot and for `capacity` own positions in each."""
@@ -139,9 +152,12 @@ class KVRows:
         # Twice as much, so that the copying stays in proportion to what is kept; at first, all that lies ready.
         wanted = max(capacity, 2 * old) if capacity > old else old
         wanted = -(-wanted // self._GRANULE) * self._GRANULE
+        wanted_rows = max(len(self), rows)
         if not self.memory.numel():
             wanted = max(wanted, self._arena.size // self._bytes(len(self), 1))
-        grown = self._allocate(len(self), wanted)
+        elif len(self) > rows:
+            wanted_rows = max(len(self), rows + rows // 2)
+        grown = self._allocate(wanted_rows, wanted)
         used = int(self.length.max(initial=0))
         grown[:, :, :rows, :, :used] = self.memory[..., :used, :]
         self.memory = grown
@@ -178,7 +194,8 @@ class GroupLayout:
     """The rows of a decoding step arranged by prefix, W to a group, G groups, padded with row 0.
 
     `gather` int64 [G * W] gives the row at each place, `place` int64 [B] the place of each row, `prefix` int64
-    [G] the groups' slots, `length` P the longest prefix, `ragged` whether some row uses less than P positions.
+    [G] the groups' slots and `span` the same where they lie side by side, `length` P the longest prefix, `ragged`
+    whether some row uses less than P positions.
     """
 
     gather: Tensor
@@ -188,6 +205,7 @@ class GroupLayout:
     length: int
     valid: Tensor
     ragged: bool
+    span: slice | None
 
     @classmethod
     def of(cls, rows: KVRows, count: int) -> GroupLayout | None:
@@ -215,13 +233,14 @@ class GroupLayout:
             longest,
             torch.from_numpy(np.arange(longest) < lengths[:, None]).to(device),
             bool((lengths < longest).any()),
+            slice(int(groups[0]), int(groups[-1]) + 1) if groups[-1] - groups[0] == len(groups) - 1 else None,
         )
 
     def keys_values(self, base: KVRows, layer: int) -> tuple[Tensor, Tensor]:
-        """The groups' keys and values, two times [G, Hkv, P, D]; views where every prefix takes part."""
+        """The groups' keys and values, two times [G, Hkv, P, D]; views where they lie side by side."""
         key, value = base.memory[layer, :, :, :, : self.length]
-        if len(self.prefix) == len(key):
-            return key, value
+        if self.span is not None:
+            return key[self.span], value[self.span]
         return key[self.prefix], value[self.prefix]
 
 

@@ -62,6 +62,9 @@ class RowEngine:
         """Nothing is kept between calls."""
         self._rows = []
 
+    def release(self, keys: Sequence[int]) -> None:
+        """Nothing is kept between calls."""
+
     def _next(self, row: _Row, new: list[int]) -> Tensor:
         fed = new if row.cache is not None else row.token
         ids = torch.tensor([fed], device=self._device)

@@ -36,6 +36,8 @@ class _Engine(Protocol):
 
     def remember(self, texts: dict[int, Tokens]) -> None: ...
 
+    def release(self, keys: Sequence[int]) -> None: ...
+
 
 class LocalSampler:
     """Samples tokens from a Hugging Face causal language model, bare or with a LoRA adapter.
@@ -88,7 +90,7 @@ class LocalSession:
         contexts: Sequence[Sequence[int] | NDArray[np.integer]],
         row_keys: Sequence[int],
         settings: SamplingSettings,
-        seed: int,
+        seed: int | Sequence[int],
         budgets: Sequence[int] | None = None,
     ) -> list[Sampled]:
         """Continue each row from its full context until a stop token, its budget or the context's end.
@@ -108,6 +110,10 @@ class LocalSession:
                 self._decode(turn, open_rows)
         self._engine.remember(turn.texts())
         return turn.results()
+
+    def release(self, row_keys: Sequence[int]) -> None:
+        """Forget what is kept of these rows, known or not."""
+        self._engine.release(row_keys)
 
     def _decode(self, turn: _Turn, open_rows: NDArray[np.int64]) -> None:
         engine = self._engine
@@ -132,17 +138,22 @@ class _Turn:
         contexts: Sequence[Sequence[int] | NDArray[np.integer]],
         row_keys: Sequence[int],
         settings: SamplingSettings,
-        seed: int,
+        seed: int | Sequence[int],
         budgets: Sequence[int] | None,
     ) -> None:
         _check(contexts, row_keys, budgets)
+        if not isinstance(seed, int) and len(seed) != len(contexts):
+            raise PrefloopError(
+                f"{len(contexts)} contexts but {len(seed)} seeds: give one for all rows or one for each"
+            )
         self.contexts: list[Tokens] = [np.asarray(context, np.int32) for context in contexts]
         self.keys = list(row_keys)
         for key, context in zip(self.keys, self.contexts, strict=True):
             if context.min() < 0 or context.max() >= len(sampler.stops):
                 raise PrefloopError(f"the context of row {key} has ids outside the vocabulary of {len(sampler.stops)}")
-        self._stops, self._settings, self._seed = sampler.stops, settings, seed
+        self._stops, self._settings = sampler.stops, settings
         self._words = words(self.keys)
+        self._seeds = np.broadcast_to(words(seed), self._words.shape)
         self._lengths = np.array([len(context) for context in self.contexts], np.int64)
         limits = np.full(len(self.keys), settings.max_new_tokens) if budgets is None else np.asarray(budgets)
         limits = np.minimum(limits, settings.max_new_tokens)
@@ -155,7 +166,7 @@ class _Turn:
     def take(self, rows: NDArray[np.int64], logits: Tensor) -> tuple[Tensor, NDArray[np.bool_]]:
         """Draw the next token of each row from logits [B, V]; the tokens, int64 [B], and which rows go on."""
         position = self._count[rows]
-        uniform = uniforms(self._seed, self._words[rows], self._lengths[rows] + position)
+        uniform = uniforms(self._seeds[rows], self._words[rows], self._lengths[rows] + position)
         token, logprob = draw(logits, uniform, self._settings)
         drawn = token.cpu().numpy()
         self._token[rows, position] = drawn
