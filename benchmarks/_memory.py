@@ -35,7 +35,7 @@ def peak_memory(run: Callable[..., Any], *arguments: Any, num_threads: int = 1) 
     """Call a function in a fresh process; its result, arguments and itself go there and back as pickles.
 
     The function's module is imported before the measurement begins, what the function itself imports after. For the
-    rise of one step alone, build the model first and call `with_peak` within the function: the peak then counts from there.
+    rise of one step alone, build the model first and call `with_peak` within the function; the peak counts from there.
 
     Raises:
         RuntimeError: the process ended without a result, as where the system had no memory left.
