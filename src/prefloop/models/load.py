@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from prefloop.hub import fetch_model, model_name
 from prefloop.models.settings import LoraSettings
 from prefloop.records import PrefloopError
 
 ADAPTER_CONFIG = "adapter_config.json"
 REWARD_CONFIG = "reward_model.json"
-CONFIG = "config.json"
 TOKENIZERS = ("*token*", "*vocab*", "*.model")
 """Names of the files that a tokenizer is read from, one of which there must be."""
 
-HUB_SECONDS = 10.0
-"""How long the hub may take to say that it is there."""
+Dtype: TypeAlias = Literal["float32", "bfloat16"]
 
 transformers_logging.disable_progress_bar()  # prefloop shows its own
 
 PEFT_MISSING = "LoRA needs peft: pip install 'prefloop[train]'"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class Policy:
-    """A model with its tokenizer. `model` is a peft model where there is an adapter."""
+    """A model with its tokenizer. `model` is a peft model where there is an adapter.
+
+    `base` says which weights are below the adapter, or are its own: of equal names they are equal until they are
+    trained. `frozen`: nobody trains it.
+    """
 
     model: Any
     tokenizer: PreTrainedTokenizerFast
+    base: str = ""
+    frozen: bool = False
 
     def save(self, directory: Path) -> None:
         """Write the model (of an adapter only the adapter) and the tokenizer in Hugging Face's layout."""
@@ -48,72 +53,81 @@ class Policy:
 def load_policy(
     name: str,
     *,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    dtype: Dtype = "float32",
     lora: LoraSettings | None = None,
     device: str = "cpu",
+    frozen: bool = False,
+    beside: Iterable[Policy] = (),
 ) -> Policy:
     """Load a policy from a directory or a hub id; with `lora`, add a fresh adapter where it has none.
 
     A fresh adapter is a function of the model and `lora`: loaded anew, by another process too, it is the same.
-    A directory that holds an adapter is loaded on top of the model that the adapter names.
+    A directory that holds an adapter is loaded on top of the model that the adapter names. An adapter, or a model that
+    is to be `frozen`, shares its base weights, the very tensors, with a policy `beside` it that has the same ones and
+    leaves them as they are.
 
     Raises:
         PrefloopError: it is not a causal language model, such as a reward model; it has no tokenizer; peft is missing;
-            as `check_place` and `check_device`.
+            as `fetch_model` and `check_device`.
     """
     check_device(device)
-    check_place(name)
-    if (Path(name) / REWARD_CONFIG).is_file():
+    directory = fetch_model(name)
+    if (directory / REWARD_CONFIG).is_file():
         raise _no_policy(name)
-    if Path(name).is_dir() and not any(next(Path(name).glob(pattern), None) for pattern in TOKENIZERS):
+    if not any(next(directory.glob(pattern), None) for pattern in TOKENIZERS):
         raise PrefloopError(f"model {name!r} cannot be loaded: it has no tokenizer; put its tokenizer.json there")
-    adapter = (Path(name) / ADAPTER_CONFIG).is_file()
-    base = _adapter_base(name) if adapter else name
+    adapter = (directory / ADAPTER_CONFIG).is_file()
+    base = adapter_base(directory) if adapter else name
+    weights = f"{fetch_model(base).resolve()} in {dtype} on {device}"
+    keeps_base = adapter or lora is not None or frozen
+    sharing = (one for one in beside if keeps_base and one.base == weights and _keeps_base(one))
     try:
-        config = AutoConfig.from_pretrained(base)
-        if any("Classification" in one for one in config.architectures or ()):
-            raise _no_policy(name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        sharer = next(sharing, None)
+        model: Any = _load_causal(base, name, dtype) if sharer is None else _bare(sharer)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise PrefloopError(
             f"model {name!r} cannot be loaded: {first_line} Expected a directory in Hugging Face's layout or a hub id"
         ) from None
-    wrapped: Any = model
     if adapter:
-        wrapped = load_peft().PeftModel.from_pretrained(model, name, is_trainable=True)
+        model = load_peft().PeftModel.from_pretrained(model, directory, is_trainable=not frozen)
     elif lora is not None:
-        wrapped = _with_adapter(model, lora)
-    return Policy(wrapped.to(device).eval(), tokenizer)
+        model = _with_adapter(model, lora)
+    model = model.to(device).eval()
+    return Policy(model.requires_grad_(False) if frozen else model, tokenizer, weights, frozen)
 
 
-def check_place(name: str) -> None:
-    """See that a model's name is a directory that is there, or that of a model of the hub, loaded before or in reach.
+def _load_causal(base: str, name: str, dtype: Dtype) -> PreTrainedModel:
+    """The language model of a directory or hub id; its configuration says of which."""
+    directory = fetch_model(base)
+    config = AutoConfig.from_pretrained(directory)
+    if any("Classification" in one for one in config.architectures or ()):
+        raise _no_policy(name)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
+    remember_hub(model, base)
+    return model
 
-    Raises:
-        PrefloopError: it is a file, can only be a path and there is nothing, or the hub cannot be reached.
-    """
-    if Path(name).is_file():
-        raise PrefloopError(
-            f"model {name!r} cannot be loaded: it is a file; name a directory in Hugging Face's layout or a hub id"
-        )
-    if Path(name).is_dir():
-        return
-    missing = f"model {name!r} cannot be loaded: there is no such directory"
-    try:
-        url = hf_hub_url(name, CONFIG)
-    except HFValidationError:
-        raise PrefloopError(missing) from None
-    if isinstance(try_to_load_from_cache(name, CONFIG), str):
-        return
-    try:  # once: transformers asks again and again
-        get_hf_file_metadata(url, timeout=HUB_SECONDS)
-    except HfHubHTTPError:
-        return  # it can be reached; transformers says what is wrong
-    except Exception as error:  # of whichever client the hub's package uses
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise PrefloopError(f"{missing}, and the hub cannot be reached: {reason}") from None
+
+def remember_hub(model: Any, base: str) -> None:
+    """Let a model of a hub say so, and not where the cache keeps it: its adapters are saved with this name."""
+    found = None if Path(base).is_dir() else model_name(base)
+    if found is not None:
+        model.name_or_path = model.config.name_or_path = found.repo
+        model.config._commit_hash = fetch_model(base).name
+
+
+def _keeps_base(policy: Policy) -> bool:
+    """Whether nobody changes the weights below a policy's adapter, or its own."""
+    adapters = getattr(policy.model, "peft_config", {}).values()
+    return policy.frozen or (bool(adapters) and all(one.peft_type == "LORA" and one.bias == "none" for one in adapters))
+
+
+def _bare(policy: Policy) -> Any:
+    """The model below a policy's adapter as a tree of modules of its own around the very same tensors."""
+    same = {id(tensor): tensor for tensor in (*policy.model.parameters(), *policy.model.buffers())}
+    copied = copy.deepcopy(policy.model, same)
+    return copied.unload() if hasattr(copied, "peft_config") and hasattr(copied, "unload") else copied
 
 
 def _no_policy(name: str) -> PrefloopError:
@@ -155,13 +169,17 @@ def load_peft() -> Any:
     return peft
 
 
-def _adapter_base(directory: str) -> str:
-    return str(load_peft().PeftConfig.from_pretrained(directory).base_model_name_or_path)
+def adapter_base(directory: Path) -> str:
+    """The model that an adapter changes: a path, or a hub id at the revision that it names."""
+    config = load_peft().PeftConfig.from_pretrained(directory)
+    base = str(config.base_model_name_or_path)
+    return f"{base}@{config.revision}" if config.revision and not Path(base).is_dir() else base
 
 
-def lora_config(lora: LoraSettings, task_type: str = "CAUSAL_LM") -> Any:
+def lora_config(lora: LoraSettings, model: Any, task_type: str = "CAUSAL_LM") -> Any:
     """The peft configuration of an adapter on all linear layers; a score head is trained in full instead."""
     return load_peft().LoraConfig(
+        revision=getattr(model.config, "_commit_hash", None),
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=0.0,
@@ -174,4 +192,4 @@ def lora_config(lora: LoraSettings, task_type: str = "CAUSAL_LM") -> Any:
 def _with_adapter(model: PreTrainedModel, lora: LoraSettings) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(lora.seed)
-        return load_peft().get_peft_model(model, lora_config(lora))
+        return load_peft().get_peft_model(model, lora_config(lora, model))

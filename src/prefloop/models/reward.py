@@ -34,14 +34,16 @@ from prefloop.batch.examples import Demonstration
 from prefloop.batch.packing import pack_group, split_examples
 from prefloop.chat import ChatRenderer, StepKind, stop_ids
 from prefloop.chat.steps import SEPARATOR
+from prefloop.hub import fetch_model
 from prefloop.models.attention import causal_model, why_not_shared
 from prefloop.models.forward import forward, score_head
 from prefloop.models.load import (
     ADAPTER_CONFIG,
     REWARD_CONFIG,
+    Dtype,
     Policy,
+    adapter_base,
     check_device,
-    check_place,
     load_peft,
     load_policy,
     lora_config,
@@ -50,7 +52,6 @@ from prefloop.models.settings import LoraSettings
 from prefloop.records import JSONObject, PrefloopError, TokenPath
 
 Kind = Literal["sequence", "token"]
-Dtype = Literal["float32", "bfloat16"]
 
 CLASSES: dict[Kind, tuple[Any, str]] = {
     "sequence": (AutoModelForSequenceClassification, "SEQ_CLS"),
@@ -218,8 +219,7 @@ def load_reward_model(
         PrefloopError: nothing is there, or it is not such a model; peft is missing.
     """
     check_device(device)
-    check_place(name)
-    directory = Path(name)
+    directory = fetch_model(name)
     saved: JSONObject = (
         json.loads((directory / REWARD_CONFIG).read_text()) if (directory / REWARD_CONFIG).is_file() else {}
     )
@@ -322,9 +322,9 @@ def _with_adapters(model: Any, task: str, lora: LoraSettings, number: int, seed:
     peft = load_peft()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(lora.seed)
-        wrapped = peft.get_peft_model(model, lora_config(lora, task), adapter_name=names[0])
+        wrapped = peft.get_peft_model(model, lora_config(lora, model, task), adapter_name=names[0])
         for name in names[1:]:
-            wrapped.add_adapter(name, lora_config(lora, task))
+            wrapped.add_adapter(name, lora_config(lora, model, task))
     heads: Any = score_head(wrapped)
     for i, name in enumerate(names):
         _draw(heads.modules_to_save[name], [seed, i])
@@ -340,18 +340,17 @@ def _save_base(model: Any, directory: Path) -> None:
 
 def _open(name: str, kind: Kind, adapters: Sequence[str], num_heads: int, dtype: Dtype) -> tuple[Any, Any]:
     """Tokenizer and model of a directory or a hub id."""
-    directory = Path(name)
+    directory = fetch_model(name)
     places = {one: directory if one == "default" else directory / one for one in adapters}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
         base, options = name, {}
         if adapters:
             own = directory / BASE
-            config = load_peft().PeftConfig.from_pretrained(str(places[adapters[0]]))
-            base = str(own) if own.is_dir() else str(config.base_model_name_or_path)
+            base = str(own) if own.is_dir() else adapter_base(places[adapters[0]])
             options = {"num_labels": num_heads, "pad_token_id": tokenizer.pad_token_id}
         with _quiet(bool(adapters)):  # that the base has no head: the adapter brings it
-            model = CLASSES[kind][0].from_pretrained(base, dtype=getattr(torch, dtype), **options)
+            model = CLASSES[kind][0].from_pretrained(fetch_model(base), dtype=getattr(torch, dtype), **options)
         for i, (adapter, place) in enumerate(places.items()):
             if i == 0:
                 model = load_peft().PeftModel.from_pretrained(model, str(place), adapter_name=adapter)

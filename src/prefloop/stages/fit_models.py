@@ -124,8 +124,8 @@ def _weights(name: str, settings: FitSettings) -> str:
     try:
         return weights_hash(located(name))
     except PrefloopError:
-        load_policy(located(name), dtype=settings.dtype)  # says what is wrong, or fetches it from the hub
-        return weights_hash(located(name))
+        load_policy(located(name), dtype=settings.dtype)  # says what is wrong
+        raise
 
 
 def device_of(settings: FitSettings) -> str:
@@ -341,21 +341,23 @@ def _with_reference(
     Raises:
         PrefloopError: the reference has another tokenizer or chat template than the model.
     """
-    from prefloop.models.load import load_policy
+    from prefloop.models.load import Policy, load_policy
     from prefloop.training.reference import following, precision_of, stored_reference
 
     def load() -> nn.Module:
         """The reference as a model of its own."""
         name = settings.reference or settings.model
         _check_whole(name)
-        policy = load_policy(located(name), **_options(settings))
+        trained = learner.trained
+        beside = [trained] if isinstance(trained, Policy) else []
+        policy = load_policy(located(name), frozen=True, beside=beside, **_options(settings))
         theirs, ours = _with_template(Learner(policy), settings).renderer, learner.renderer
         if (theirs.tokenizer_hash, theirs.template_hash) != (ours.tokenizer_hash, ours.template_hash):
             raise PrefloopError(
                 f"--reference {name} has another tokenizer or chat template than {settings.model}: its log-probs would "
                 "be of other tokens"
             )
-        module: nn.Module = policy.model.eval().requires_grad_(False)
+        module: nn.Module = policy.model
         return module
 
     def first() -> nn.Module:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,30 +32,33 @@ if TYPE_CHECKING:
 class Policies:
     """Loads, keeps and saves the policies of a run.
 
-    At most two models are in memory: the one that is trained and rolled out, and the frozen reference.
+    At most two models are in memory: the one that is trained and rolled out, and the frozen reference. Adapters of
+    one model share its weights.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._loaded: dict[str, Policy] = {}
-        self._reference: tuple[str, Any] | None = None
+        self._taken: Callable[[], Policy | None] = lambda: None
+        self._reference: tuple[str, Policy] | None = None
         torch.set_num_threads(run.settings.num_threads)
         torch.use_deterministic_algorithms(True, warn_only=run.settings.policy.device != "cpu")
 
     def get(self, checkpoint_id: str) -> Policy:
         """The policy of a checkpoint, loaded if it is not the current one."""
         if checkpoint_id not in self._loaded:
-            settings = self._run.settings.policy
-            path = self._whole(checkpoint_id)
-            self._loaded = {
-                checkpoint_id: load_policy(path, dtype=settings.dtype, lora=settings.lora, device=settings.device)
-            }
+            path, beside = self._whole(checkpoint_id), list(self._living())
+            self._loaded = {}
+            self._loaded[checkpoint_id] = load_policy(
+                path, lora=self._run.settings.policy.lora, beside=beside, **self._options()
+            )
         return self._loaded[checkpoint_id]
 
     def take(self, checkpoint_id: str) -> Policy:
         """The policy of a checkpoint, to be trained: the next `get` loads it anew."""
         policy = self.get(checkpoint_id)
         self._loaded = {}
+        self._taken = weakref.ref(policy)
         return policy
 
     def keep(self, checkpoint_id: str, policy: Policy) -> None:
@@ -64,10 +68,19 @@ class Policies:
     def reference(self, checkpoint_id: str) -> Any:
         """The frozen model of a checkpoint."""
         if self._reference is None or self._reference[0] != checkpoint_id:
-            settings = self._run.settings.policy
-            policy = load_policy(self._whole(checkpoint_id), dtype=settings.dtype, device=settings.device)
-            self._reference = (checkpoint_id, policy.model.eval().requires_grad_(False))
-        return self._reference[1]
+            path, beside = self._whole(checkpoint_id), list(self._living())
+            self._reference = None
+            self._reference = (checkpoint_id, load_policy(path, frozen=True, beside=beside, **self._options()))
+        return self._reference[1].model
+
+    def _living(self) -> Iterator[Policy]:
+        """The policies in memory, whose base weights others may share."""
+        found = (*self._loaded.values(), self._taken(), self._reference[1] if self._reference is not None else None)
+        yield from (policy for policy in found if policy is not None)
+
+    def _options(self) -> dict[str, Any]:
+        settings = self._run.settings.policy
+        return {"dtype": settings.dtype, "device": settings.device}
 
     def _whole(self, checkpoint_id: str) -> str:
         checkpoint = self._run.store.checkpoint(checkpoint_id)

@@ -7,6 +7,7 @@ import json
 from functools import lru_cache
 from pathlib import Path
 
+from prefloop.hub import fetch_model
 from prefloop.records import PrefloopError, content_hash
 from prefloop.training.checkpoint import MANIFEST
 
@@ -15,15 +16,15 @@ WEIGHTS = ("*.safetensors", "*.bin")
 
 
 def weights_hash(name: str) -> str:
-    """The hash of a model's weights and configuration: a directory's, or those of a hub id that was loaded before.
+    """The hash of a model's weights and configuration, of a directory or a hub id.
 
     Equal for copies; an adapter counts with the model that it changes. What a checkpoint's manifest lists is not read
     again: who loads it verifies it.
 
     Raises:
-        PrefloopError: there are no weights.
+        PrefloopError: there are no weights; as `fetch_model`.
     """
-    directory = Path(name) if Path(name).is_dir() else _hub_directory(name)
+    directory = fetch_model(name)
     files = sorted({path for pattern in WEIGHTS for path in directory.glob(pattern)})
     if not files:
         raise PrefloopError(f"{name} holds no weights (*.safetensors): name a model's directory or a hub id")
@@ -38,9 +39,12 @@ def _base_hash(directory: Path) -> str:
     adapter = directory / ADAPTER_CONFIG
     if not adapter.is_file():
         return ""
-    base = str(json.loads(adapter.read_text())["base_model_name_or_path"])
+    config = json.loads(adapter.read_text())
+    base = str(config["base_model_name_or_path"])
     beside = directory / base  # a reward model's own, relative to the adapter
-    return weights_hash(str(beside) if beside.is_dir() else base)
+    if beside.is_dir() or Path(base).is_dir() or not config.get("revision"):
+        return weights_hash(str(beside) if beside.is_dir() else base)
+    return weights_hash(f"{base}@{config['revision']}")
 
 
 def _listed(directory: Path) -> dict[str, str]:
@@ -49,17 +53,6 @@ def _listed(directory: Path) -> dict[str, str]:
     if not manifest.is_file():
         return {}
     return {str(name): str(digest) for name, (_, digest) in json.loads(manifest.read_text()).items()}
-
-
-def _hub_directory(name: str) -> Path:
-    from transformers.utils.hub import cached_file
-
-    try:
-        return Path(str(cached_file(name, CONFIG, local_files_only=True))).parent
-    except OSError:
-        raise PrefloopError(
-            f"there is no model {name!r} here: expected a directory, or a hub id loaded before"
-        ) from None
 
 
 def _sha256(path: Path) -> str:
