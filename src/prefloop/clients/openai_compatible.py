@@ -25,6 +25,16 @@ DEFAULT_BASE_URL = "https://api.openai.com/v1"
 KEY_VARIABLE = "OPENAI_API_KEY"
 
 
+def http_client(**options: Any) -> Any:
+    """The SDK's asynchronous HTTP client: no redirects, failures typed before anybody reads their bodies.
+
+    Raises:
+        PrefloopError: the SDK is not installed.
+    """
+    hooks = {"response": [refuse_bad_response]}
+    return load_sdk("openai").DefaultAsyncHttpxClient(follow_redirects=False, event_hooks=hooks, **options)
+
+
 def connect(base_url: str = "", key_variable: str = "") -> Any:
     """The SDK's asynchronous client for a server: no retries and no redirects of its own, failures typed.
 
@@ -35,12 +45,11 @@ def connect(base_url: str = "", key_variable: str = "") -> Any:
     """
     sdk = load_sdk("openai")
     wanted = key_variable or ("" if base_url else KEY_VARIABLE)
-    http = sdk.DefaultAsyncHttpxClient(follow_redirects=False, event_hooks={"response": [refuse_bad_response]})
     return sdk.AsyncOpenAI(
         api_key=key_from_environment(wanted) if wanted else "none",
         base_url=base_url or DEFAULT_BASE_URL,
         max_retries=0,
-        http_client=http,
+        http_client=http_client(),
     )
 
 

@@ -45,6 +45,7 @@ class CallError(Exception):
     """A call that gave no usable reply: why, whether it may be repeated, and whether it may have been billed.
 
     `fatal` says that every other call of this client would fail the same way (a wrong key or model, no such server).
+    `code` is the HTTP status, 0 where there was none.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class CallError(Exception):
         retry_after_s: float | None = None,
         maybe_billed: bool = False,
         fatal: bool = False,
+        code: int = 0,
     ) -> None:
         super().__init__(detail)
         self.status = status
@@ -64,6 +66,7 @@ class CallError(Exception):
         self.retry_after_s = retry_after_s
         self.maybe_billed = maybe_billed
         self.fatal = fatal
+        self.code = code
 
 
 def http_failure(code: int, headers: Mapping[str, str], excerpt: str) -> CallError:
@@ -74,6 +77,7 @@ def http_failure(code: int, headers: Mapping[str, str], excerpt: str) -> CallErr
         again=code >= 400 and code not in NEVER_AGAIN,
         retry_after_s=retry_after_s(headers),
         fatal=code in FATAL,
+        code=code,
     )
 
 

@@ -78,6 +78,29 @@ class TokenSampler(Protocol):
         ...
 
 
+def check_rows(
+    contexts: Sequence[Sequence[int] | NDArray[np.integer]],
+    row_keys: Sequence[int],
+    seed: int | Sequence[int],
+    budgets: Sequence[int] | None,
+) -> None:
+    """See that a call of `TokenSession.generate` has one of each for every row.
+
+    Raises:
+        PrefloopError: lengths that differ, a repeated key, or an empty context.
+    """
+    if len(row_keys) != len(contexts) or (budgets is not None and len(budgets) != len(contexts)):
+        given = f"{len(row_keys)} row keys" + ("" if budgets is None else f" and {len(budgets)} budgets")
+        raise PrefloopError(f"{len(contexts)} contexts but {given}: give one of each for every row")
+    if len(set(row_keys)) != len(row_keys):
+        raise PrefloopError("row_keys repeat: every row of a call needs its own key")
+    if not isinstance(seed, int) and len(seed) != len(contexts):
+        raise PrefloopError(f"{len(contexts)} contexts but {len(seed)} seeds: give one for all rows or one for each")
+    for index, context in enumerate(contexts):
+        if not len(context):
+            raise PrefloopError(f"context {index} (key {row_keys[index]}) is empty: a start token is needed at least")
+
+
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """What a served policy is asked to continue: messages and the tools it may call."""

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from prefloop.clients.sampling import Sampled, SamplingSettings
+from prefloop.clients.sampling import Sampled, SamplingSettings, check_rows
 from prefloop.models.cached_engine import CachedEngine, Tokens, why_not_cached
 from prefloop.models.draw import draw, uniforms, words
 from prefloop.models.kv_cache import Arena
@@ -141,11 +141,7 @@ class _Turn:
         seed: int | Sequence[int],
         budgets: Sequence[int] | None,
     ) -> None:
-        _check(contexts, row_keys, budgets)
-        if not isinstance(seed, int) and len(seed) != len(contexts):
-            raise PrefloopError(
-                f"{len(contexts)} contexts but {len(seed)} seeds: give one for all rows or one for each"
-            )
+        check_rows(contexts, row_keys, seed, budgets)
         self.contexts: list[Tokens] = [np.asarray(context, np.int32) for context in contexts]
         self.keys = list(row_keys)
         for key, context in zip(self.keys, self.contexts, strict=True):
@@ -190,17 +186,6 @@ class _Turn:
                 self._token, self._logprob, self._count, self._stopped, strict=True
             )
         ]
-
-
-def _check(contexts: Sequence[object], row_keys: Sequence[int], budgets: Sequence[int] | None) -> None:
-    if len(row_keys) != len(contexts) or (budgets is not None and len(budgets) != len(contexts)):
-        given = f"{len(row_keys)} row keys" + ("" if budgets is None else f" and {len(budgets)} budgets")
-        raise PrefloopError(f"{len(contexts)} contexts but {given}: give one of each for every row")
-    if len(set(row_keys)) != len(row_keys):
-        raise PrefloopError("row_keys repeat: every row of a call needs its own key")
-    for index, context in enumerate(contexts):
-        if not len(context):  # type: ignore[arg-type]
-            raise PrefloopError(f"context {index} (key {row_keys[index]}) is empty: a start token is needed at least")
 
 
 def _bare(model: nn.Module) -> nn.Module:
