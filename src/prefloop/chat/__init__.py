@@ -1,9 +1,10 @@
 """Messages ↔ tokens, with the source of every token; untrusted text can never forge a control token."""
 
 from prefloop.chat.parse import AssistantParser
-from prefloop.chat.paths import PathBuilder, render_demonstration, stop_ids, trajectory_paths
+from prefloop.chat.paths import PathBuilder, render_demonstration, trajectory_paths
 from prefloop.chat.render import ChatRenderer, RenderedPrompt
 from prefloop.chat.steps import StepFinder, StepKind, StepPlace, own_tokens, steps_of
+from prefloop.chat.turns import stop_ids
 
 __all__ = [
     "AssistantParser",

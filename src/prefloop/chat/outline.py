@@ -58,10 +58,14 @@ Leaf = Callable[[Any, str, bool, Kind], Any]
 
 @dataclass(frozen=True)
 class Dialect:
-    """How a template wants what the chat shape leaves open: tool calls with null content, arguments as text."""
+    """How a template wants what the chat shape leaves open.
+
+    Tool calls with null content, arguments as text, content as a list of parts.
+    """
 
     null_content: bool = False
     arguments_as_text: bool = False
+    parts: bool = False
 
 
 def message_data(message: Message, leaf: Leaf, dialect: Dialect) -> dict[str, Any]:
@@ -69,7 +73,8 @@ def message_data(message: Message, leaf: Leaf, dialect: Dialect) -> dict[str, An
     calls = bool(message.tool_calls)
     data: dict[str, Any] = {"role": message.role.value}
     if message.content:
-        data["content"] = leaf(message.content, "content", not calls, Kind.VALUE)
+        content = leaf(message.content, "content", not calls, Kind.VALUE)
+        data["content"] = [{"type": "text", "text": content}] if dialect.parts else content
     else:
         data["content"] = None if calls and dialect.null_content else ""
     if message.reasoning_content:

@@ -8,8 +8,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, Final, Literal
 
-from prefloop.chat.paths import stop_ids
 from prefloop.chat.render import ChatRenderer
+from prefloop.chat.turns import stop_ids
 from prefloop.records import JSONObject, Message, PrefloopError, Role, ToolCall
 
 ToolFormat = Literal["auto", "response_template", "hermes", "llama3", "text"]

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefloop.chat.pieces import Piece, split_after, text_of
-from prefloop.chat.render import ChatRenderer, Rendering
-from prefloop.records import JSONObject, Message, PrefloopError, Role, Source, TokenPath, ToolCall, Trajectory
+from prefloop.chat.render import ChatRenderer
+from prefloop.chat.turns import check_shown, turn_pieces
+from prefloop.records import JSONObject, Message, PrefloopError, Role, Source, TokenPath, Trajectory
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -94,18 +95,12 @@ class PathBuilder:
         """Add a turn that nobody sampled, as if the policy had sampled the template's rendering of it.
 
         Raises:
-            PrefloopError: the template drops the turn's content, or does not render the turn as its own generation
-                prompt followed by something that ends with a stop token.
+            PrefloopError: as `turn_pieces` and `check_shown`.
         """
         turn = len(self._rendering.messages)
         self._renderer.add(self._rendering, [message])
         pieces = turn_pieces(self._renderer, self._rendering, turn)
-        if pieces is None:
-            raise PrefloopError(
-                f"the template does not render assistant message {turn} as its own generation prompt followed by a "
-                "turn that ends with a stop token, so that turn cannot be masked; use a training template"
-            )
-        _check_content(message, pieces, turn)
+        check_shown(self._renderer, message, pieces, turn)
         self._sampled, self._canonical = self._renderer.encode(pieces)[0], pieces
         self._path.add_sampled(self._sampled, None, turn)
 
@@ -145,9 +140,12 @@ class PathBuilder:
         pieces = [piece for piece in rest if isinstance(piece, Piece)]
         found = self._after_text(pieces) if not self._canonical else None
         if found is None:
-            canonical = self._canonical or turn_pieces(self._renderer, self._rendering, turn)
-            after = None if canonical is None else split_after(pieces, canonical)
-            if canonical is None or after is None:
+            try:
+                canonical = self._canonical or turn_pieces(self._renderer, self._rendering, turn)
+            except PrefloopError:  # the template has no such turn: what was sampled stays in the path that is there
+                return None
+            after = split_after(pieces, canonical)
+            if after is None:
                 return None
             found = [piece for piece in after if isinstance(piece, Piece)]
             if canonical[-1].control >= 0 and self._sampled[-1] != canonical[-1].control:
@@ -178,51 +176,6 @@ class PathBuilder:
             self._renderer.tokenizer_hash,
             self._renderer.template_hash,
         )
-
-
-def turn_pieces(renderer: ChatRenderer, rendering: Rendering, turn: int) -> tuple[Piece, ...] | None:
-    """The pieces that an assistant's turn adds to its prompt, through the stop token (the last piece).
-
-    None where the template's rendering of the turn does not begin with the prompt that asks for it, or does not
-    end with a control token.
-    """
-    prompt = renderer.pieces(rendering, turn, True)
-    rest = split_after(renderer.pieces(rendering, turn + 1, False), prompt)
-    if rest is None:
-        return None
-    pieces = tuple(piece for piece in rest if isinstance(piece, Piece))
-    own = max((index for index, piece in enumerate(pieces) if piece.message == turn), default=-1)
-    tail = tuple(piece.control for piece in pieces[own + 1 :])
-    key = (rendering.outline.shapes[turn], tail)
-    stop = renderer.stops.get(key, -1)
-    if stop == -1:
-        stop = renderer.stops[key] = _stop(tail, _tail_when_answered(renderer, rendering.messages[turn]))
-    return None if stop is None else pieces[: own + 2 + stop]
-
-
-def _stop(tail: Sequence[int], answered: Sequence[int]) -> int | None:
-    """The index of the stop token: the last control token of the turn's tail that stays when a reply follows."""
-    common = 0
-    while common < min(len(tail), len(answered)) and tail[common] == answered[common]:
-        common += 1
-    controls = [index for index, control in enumerate(tail) if control >= 0]
-    staying = [index for index in controls if index < common]
-    return staying[-1] if staying else next(iter(controls), None)
-
-
-def _tail_when_answered(renderer: ChatRenderer, message: Message) -> list[int]:
-    """The control tokens (-1 for text) between a turn and the reply to it."""
-    reply = Message(Role.USER, "reply")
-    if message.tool_calls:
-        call: ToolCall = message.tool_calls[0]
-        reply = Message(Role.TOOL, "reply", tool_call_id=call.id, name=call.name)
-    try:
-        pieces = renderer.pieces(renderer.begin([Message(Role.USER, "question"), message, reply]), 3, False)
-    except PrefloopError:
-        return []
-    own = max((index for index, piece in enumerate(pieces) if piece.message == 1), default=-1)
-    answer = next((index for index, piece in enumerate(pieces) if piece.message == 2), len(pieces))
-    return [piece.control for piece in pieces[own + 1 : answer]]
 
 
 def render_demonstration(
@@ -293,37 +246,3 @@ def _replay(
         if following is not None:
             builder.extend(messages[turn + 1 : following])
     return builder.paths()
-
-
-def _check_content(message: Message, pieces: Sequence[Piece], turn: int) -> None:
-    # Beside tool calls some templates show no content: a model must not learn a turn that is not the one given.
-    content = message.content.strip()
-    if not message.tool_calls or not content:
-        return
-    own = [piece.text.strip() for piece in pieces if piece.message == turn]
-    shown = own[: 2 if message.reasoning_content else 1]
-    if not any(text and (content in text or text in content) for text in shown):
-        raise PrefloopError(
-            f"the chat template drops the content of message {turn} (role assistant) beside its tool calls; "
-            "leave the content out, or use a template that shows both"
-        )
-
-
-def stop_ids(renderer: ChatRenderer) -> frozenset[int]:
-    """The ids at which a sampler must stop: those that end a turn of text and a turn that calls a tool.
-
-    Raises:
-        PrefloopError: the template ends a turn without a control token and the tokenizer has no end token.
-    """
-    ids = set(renderer.end_ids)
-    call = Message(Role.ASSISTANT, tool_calls=(ToolCall("probe", {"x": "y"}, "call00001"),))
-    for turn in (Message(Role.ASSISTANT, "reply"), call):
-        try:
-            pieces = turn_pieces(renderer, renderer.begin([Message(Role.USER, "question"), turn]), 1)
-        except PrefloopError:
-            continue  # a template without tool calls
-        if pieces is not None:
-            ids.add(pieces[-1].control)
-    if not ids:
-        raise PrefloopError("neither the chat template nor the tokenizer ends a turn with a token: set eos_token")
-    return frozenset(ids)

@@ -104,26 +104,37 @@ def _is_literal(entry: Entry) -> bool:
     return isinstance(entry, Piece) and entry.control < 0 and entry.source is Source.TEMPLATE
 
 
-def split_after(whole: Sequence[Entry], prefix: Sequence[Entry]) -> tuple[Entry, ...] | None:
-    """What follows `prefix` in `whole`, or None where `whole` does not begin with it. Breaks do not matter."""
-    if tuple(whole[: len(prefix)]) == tuple(prefix):
-        return tuple(whole[len(prefix) :])
-    left, right = list(reversed(whole)), list(reversed(prefix))
-    while right:
-        if not left:
-            return None
+def num_common(a: Sequence[object], b: Sequence[object]) -> int:
+    """How many items the two share from their start."""
+    return next((index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def fork(whole: Sequence[Entry], other: Sequence[Entry]) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:
+    """What is left of each after the start that they share. Breaks do not matter; literals are cut where they part."""
+    left, right = list(reversed(whole)), list(reversed(other))
+    while left and right:
         a, b = left.pop(), right.pop()
         if _same(a, b):
             continue
         if not (_is_literal(a) and _is_literal(b) and isinstance(a, Piece) and isinstance(b, Piece)):
-            return None
-        if a.text.startswith(b.text):
-            left.append(a._replace(text=a.text[len(b.text) :], breaks=False))
-        elif b.text.startswith(a.text):
-            right.append(b._replace(text=b.text[len(a.text) :], breaks=False))
-        else:
-            return None
-    return tuple(reversed(left))
+            left.append(a)
+            right.append(b)
+            break
+        common = num_common(a.text, b.text)
+        for side, piece in ((left, a), (right, b)):
+            if piece.text[common:]:
+                side.append(piece._replace(text=piece.text[common:], breaks=False))
+        if common < min(len(a.text), len(b.text)):
+            break
+    return tuple(reversed(left)), tuple(reversed(right))
+
+
+def split_after(whole: Sequence[Entry], prefix: Sequence[Entry]) -> tuple[Entry, ...] | None:
+    """What follows `prefix` in `whole`, or None where `whole` does not begin with it. Breaks do not matter."""
+    if tuple(whole[: len(prefix)]) == tuple(prefix):
+        return tuple(whole[len(prefix) :])
+    rest, missing = fork(whole, prefix)
+    return None if missing else rest
 
 
 def with_break(whole: tuple[Entry, ...], prefix: Sequence[Entry]) -> tuple[Entry, ...] | None:

@@ -25,7 +25,17 @@ _LONG: Final = 1000  # characters
 
 _V = TypeVar("_V")
 _Tokens = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # ids, sources, message indices
-_DIALECTS = tuple(Dialect(null, text) for text in (False, True) for null in (False, True))
+_DIALECTS = tuple(
+    Dialect(null, text, parts) for parts in (False, True) for text in (False, True) for null in (False, True)
+)
+
+_PROBE_TOOLS = ({"type": "function", "function": {"name": "probe", "description": "d", "parameters": {}}},)
+_CALLING = (
+    Message(Role.USER, "a"),
+    Message(Role.ASSISTANT, tool_calls=(ToolCall("probe", {"x": "y"}, "call00001"),)),
+    Message(Role.TOOL, "b", tool_call_id="call00001", name="probe"),
+)
+_SPEAKING = (Message(Role.USER, "a"), Message(Role.ASSISTANT, "b"))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,7 +103,7 @@ class ChatRenderer:
         self._searched = re.compile(searched) if searched else None
         self._short_run_tokens = lru_cache(maxsize=_MAX_SHORT_RUNS)(self._run_tokens)
         self._long_run_tokens = lru_cache(maxsize=_MAX_LONG_RUNS)(self._run_tokens)
-        self.stops: LimitedDict[int | None] = LimitedDict(_MAX_LAYOUTS)
+        self.learnt: LimitedDict[Any] = LimitedDict(_MAX_LAYOUTS)  # what others find out about the template
         self._layouts: LimitedDict[Layout] = LimitedDict(_MAX_LAYOUTS)
         self._start = next((t for t in _start_tokens(tokenizer) if t is not None), None)
         end = getattr(tokenizer, "eos_token_id", None)
@@ -193,20 +203,16 @@ class ChatRenderer:
         return Conversation(rendering.messages[:count], rendering.tools, prompt, self._dialect)
 
     def _probe_dialect(self) -> Dialect:
-        """The first dialect in which the template shows a tool call (the plain one where it shows none)."""
-        call = ToolCall("probe", {"x": "y"}, "call00001")
-        messages = [
-            Message(Role.USER, "a"),
-            Message(Role.ASSISTANT, tool_calls=(call,)),
-            Message(Role.TOOL, "b", tool_call_id="call00001", name="probe"),
-        ]
-        tools = [{"type": "function", "function": {"name": "probe", "description": "d", "parameters": {}}}]
-        for dialect in _DIALECTS:
-            try:
-                learn_layout(self._template, self.encoder, Conversation(messages, tools, True, dialect))
-            except PrefloopError:
-                continue
-            return dialect
+        """The first dialect in which the template shows most: a call of a tool that it is given, a call, or text."""
+        knows_parts = "'text'" in self.template_source or '"text"' in self.template_source
+        dialects = [dialect for dialect in _DIALECTS if knows_parts or not dialect.parts]
+        for messages, tools in ((_CALLING, _PROBE_TOOLS), (_CALLING, ()), (_SPEAKING, ())):
+            for dialect in dialects:
+                try:
+                    learn_layout(self._template, self.encoder, Conversation(messages, tools, True, dialect))
+                except PrefloopError:
+                    continue
+                return dialect
         return _DIALECTS[0]
 
     # --- pieces to tokens -----------------------------------------------------------------------------------
