@@ -6,19 +6,23 @@ from typing import Annotated, TypeAlias
 
 from pydantic import Field
 
+from prefloop.environments.agent import Agent, AgentSettings
 from prefloop.environments.arithmetic import Arithmetic, ArithmeticSettings
-from prefloop.environments.base import Environment
+from prefloop.environments.base import TaskSource
 from prefloop.environments.booking import Booking, BookingSettings
 from prefloop.environments.prompts import Prompts, PromptsSettings
 from prefloop.environments.reasoning_gym import ReasoningGym, ReasoningGymSettings
 
 EnvironmentSettings: TypeAlias = Annotated[
-    ArithmeticSettings | BookingSettings | PromptsSettings | ReasoningGymSettings, Field(discriminator="name")
+    AgentSettings | ArithmeticSettings | BookingSettings | PromptsSettings | ReasoningGymSettings,
+    Field(discriminator="name"),
 ]
 
 
-def make_environment(settings: EnvironmentSettings) -> Environment:
-    """The environment that these settings describe."""
+def make_environment(settings: EnvironmentSettings) -> TaskSource:
+    """What these settings describe: an environment, or an agent with its own."""
+    if isinstance(settings, AgentSettings):
+        return Agent(settings)
     if isinstance(settings, ArithmeticSettings):
         return Arithmetic(settings)
     if isinstance(settings, BookingSettings):

@@ -3,6 +3,8 @@
 An environment makes tasks and opens episodes of them; an episode shows its prompt messages and tools, answers each
 assistant message with tool or user messages, and ends with a verified outcome. All luck of an episode comes from
 its seed: a group of rollouts of one task shares the seed, so that they differ by the policy alone.
+
+An agent that runs by itself has tasks, too, but no episodes that could be stepped: see `environments.agent`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
-from prefloop.records import JSONObject, Message, Split, Task
+from prefloop.records import JSONObject, Message, PrefloopError, Split, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +57,14 @@ class Episode(ABC):
         """
 
 
-class Environment(ABC):
-    """A source of tasks and of episodes.
+class TaskSource(ABC):
+    """A source of tasks.
 
     `group_seeded` is False where episodes of one task and seed may still differ by the environment's luck; their
-    pairs are marked. `max_turns` is the number of assistant messages after which an episode is cut short.
+    pairs are marked.
     """
 
     name: str
-    max_turns: int
     group_seeded: bool = True
 
     @abstractmethod
@@ -77,9 +78,46 @@ class Environment(ABC):
         """How many tasks of a split there are; None where there is no end to them."""
         return None
 
+    def files(self) -> dict[str, str]:
+        """The files that tasks and outcomes are a function of beside the settings: the hash of each, by path.
+
+        They are part of what an outcome means: a run goes on with the same ones only.
+        """
+        return {}
+
+    def check(self) -> None:  # noqa: B027  (most can always begin)
+        """See that episodes can begin.
+
+        Raises:
+            PrefloopError: they cannot.
+        """
+
+
+class Environment(TaskSource):
+    """A source of tasks and of episodes.
+
+    `max_turns` is the number of assistant messages after which an episode is cut short.
+    """
+
+    max_turns: int
+
     @abstractmethod
     def reset(self, task: Task, seed: int) -> Episode:
         """Open an episode of a task."""
+
+
+def steppable(source: TaskSource, purpose: str) -> Environment:
+    """The source as an environment whose episodes can be stepped; `purpose` is what needs that.
+
+    Raises:
+        PrefloopError: it is none: its episodes are an agent's own.
+    """
+    if isinstance(source, Environment):
+        return source
+    raise PrefloopError(
+        f"{purpose} plays episodes message by message, and those of environment {source.name} are played by an agent "
+        "of its own"
+    )
 
 
 @runtime_checkable

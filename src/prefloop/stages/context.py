@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefloop.environments import make_environment
-from prefloop.environments.base import Environment, Outcome
+from prefloop.environments.base import Outcome, TaskSource
 from prefloop.judges.base import Judge
 from prefloop.judges.llm import LLMJudge
 from prefloop.judges.rules import RuleJudge
@@ -74,7 +74,7 @@ class Run:
         return Path(self.settings.directory) / self.settings.name
 
     @cached_property
-    def environment(self) -> Environment:
+    def environment(self) -> TaskSource:
         """The environment of the run file."""
         return make_environment(self.settings.environment)
 
@@ -82,6 +82,8 @@ class Run:
     def verifier(self) -> Rater:
         """The test rater that verifies outcomes."""
         specification = self.settings.environment.model_dump(mode="json")
+        if files := self.environment.files():
+            specification["files"] = files
         return Rater(RaterKind.TEST, f"{self.environment.name}:verified", specification)
 
     @cached_property
@@ -97,15 +99,16 @@ class Run:
         return RuleJudge(self.verifier, settings.rules)
 
     def check(self) -> None:
-        """Make the judge now, and see that metrics can go where they are to go.
+        """Make the judge now, and see that the environment can begin and metrics can go where they are to go.
 
         Raises:
             PrefloopError: the judge cannot be asked (no key, no package, a wrong rubric, or a model that cannot be
-                loaded), or a package for metrics is missing.
+                loaded), the environment cannot begin, or a package for metrics is missing.
         """
         from prefloop.training.writers import check_reporters
 
         _ = self.judge
+        self.environment.check()
         for table in (self.settings.sft, self.settings.train):
             check_reporters(table.report_to if table is not None else [])
 
@@ -198,12 +201,27 @@ def opened(run: Run) -> Iterator[Run]:
     """Lock the run, record it, and check that it is the same run as before.
 
     Raises:
-        PrefloopError: another process holds the run, it lies elsewhere, or it was started with other settings.
+        PrefloopError: another process holds the run, it lies elsewhere, it was started with other settings, or a file
+            that its tasks or outcomes are made from is another one.
     """
     settings = run.settings.model_dump(mode="json", exclude={"store", "directory"})
     with claimed(run.store, run.settings.name, run.directory, settings, "give the run file another name"):
+        _check_files(run)
         run.store.add_raters([run.verifier])
         yield run
+
+
+def _check_files(run: Run) -> None:
+    started = run.found(BEFORE, "start")
+    if started is None:
+        return
+    before, now = started.get("files", {}), run.environment.files()
+    changed = sorted(path for path in before.keys() | now.keys() if before.get(path) != now.get(path))
+    if changed:
+        raise PrefloopError(
+            f"{', '.join(changed)} changed since run {run.settings.name} began: its figures would not be of one task; "
+            "give the run file another name, or set the file back"
+        )
 
 
 @contextmanager

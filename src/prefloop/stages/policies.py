@@ -11,6 +11,7 @@ import torch
 
 from prefloop.chat import ChatRenderer, stop_ids, trajectory_paths
 from prefloop.clients.sampling import SamplingSettings
+from prefloop.environments.base import steppable
 from prefloop.models.load import Policy, load_policy
 from prefloop.models.sampler import LocalSampler
 from prefloop.records import (
@@ -122,7 +123,7 @@ class Policies:
         self, policy: Policy, attempts: Sequence[Attempt], sampling: SamplingSettings, provenance: Provenance
     ) -> list[Rollout]:
         """Roll a policy out on a unit of attempts."""
-        environment = self._run.environment
+        environment = steppable(self._run.environment, "a rollout")
         renderer = self.renderer(policy)
         sampler = LocalSampler(policy.model, stop_ids(renderer))
         episodes = open_episodes(environment, attempts)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from prefloop.clients.openai_sampler import OpenAISampler
 from prefloop.clients.sampling import SamplingSettings
+from prefloop.environments.base import steppable
 from prefloop.records import AuthorKind, Ended, PrefloopError, Source, Split, Task, Trajectory
 from prefloop.rollout import Attempt, Provenance, RemoteSpeaker, Rollout, open_episodes, roll_out, unit_seed
 from prefloop.stages.context import Run
@@ -103,9 +104,10 @@ def _roll_out_served(
 ) -> list[Rollout]:
     assert run.settings.policy.server is not None
     sampler = OpenAISampler(run.settings.policy.server)
-    episodes = open_episodes(run.environment, attempts)
+    environment = steppable(run.environment, "a policy behind a server")
+    episodes = open_episodes(environment, attempts)
     speaker = RemoteSpeaker(sampler, episodes, sampling, unit_seed(run.settings.seed, provenance, attempts))
-    return roll_out(run.environment, attempts, episodes, speaker, provenance)
+    return roll_out(environment, attempts, episodes, speaker, provenance)
 
 
 def save_rollouts(run: Run, rollouts: Sequence[Rollout], tasks: Iterable[Task]) -> None:

@@ -42,7 +42,8 @@ def start_policy(run: Run) -> str:
     elif run.settings.policy.server is None:
         run.policies.get(checkpoint.id)  # a model that is not there is said now, while the run can still be changed
     with run.store.transaction():
-        run.store.add_event(run.id, BEFORE, "start", circumstances(run.settings))
+        files = run.environment.files()
+        run.store.add_event(run.id, BEFORE, "start", circumstances(run.settings) | ({"files": files} if files else {}))
         run.store.add_event(run.id, BEFORE, "policy", {"checkpoint_id": checkpoint.id})
     return checkpoint.id
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from prefloop.clients.sampling import SamplingSettings
 from prefloop.config import parse_settings
 from prefloop.environments import make_environment
-from prefloop.environments.base import Episode
+from prefloop.environments.base import Environment, Episode
 from prefloop.records import Message, PrefloopError, Role, Split
 from prefloop.stages.looking import find_checkpoint
 from prefloop.stages.settings import RunSettings
@@ -74,12 +74,14 @@ def talk(store: Store, name: str, temperature: float, console: Console) -> None:
 
 
 def _episode(store: Store, run_id: str) -> Episode | None:
-    """An episode whose tools the policy may use; None where its environment has no tools."""
+    """An episode whose tools the policy may use; None where its environment has none, or its agent has them."""
     run = store.run(run_id)
     if run is None or "environment" not in run["settings"]:  # a training of stored data
         return None
     settings = parse_settings(RunSettings, run["settings"], f"run {run['name']}")
     environment = make_environment(settings.environment)
+    if not isinstance(environment, Environment):
+        return None
     task = environment.tasks(Split.HELD_OUT, 1)[0]
     return environment.reset(task, settings.seed) if task.tools else None
 

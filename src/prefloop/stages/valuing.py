@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from prefloop.chat import StepFinder, StepPlace, steps_of, stop_ids
 from prefloop.curation.steps import MergedSteps, merge_step_labels, step_members
+from prefloop.environments.base import steppable
 from prefloop.judges import judge_items
 from prefloop.judges.base import JudgeItem
 from prefloop.records import (
@@ -53,6 +54,7 @@ def value_stage(run: Run, iteration: int) -> None:
     run.require(iteration, "rollout")
     if run.settings.policy.server is not None:
         raise PrefloopError(f"run {run.settings.name}: a served policy cannot go on from within a trajectory")
+    steppable(run.environment, "the value of a step")
     found = iteration_rollouts(run, iteration, with_paths=True)
     trajectories = [trajectory for trajectory in found if trajectory.ended is not Ended.ERROR]
     valuing = Valuing(run, run.checkpoint_before(iteration))
@@ -195,7 +197,7 @@ class Valuing:
         settings = self.run.settings.value
         own = [tasks[prefix.trajectory.task_id] for prefix in prefixes]
         sampler = LocalSampler(self._policy.model, stop_ids(self._renderer))
-        environment = self.run.environment
+        environment = steppable(self.run.environment, "the value of a step")
         rollouts = go_on(environment, prefixes, own, sampler, self._renderer, settings.sampling, seed)
         if settings.ended_well == "judge":
             return self._judged(rollouts, own)
