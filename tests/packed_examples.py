@@ -127,6 +127,37 @@ def agent_steps(num, seed=0):
     return stepped
 
 
+def thinking_paths(num_turns, rng):
+    """A run under a template that drops earlier reasoning: each turn is a path, and they share what stays."""
+    stays, sources, paths = rng.integers(3, VOCAB, 3).tolist(), [Source.PROMPT] * 3, []
+    for _ in range(num_turns):
+        reasoning, answer, tool = (rng.integers(3, VOCAB, rng.integers(1, 6)).tolist() for _ in range(3))
+        said = [*reasoning, 2, *answer]
+        paths.append(of_sources([*stays, *said], [*sources, *[Source.SAMPLED] * len(said)]))
+        stays, sources = (
+            [*stays, *answer, *tool],
+            [*sources, *[Source.PROMPT] * len(answer), *[Source.TOOL] * len(tool)],
+        )
+    return tuple(paths)
+
+
+def thinking_runs(records, num, num_turns=6, seed=0):
+    """Examples of a kind ("pairs", …) whose samples are such runs, with a row of one short path among them."""
+    rng = np.random.default_rng(seed)
+    samples = [thinking_paths(num_turns, rng) for _ in range(2 * num)]
+    samples[0] = samples[0][:1]
+    if records == "pairs":
+        sides = zip(samples[::2], samples[1::2], strict=True)
+        return [PreferencePair(*both, weight=2.0, name=f"run-{i}") for i, both in enumerate(sides)]
+    rows = [(sample, WEIGHTS[i % 3], f"run-{i}") for i, sample in enumerate(samples[:num])]
+    if records == "steps":
+        ends = [[Step(p, len(one.token) - 1, p % 2, 1.0 + p) for p, one in enumerate(paths)] for paths, _, _ in rows]
+        return [SteppedSample(paths, tuple(own), *said) for own, (paths, *said) in zip(ends, rows, strict=True)]
+    if records == "labelled samples":
+        return [LabelledSample(paths, i % 2 == 0, *said) for i, (paths, *said) in enumerate(rows)]
+    return [Demonstration(*row) for row in rows]
+
+
 def single_turn_labels(num, seed=0):
     """Samples of one turn, whose completions may be dealt to other prompts."""
     paths = paths_of(random_pairs((num + 1) // 2, seed))[:num]

@@ -1,8 +1,9 @@
 """Splitting the examples of an optimizer step into micro-batches under a token budget.
 
-Examples stay whole (a pair's two samples share a prompt), and examples that share a prefix stay together unless they
-pass the budget together. The split is a function of the examples and the budget alone, so of (seed, step) like the
-examples themselves, and never changes the gradient, because denominators are global over the step.
+Examples stay whole (a pair's two samples share a prompt) unless one alone passes the budget (`prefloop.batch.pieces`),
+and examples that share a prefix stay together unless they pass the budget together. The split is a function of the
+examples and the budget alone, so of (seed, step) like the examples themselves, and never changes the gradient, because
+denominators are global over the step.
 
 The budget of tokens is one of memory, too. What the forward keeps for the backward pass grows with the computed
 tokens and with nothing else: attention is computed in blocks whose scores are not kept, whatever the tree's shape.
@@ -50,9 +51,9 @@ def split_examples(examples: Sequence[Example], max_tokens: int, *, shares: bool
     """The indices of the examples of each micro-batch of at most `max_tokens` computed tokens.
 
     With `shares` tokens are counted once for each micro-batch, as a forest computes them; without, as padded
-    rows. An example larger than the budget gets a micro-batch of its own.
+    rows. An example larger than the budget gets a micro-batch of its own, which `pack_pieces` cuts.
     """
-    groups = _split_forest(examples, max_tokens) if shares else _split_rows(examples, max_tokens)
+    groups = _split_forest(examples, max_tokens) if shares else split_rows(_lengths(examples), max_tokens)
     return [sorted(group) for group in groups]
 
 
@@ -161,16 +162,22 @@ def _runs(examples: Sequence[Example]) -> _Runs:
     return _Runs(np.bincount(run_T).tolist(), of_E, num_visits_E)
 
 
-def _split_rows(examples: Sequence[Example], max_tokens: int) -> list[list[int]]:
-    """The examples with the longest rows first, each into the first micro-batch with room for its rows."""
-    lengths = [[len(path.token) for sample in example.samples for path in sample] for example in examples]
+def _lengths(examples: Sequence[Example]) -> list[list[int]]:
+    return [[len(path.token) for sample in example.samples for path in sample] for example in examples]
+
+
+def split_rows(lengths: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+    """The indices of groups of rows, each of these lengths, those with the longest first.
+
+    Each group goes into the first micro-batch in which its rows, padding included, have room under the budget.
+    """
     groups: list[list[int]] = []
     held: list[list[int]] = []
 
-    def has_room(rows: list[int], new: list[int]) -> bool:
-        return sum(rows) + sum(new) <= max_tokens and num_row_places(rows + new) <= max_tokens
+    def has_room(rows: list[int], new: Sequence[int]) -> bool:
+        return sum(rows) + sum(new) <= max_tokens and num_row_places([*rows, *new]) <= max_tokens
 
-    for i in sorted(range(len(examples)), key=lambda i: -max(lengths[i])):
+    for i in sorted(range(len(lengths)), key=lambda i: -max(lengths[i])):
         room = (g for g, rows in enumerate(held) if has_room(rows, lengths[i]))
         if (g := next(room, len(groups))) == len(groups):
             groups.append([])

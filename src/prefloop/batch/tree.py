@@ -50,7 +50,7 @@ def build_forest(paths: Sequence[NDArray[np.integer]]) -> Forest:
     """
     length_N = _lengths(paths)
     path_start_N = np.cumsum(length_N) - length_N
-    order, common = _sorted(paths)
+    order, common = prefix_order(paths)
     num_new = length_N[order] - common
     base = np.cumsum(num_new) - num_new
     num_nodes = int(num_new.sum())
@@ -110,7 +110,7 @@ class _Side(NamedTuple):
     token: int  # the first of its own, -1 where it ends
 
 
-def _sorted(paths: Sequence[NDArray[np.integer]]) -> tuple[Ints, Ints]:
+def prefix_order(paths: Sequence[NDArray[np.integer]]) -> tuple[Ints, Ints]:
     """The lexicographic order of the paths, a prefix before its extensions, and what each shares with the one before.
 
     Equal paths stay in the order given. Paths that agree so far are compared with one of them, the pivot, and parted

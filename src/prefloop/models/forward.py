@@ -24,6 +24,7 @@ from prefloop.models.attention import causal_model, is_sharing, sharing, why_not
 from prefloop.models.last_layer import asking_segments, only_at
 from prefloop.models.logits import Head, body_of, head_of
 from prefloop.models.positions import check_positions
+from prefloop.models.sparing import chunking
 from prefloop.records import PrefloopError
 
 Want = Literal["logprob", "entropy", "score"]
@@ -79,7 +80,8 @@ def forward(
     check_positions(model, batch)
     token_U = torch.unique(batch.visit_token_V[batch.loss_mask_V if read_V is None else read_V])
     read_U = layout.place_T[token_U if "score" in want else batch.parent_T[token_U]]
-    hidden_LD = hidden_states(model, layout, read_U)
+    with nullcontext() if torch.is_grad_enabled() else chunking(model):
+        hidden_LD = hidden_states(model, layout, read_U)
 
     def spread(value_U: Tensor) -> Tensor:
         return value_U.new_zeros(batch.num_tokens, *value_U.shape[1:]).index_put((token_U,), value_U)

@@ -51,7 +51,8 @@ class Algorithm(Protocol):
 
     The step weighs each unit's loss (`PackedBatch.weight`) and divides each term by the sum of its units' weights
     over the whole optimizer step. `reads` says whether the loss reads log-probs or scores, `read_V` at which visits.
-    Where `couples`, the loss of a unit depends on others, and is computed over the whole optimizer step at once.
+    Where `couples`, the loss of a unit depends on others, and is computed over the whole optimizer step at once. Where
+    it `reads_apart`, a unit reads one visit, and the paths of a sample may be in different batches.
     """
 
     @property
@@ -68,6 +69,7 @@ class Algorithm(Protocol):
 
     records: ClassVar[Records]
     reads: ClassVar[Literal["logprob", "score"]]
+    reads_apart: ClassVar[bool]
 
     def read_V(self, batch: PackedBatch) -> Tensor:
         """The visits whose log-prob or score the loss reads; bool [V]."""
@@ -83,6 +85,7 @@ class _OwnTokens:
     """What most algorithms have in common: the log-probs of the policy's own tokens, each unit on its own."""
 
     reads: ClassVar[Literal["logprob", "score"]] = "logprob"
+    reads_apart: ClassVar[bool] = False
     couples = False
     needs_reference = False
 
@@ -103,6 +106,7 @@ class SFT(_OwnTokens):
 
     name: ClassVar[str] = "sft"
     records: ClassVar[Records] = "demonstrations"
+    reads_apart: ClassVar[bool] = True
 
     def loss(self, batch: PackedBatch, output_V: Tensor) -> UnitLoss:
         """Cross-entropy of each loss token."""
@@ -297,6 +301,7 @@ class ProcessReward(_Scores):
 
     name: ClassVar[str] = "process_reward"
     records: ClassVar[Records] = "steps"
+    reads_apart: ClassVar[bool] = True
 
     def read_V(self, batch: PackedBatch) -> Tensor:
         """The last token of each labelled step."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,8 +22,10 @@ from prefloop.batch.examples import Demonstration, Example, LabelledSample, Pref
 from prefloop.batch.layout import Layout
 from prefloop.batch.packed import PackedBatch, Unit
 from prefloop.batch.packing import pack_group, split_examples
+from prefloop.batch.pieces import Piece, pack_pieces
 from prefloop.models.attention import causal_model, disable_dropout, sharing, why_not_shared
 from prefloop.models.forward import LOGIT_BUDGET, forward, layout_for
+from prefloop.models.sparing import sparing
 from prefloop.records import DivergedError, PrefloopError
 from prefloop.training.algorithms import Algorithm, UnitLoss
 
@@ -62,6 +64,13 @@ class Skipped:
     loss: float
     grad_norm: float
     rows: tuple[str, ...]
+
+
+class _Packed(NamedTuple):
+    """A micro-batch, and the pieces of it that go through the model one after the other: one, if it fits the budget."""
+
+    batch: PackedBatch
+    pieces: list[Piece]
 
 
 class TrainingStep:
@@ -129,8 +138,8 @@ class TrainingStep:
 
         Denominators are sums of weights over all the examples: the split into micro-batches changes nothing. A loss
         that couples rows is computed over all of them from log-probs without gradient, and its gradient with respect
-        to those is carried through the model by micro-batch (Gao et al. 2021, arXiv:2101.06983). Where gradients are
-        switched off, none is added.
+        to those is carried through the model by micro-batch (Gao et al. 2021, arXiv:2101.06983); so is that of an
+        example which is larger than the budget, by pieces. Where gradients are switched off, none is added.
         """
         self._check(examples)
         samples = self.algorithm.kl_samples(examples, seed)
@@ -142,22 +151,28 @@ class TrainingStep:
             )
             examples, samples = scored[: len(examples)], scored[len(examples) :]
         groups = self._split(examples)
-        batches = [self._pack(examples, group) for group in groups]
-        joint = self._joint(examples, samples, batches)
+        packed = [self._pack(examples, group) for group in groups]
+        joint = self._joint(examples, samples, packed)
         kl = None if joint is not None else self._kl(samples)
-        batches = [replace(batch, kl=kl) for batch in batches]
+        packed = [_Packed(replace(batch, kl=kl), pieces) for batch, pieces in packed]
+        pieces = [piece.batch for one in packed for piece in one.pieces]
         totals = _Totals()
-        if self.algorithm.couples and len(batches) > 1:
-            self._backward_coupled(replace(self._pack(examples, range(len(examples))), kl=kl), batches, groups, totals)
-        else:
-            denominator = _Denominators(self.algorithm.name, batches)
-            for batch in batches:
-                self._backward(batch, denominator, totals, joint)
+        if self.algorithm.couples and len(pieces) > 1:
+            packed = [self._pack_jointly(examples, groups, packed)]
+        denominator = _Denominators(self.algorithm.name, [batch for batch, _ in packed])
+        for one in packed:
+            if len(one.pieces) == 1:
+                self._backward(one.batch, denominator, totals, joint)
+            elif self.algorithm.reads_apart:
+                for piece in one.pieces:
+                    self._backward(piece.batch, denominator, totals, None)
+            else:
+                self._backward_coupled(one, denominator, totals)
         return totals.means() | {
             "num_computed": float(totals.num_computed),
-            "num_tokens": float(sum(batch.num_tokens for batch in batches)),
-            "num_visits": float(sum(batch.visit_token_V.shape[0] for batch in batches)),
-            "num_loss_tokens": float(sum(int(batch.loss_mask_V.sum()) for batch in batches)),
+            "num_tokens": float(sum(batch.num_tokens for batch in pieces)),
+            "num_visits": float(sum(batch.visit_token_V.shape[0] for batch in pieces)),
+            "num_loss_tokens": float(sum(int(batch.loss_mask_V.sum()) for batch in pieces)),
         }
 
     @torch.no_grad()
@@ -179,11 +194,23 @@ class TrainingStep:
     def _split(self, examples: Sequence[Example]) -> list[list[int]]:
         return split_examples(examples, self.settings.max_tokens, shares=not why_not_shared(self.model))
 
-    def _pack(self, examples: Sequence[Example], group: Sequence[int]) -> PackedBatch:
-        return pack_group(examples, group).to(next(self.model.parameters()).device)
+    def _pack(self, examples: Sequence[Example], group: Sequence[int]) -> _Packed:
+        return _Packed(*_pack_pieces(self.model, examples, group, self.settings.max_tokens))
+
+    def _pack_jointly(
+        self, examples: Sequence[Example], groups: Sequence[Sequence[int]], packed: Sequence[_Packed]
+    ) -> _Packed:
+        """One batch of all examples, of which those of the micro-batches are pieces."""
+        joint = pack_group(examples, range(len(examples))).to(packed[0].batch.token_T.device)
+        example_V = joint.visit_sample_V // len(examples[0].samples)  # examples of a step are of one kind
+        pieces = []
+        for group, one in zip(groups, packed, strict=True):
+            own = torch.nonzero(torch.isin(example_V, torch.tensor(group, device=example_V.device)))[:, 0]
+            pieces += [Piece(piece.batch, own[piece.visits]) for piece in one.pieces]
+        return _Packed(replace(joint, kl=packed[0].batch.kl), pieces)
 
     def _joint(
-        self, examples: Sequence[Example], samples: Sequence[Demonstration], batches: Sequence[PackedBatch]
+        self, examples: Sequence[Example], samples: Sequence[Demonstration], packed: Sequence[_Packed]
     ) -> PackedBatch | None:
         """Examples and samples of the KL in one batch, where one pass over it costs less than two; None elsewhere.
 
@@ -191,12 +218,13 @@ class TrainingStep:
         passes cost one forward of the samples with their prompts.
         """
         both: list[Any] = [*examples, *samples]
-        if not samples or len(batches) > 1 or why_not_shared(self.model) or len(self._split(both)) > 1:
+        num_pieces = sum(len(one.pieces) for one in packed)
+        if not samples or num_pieces > 1 or why_not_shared(self.model) or len(self._split(both)) > 1:
             return None
-        joint = self._pack(both, range(len(both)))
-        num_added = joint.num_tokens - batches[0].num_tokens
+        joint = self._pack(both, range(len(both))).batch
+        num_added = joint.num_tokens - packed[0].batch.num_tokens
         num_passes = 3 if torch.is_grad_enabled() else 1
-        pays = num_passes * num_added < self._pack(samples, range(len(samples))).num_tokens
+        pays = num_passes * num_added < self._pack(samples, range(len(samples))).batch.num_tokens
         return joint if pays and joint.ref_logprob_V is not None else None
 
     def _backward(
@@ -207,9 +235,12 @@ class TrainingStep:
         The visits of `joint` are those of the batch, then those of samples over which the KL is yet to be taken.
         """
         batch = self._referenced(batch)
+        read_V = self.algorithm.read_V(joint or batch)
+        if not read_V.any():
+            return  # a piece of which the loss reads nothing
         layout = layout_for(self.model, joint or batch)
-        with self._attention(layout):
-            output_V = self._output(joint or batch, layout)
+        with self._running(layout):
+            output_V = self._output(joint or batch, layout, read_V)
             if joint is not None:
                 num_own = len(batch.visit_token_V)
                 total = _logratio_V(output_V.detach(), joint)[num_own:].sum()
@@ -222,42 +253,37 @@ class TrainingStep:
         totals.add(loss, unit_loss, batch)
         totals.num_computed += (layout if joint is None else layout_for(self.model, batch)).num_places
 
-    def _backward_coupled(
-        self, joint: PackedBatch, batches: Sequence[PackedBatch], groups: Sequence[Sequence[int]], totals: _Totals
-    ) -> None:
-        """The loss over all examples at once, its gradient by micro-batch."""
-        joint = self._referenced(joint)
-        example_V = _example_of_visits(joint, groups)
-        where = [
-            torch.nonzero(torch.isin(example_V, torch.tensor(group, device=example_V.device)))[:, 0] for group in groups
-        ]
-        layouts = [layout_for(self.model, batch) for batch in batches]
+    def _backward_coupled(self, packed: _Packed, denominator: _Denominators, totals: _Totals) -> None:
+        """The loss over a whole batch at once, its gradient by piece; those of which it reads nothing are left out."""
+        batch = self._referenced(*packed)
+        read_V = self.algorithm.read_V(batch)
+        pieces = [(piece, read_V[piece.visits]) for piece in packed.pieces if read_V[piece.visits].any()]
+        layouts = [layout_for(self.model, piece.batch) for piece, _ in pieces]
         totals.num_computed += sum(layout.num_places for layout in layouts)
         with torch.no_grad():
-            outputs = [self._output(batch, layout) for batch, layout in zip(batches, layouts, strict=True)]
-        output_V = outputs[0].new_zeros(len(example_V), *outputs[0].shape[1:])
-        for visits, output in zip(where, outputs, strict=True):
-            output_V[visits] = output
-        output_V.requires_grad_()
-        unit_loss = self.algorithm.loss(joint, output_V)
-        loss = _weighed(unit_loss, joint, _Denominators(self.algorithm.name, [joint]))
-        totals.add(loss, unit_loss, joint)
+            outputs = [
+                self._output(piece.batch, layout, read) for (piece, read), layout in zip(pieces, layouts, strict=True)
+            ]
+        output_V = _joined(batch, [piece for piece, _ in pieces], outputs).requires_grad_()
+        unit_loss = self.algorithm.loss(batch, output_V)
+        loss = _weighed(unit_loss, batch, denominator)
+        totals.add(loss, unit_loss, batch)
         if not torch.is_grad_enabled():
             return
         (grad_V,) = torch.autograd.grad(loss, output_V)
-        for visits, batch, layout in zip(where, batches, layouts, strict=True):
-            with self._attention(layout):
-                self._output(batch, layout).backward(grad_V[visits])  # type: ignore[no-untyped-call]
+        for (piece, read), layout in zip(pieces, layouts, strict=True):
+            with self._running(layout):
+                self._output(piece.batch, layout, read).backward(grad_V[piece.visits])  # type: ignore[no-untyped-call]
 
-    def _output(self, batch: PackedBatch, layout: Layout) -> Tensor:
-        """What the algorithm reads of the model, for each visit."""
+    def _output(self, batch: PackedBatch, layout: Layout, read_V: Tensor) -> Tensor:
+        """What the algorithm reads of the model, for each visit that it reads."""
         reads = self.algorithm.reads
         with self._autocast():
             outputs = forward(
                 self.model,
                 batch,
                 {reads},
-                read_V=self.algorithm.read_V(batch),
+                read_V=read_V,
                 layout=layout,
                 logit_budget=self.settings.logit_budget,
             )
@@ -265,7 +291,8 @@ class TrainingStep:
         assert output_T is not None
         return output_T[batch.visit_token_V]
 
-    def _referenced(self, batch: PackedBatch) -> PackedBatch:
+    def _referenced(self, batch: PackedBatch, pieces: Sequence[Piece] = ()) -> PackedBatch:
+        """The batch with the reference's log-probs, where the algorithm reads them; computed by piece, if there are."""
         if not self.algorithm.needs_reference or batch.ref_logprob_V is not None:
             return batch
         if self.reference is None:
@@ -273,7 +300,7 @@ class TrainingStep:
                 f"{self.algorithm.name} needs a reference: give the model, or score the examples by with_reference"
             )
         with self._autocast():
-            return replace(batch, ref_logprob_V=_logprob_of(self.reference, batch))
+            return replace(batch, ref_logprob_V=_logprob_of(self.reference, batch, pieces))
 
     @torch.no_grad()
     def _kl(self, samples: Sequence[Demonstration]) -> Tensor | None:
@@ -282,13 +309,19 @@ class TrainingStep:
             return None
         logratios = []
         for group in self._split(samples):
-            batch = self._referenced(self._pack(samples, group))
+            batch, pieces = self._pack(samples, group)
+            batch = self._referenced(batch, pieces)
             with self._autocast():
-                logratios.append(_logratio_V(_logprob_of(self.model, batch), batch).sum())
+                logratios.append(_logratio_V(_logprob_of(self.model, batch, pieces), batch).sum())
         return torch.stack(logratios).sum() / len(samples)
 
-    def _attention(self, layout: Layout) -> AbstractContextManager[None]:
-        return nullcontext() if layout.segments is None else sharing(self.model)
+    @contextmanager
+    def _running(self, layout: Layout) -> Iterator[None]:
+        """Around forward and backward: attention over a forest; in little memory, where the budget is passed."""
+        exceeds = torch.is_grad_enabled() and layout.num_places > self.settings.max_tokens
+        attention = nullcontext() if layout.segments is None else sharing(self.model)
+        with attention, sparing(self.model) if exceeds else nullcontext():
+            yield
 
     def _autocast(self) -> AbstractContextManager[None]:
         return _autocast(self.model, self.settings.autocast)
@@ -358,19 +391,32 @@ def _weighed(unit_loss: UnitLoss, batch: PackedBatch, denominator: _Denominators
     return torch.stack([term.double() for term in terms]).sum()
 
 
-def _example_of_visits(joint: PackedBatch, groups: Sequence[Sequence[int]]) -> Tensor:
-    """Which example each visit of the joint batch belongs to."""
-    num_examples = sum(map(len, groups))
-    samples_each = joint.num_samples // num_examples  # examples of a step are of one kind
-    return joint.visit_sample_V // samples_each
+def _pack_pieces(
+    model: nn.Module, examples: Sequence[Example], group: Sequence[int], max_tokens: int
+) -> tuple[PackedBatch, list[Piece]]:
+    """The batch of a group and its pieces, on the model's device."""
+    device = next(model.parameters()).device
+    batch, pieces = pack_pieces(examples, group, max_tokens, shares=not why_not_shared(model))
+    return batch.to(device), [Piece(piece.batch.to(device), piece.visits.to(device)) for piece in pieces]
 
 
 @torch.no_grad()
-def _logprob_of(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """The log-prob of each visit under a frozen model; 0 outside the loss mask."""
+def _logprob_of(model: nn.Module, batch: PackedBatch, pieces: Sequence[Piece]) -> Tensor:
+    """The log-prob of each visit under a frozen model, by piece, if there are; 0 outside the loss mask."""
+    pieces = [piece for piece in pieces if piece.batch.loss_mask_V.any()]
+    if len(pieces) > 1:
+        return _joined(batch, pieces, [_logprob_of(model, piece.batch, ()) for piece in pieces])
     logprob_T = forward(model, batch).logprob_T
     assert logprob_T is not None
     return logprob_T[batch.visit_token_V]
+
+
+def _joined(batch: PackedBatch, pieces: Sequence[Piece], value_of: Sequence[Tensor]) -> Tensor:
+    """The values of all visits of a batch, from those of its pieces; 0 in pieces that are not there."""
+    value_V = value_of[0].new_zeros(len(batch.visit_token_V), *value_of[0].shape[1:])
+    for piece, value in zip(pieces, value_of, strict=True):
+        value_V[piece.visits] = value
+    return value_V
 
 
 def _logratio_V(logprob_V: Tensor, batch: PackedBatch) -> Tensor:
@@ -395,14 +441,13 @@ def with_reference(
         PrefloopError: as `pack`.
     """
     model.eval()
-    device = next(model.parameters()).device
     scored = list(examples)
     for group in split_examples(examples, max_tokens, shares=not why_not_shared(model)):
-        batch = pack_group(examples, group).to(device)
+        batch, pieces = _pack_pieces(model, examples, group, max_tokens)
         counts = [sum(map(len, examples[i].samples)) for i in group]
         lengths = [len(path.token) for i in group for sample in examples[i].samples for path in sample]
         with _autocast(model, autocast):
-            logprob_V = _logprob_of(model, batch).cpu().numpy()
+            logprob_V = _logprob_of(model, batch, pieces).cpu().numpy()
         logprobs = iter(np.split(logprob_V, np.cumsum(lengths)[:-1]))
         for i, num_paths in zip(group, counts, strict=True):
             scored[i] = replace(examples[i], ref_logprob=tuple(islice(logprobs, num_paths)))

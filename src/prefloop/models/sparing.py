@@ -1,0 +1,80 @@
+"""Long paths in little memory: layers are computed again in the backward pass, their feed-forward in chunks of tokens.
+
+A path that is longer than the budget cannot be cut. What grows with it then is the input of each layer, kept for the
+backward pass, and what one layer's attention needs, which is computed again when its turn comes (Chen et al. 2016,
+arXiv:1604.06174). The feed-forward is wider than anything else of a layer and works on each token alone: of it there is
+never more than a chunk.
+
+Keeping keys and values of earlier chunks of a path instead, with their gradients, would keep 8 L K bytes a token, or
+12 L K with gradients in float32, against 2 L D for the inputs of L layers in bfloat16, keys K and layers D wide. That
+is more wherever K is above a quarter or a sixth of D: 229 or 344 KB against 57 in Qwen3-0.6B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from prefloop.models.attention import causal_model, why_not_shared
+
+CHUNK_TOKENS = 2048
+"""Tokens of a chunk: enough that products of matrices are as fast as ever."""
+
+
+@contextmanager
+def sparing(model: nn.Module) -> Iterator[None]:
+    """Within this context a forward keeps no more than the inputs of layers; the backward pass must be inside, too.
+
+    Models whose layers cannot be computed again (none that transformers lists today) keep what they always do.
+    """
+    modules: Iterable[Any] = causal_model(model).modules()
+    layers = [module for module in modules if getattr(module, "gradient_checkpointing", None) is False]
+    recompute = partial(checkpoint, use_reentrant=False)
+    for layer in layers:
+        vars(layer).update(gradient_checkpointing=True, _gradient_checkpointing_func=recompute)
+    try:
+        with chunking(model):
+            yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = False
+
+
+@contextmanager
+def chunking(model: nn.Module) -> Iterator[None]:
+    """Within this context feed-forward layers work on `CHUNK_TOKENS` at a time, and keep only what goes into them.
+
+    Only of models that can share prefixes, whose feed-forward is known to treat each token alone.
+    """
+    causal: Any = causal_model(model)
+    modules = [] if why_not_shared(model) else [layer.mlp for layer in causal.base_model.layers]
+    before = [vars(module).get("forward") for module in modules]
+    for module in modules:
+        module.forward = partial(_in_chunks, module.forward)
+    try:
+        yield
+    finally:
+        for module, own in zip(modules, before, strict=True):
+            del module.forward
+            if own is not None:
+                module.forward = own
+
+
+def _in_chunks(compute: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+    """The feed-forward of [B, T, D]."""
+    chunks = torch.split(hidden.flatten(0, 1), CHUNK_TOKENS)
+    if len(chunks) == 1:
+        return compute(hidden)
+    if not torch.is_grad_enabled():
+        out = torch.empty_like(hidden).flatten(0, 1)
+        for own, chunk in zip(torch.split(out, CHUNK_TOKENS), chunks, strict=True):
+            own.copy_(compute(chunk[None])[0])
+        return out.view_as(hidden)
+    parts = [checkpoint(compute, chunk[None], use_reentrant=False)[0] for chunk in chunks]
+    return torch.cat(parts).view_as(hidden)
