@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefloop.chat import AssistantParser, render_demonstration
-from prefloop.chat.parse import split_hermes, split_llama3, split_reasoning
+from prefloop.chat.parse import split_reasoning
 from prefloop.records import Message, PrefloopError, Role, ToolCall
 
 

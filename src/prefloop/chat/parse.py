@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections.abc import Sequence
-from typing import Any, Final, Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Final, get_args
 
+from prefloop.chat.calls import CALL_FORMATS, Placed, Reading, ToolFormat
+from prefloop.chat.calls.base import is_storable
 from prefloop.chat.render import ChatRenderer
-from prefloop.chat.turns import stop_ids
+from prefloop.chat.turns import stop_ids, turn_pieces
 from prefloop.records import JSONObject, Message, PrefloopError, Role, ToolCall
 
-ToolFormat = Literal["auto", "response_template", "hermes", "llama3", "text"]
-TOOL_FORMATS: Final = ("auto", "response_template", "hermes", "llama3", "text")
-
-_NAME = re.compile(r'"name"\s*:\s*"([^"\\]{1,128})"')
-_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _THINK, _THOUGHT = "<think>", "</think>"
+_OWN = "response_template"
+_LOOK_BACK: Final = 64  # tokens of the prompt in which an opened thought is looked for
 
 
 class AssistantParser:
@@ -25,74 +22,77 @@ class AssistantParser:
 
     Args:
         renderer: for tokenizer and template.
-        tool_format: `response_template` is transformers' own parser; `hermes` is
-            `<tool_call>{"name": …, "arguments": {…}}</tool_call>`; `llama3` is a bare
-            `{"name": …, "parameters": {…}}`; `text` has no calls; `auto` takes the tokenizer's response template if it
-            has one, else what the template's text shows.
+        tool_format: one of `CALL_FORMATS`; `response_template`, transformers' own parser; `text`, which reads no
+            calls; `auto`, which takes the renderer's, or else finds it (`find_format`).
 
     Raises:
         PrefloopError: an unknown format, or `response_template` where the tokenizer has none.
     """
 
     def __init__(self, renderer: ChatRenderer, tool_format: ToolFormat = "auto") -> None:
-        if tool_format not in TOOL_FORMATS:
-            raise PrefloopError(f"tool format {tool_format!r} is not one of {', '.join(TOOL_FORMATS)}")
+        if tool_format not in get_args(ToolFormat):
+            raise PrefloopError(f"tool format {tool_format!r} is not one of {', '.join(get_args(ToolFormat))}")
+        if tool_format == _OWN and not _declares(renderer):
+            raise PrefloopError(
+                f"the tokenizer has no response_template: use one of the tool formats {', '.join(CALL_FORMATS)} or text"
+            )
         self._renderer = renderer
         self._stops = stop_ids(renderer)
         self._thinks = _THOUGHT in renderer.template_source
-        declared = getattr(renderer.tokenizer, "response_template", None) is not None
-        if tool_format == "response_template" and not declared:
-            raise PrefloopError("the tokenizer has no response_template: use tool format 'hermes', 'llama3' or 'text'")
-        self.tool_format = (
-            _declared_format(renderer.template_source, declared) if tool_format == "auto" else tool_format
-        )
+        self.tool_format = find_format(renderer) if tool_format == "auto" else tool_format
+        self._format = CALL_FORMATS.get(self.tool_format)
 
-    def parse_assistant(self, tokens: Sequence[int], prompt: Sequence[int] = ()) -> Message:
+    def parse_assistant(
+        self, tokens: Sequence[int], prompt: Sequence[int] = (), tools: Sequence[JSONObject] = ()
+    ) -> Message:
         """The message that sampled tokens say.
 
         Args:
             tokens: what was sampled, with or without the stop token.
             prompt: what it followed, where the template may have begun the turn (an open `<think>`).
+            tools: what the turn could call, in the OpenAI shape: they type the arguments of formats without types.
         """
-        ids = [int(token) for token in tokens]
-        if ids and ids[-1] in self._stops:
-            ids.pop()
-        before = self._renderer.encoder.decode([int(token) for token in prompt[-64:]])
-        if self.tool_format == "response_template":
-            message = self._by_response_template(ids, prompt)
+        ids = self._without_stop(tokens)
+        if self.tool_format == _OWN:
+            message = self._by_response_template(ids, prompt, tools)
             if message is not None:
                 return message
-        return self.parse_text(self._renderer.encoder.decode(ids), in_thought=before.rstrip().endswith(_THINK))
+        before = self._renderer.encoder.decode([int(token) for token in prompt[-_LOOK_BACK:]])
+        return self.parse_text(self._renderer.encoder.decode(ids), before.rstrip().endswith(_THINK), tools)
 
-    def parse_text(self, text: str, in_thought: bool = False) -> Message:
+    def parse_text(self, text: str, in_thought: bool = False, tools: Sequence[JSONObject] = ()) -> Message:
         """The message that a text says; `in_thought` if the prompt already opened the reasoning."""
-        reasoning = ""
-        if self._thinks:
-            reasoning, text = split_reasoning(text, in_thought)
-        calls: tuple[ToolCall, ...] = ()
-        if self.tool_format in ("hermes", "response_template"):
-            text, calls = split_hermes(text)
-        elif self.tool_format == "llama3":
-            text, calls = split_llama3(text)
-        return Message(Role.ASSISTANT, text, reasoning_content=reasoning, tool_calls=calls)
+        reading = self._read(text, in_thought, tools)
+        calls = tuple(placed.call for placed in reading.calls)
+        return Message(Role.ASSISTANT, reading.content, reading.reasoning, calls)
 
-    def _by_response_template(self, ids: list[int], prompt: Sequence[int]) -> Message | None:
+    def places(self, tokens: Sequence[int]) -> tuple[Placed, ...]:
+        """The calls of a turn with their places in its decoded text; none where the format cannot tell."""
+        return self._read(self._renderer.encoder.decode(self._without_stop(tokens)), False, ()).calls
+
+    def _without_stop(self, tokens: Sequence[int]) -> list[int]:
+        ids = [int(token) for token in tokens]
+        return ids[:-1] if ids and ids[-1] in self._stops else ids
+
+    def _read(self, text: str, in_thought: bool, tools: Sequence[JSONObject]) -> Reading:
+        reasoning, rest = split_reasoning(text, in_thought) if self._thinks else ("", text)
+        if self._format is None:
+            return Reading(rest, (), reasoning)
+        reading = self._format.read(rest, tools)
+        offset = len(text) - len(rest)
+        calls = tuple(Placed(call, start + offset, end + offset) for call, start, end in reading.calls)
+        return replace(reading, calls=calls, reasoning=reasoning or reading.reasoning)
+
+    def _by_response_template(
+        self, ids: list[int], prompt: Sequence[int], tools: Sequence[JSONObject]
+    ) -> Message | None:
         try:
-            raw = self._renderer.tokenizer.parse_response(ids, prefix=[int(token) for token in prompt])
+            before = [int(token) for token in prompt]
+            raw = self._renderer.tokenizer.parse_response(ids, prefix=before, tools=list(tools) or None)
             message = Message.from_dict({**raw, "role": "assistant"})
         except Exception:  # a declared grammar over a model's words may fail in any way; the text is then read plainly
             return None
-        return message if _is_storable(message.to_dict()) else None
-
-
-def _declared_format(template: str, has_response_template: bool) -> ToolFormat:
-    if has_response_template:
-        return "response_template"
-    if _OPEN in template and "arguments" in template and "<function=" not in template and "<arg_key>" not in template:
-        return "hermes"
-    if '"parameters": ' in template and "<|start_header_id|>" in template:
-        return "llama3"
-    return "text"
+        return message if is_storable(message.to_dict()) else None
 
 
 def split_reasoning(text: str, in_thought: bool = False) -> tuple[str, str]:
@@ -105,85 +105,61 @@ def split_reasoning(text: str, in_thought: bool = False) -> tuple[str, str]:
     return reasoning.strip("\n"), rest.lstrip("\n")
 
 
-def split_hermes(text: str) -> tuple[str, tuple[ToolCall, ...]]:
-    """Content and tool calls of a text with `<tool_call>` blocks.
+# --- which format a template has ----------------------------------------------------------------------------
 
-    A block whose JSON is broken, cut off or not a call keeps its text: as the arguments of the call if its name
-    can be read, else as content.
+_CALL: Final = ToolCall("probe", {"text": "word", "number": 5}, "call00001")
+_TOOL: Final[JSONObject] = {
+    "type": "function",
+    "function": {
+        "name": "probe",
+        "description": "d",
+        "parameters": {
+            "type": "object",
+            "properties": {"text": {"type": "string"}, "number": {"type": "integer"}},
+        },
+    },
+}
+
+
+def find_format(renderer: ChatRenderer) -> ToolFormat:
+    """The renderer's tool format; where that is `auto`, the first that reads back a call as the template shows it.
+
+    Formats that also read the reasoning of that turn come first. Where none reads it, it is the tokenizer's response
+    template, and `text` where it has none.
     """
-    calls: list[ToolCall] = []
-    head, *blocks = text.split(_OPEN)
-    content = [head]
-    for block in blocks:
-        inner, closed, rest = block.partition(_CLOSE)
-        call = read_call(inner, "arguments")
-        if call is None:
-            content.append(_OPEN + inner + closed)
-        else:
-            calls.append(call)
-        content.append(rest)
-    if not calls:
-        return text, ()
-    return "\n".join(part.strip("\n") for part in content if part.strip()), tuple(calls)
-
-
-def place_hermes(text: str) -> list[tuple[ToolCall, int]]:
-    """The tool calls of a text with `<tool_call>` blocks, each with where it ends, its closing tag included."""
-    found = []
-    head, *blocks = text.split(_OPEN)
-    position = len(head)
-    for block in blocks:
-        inner, closed, _ = block.partition(_CLOSE)
-        call = read_call(inner, "arguments")
-        if call is not None:
-            found.append((call, position + len(_OPEN) + len(inner) + len(closed)))
-        position += len(_OPEN) + len(block)
+    if renderer.tool_format != "auto":
+        return renderer.tool_format
+    if "tool format" not in renderer.learnt:
+        renderer.learnt["tool format"] = _first_that_reads(renderer)
+    found: ToolFormat = renderer.learnt["tool format"]
     return found
 
 
-def split_llama3(text: str) -> tuple[str, tuple[ToolCall, ...]]:
-    """Content and tool calls of a text that is nothing but one JSON call."""
-    body = text.strip().removeprefix("<|python_tag|>").strip()
-    call = read_call(body, "parameters") if body.startswith("{") else None
-    return (text, ()) if call is None else ("", (call,))
+def _first_that_reads(renderer: ChatRenderer) -> str:
+    declared = [_OWN] if _declares(renderer) else []
+    for message, ids, prompt in _shown_calls(renderer):
+        for name in [*CALL_FORMATS, *declared]:
+            if AssistantParser(renderer, name).parse_assistant(ids, prompt, [_TOOL]) == message:  # type: ignore[arg-type]
+                return name
+    return declared[0] if declared else "text"
 
 
-def read_call(text: str, arguments_key: str) -> ToolCall | None:
-    """The tool call that a JSON text describes; a broken one with a readable name keeps the text as arguments."""
-    try:
-        value = json.loads(text, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError):
-        value = None
-    if isinstance(value, dict) and _is_storable(value):
-        name, arguments = value.get("name"), value.get(arguments_key, {})
-        if isinstance(name, str) and name and isinstance(arguments, dict):
-            return ToolCall(name, arguments)
-    found = _NAME.search(text)
-    return ToolCall(found.group(1), text.strip()) if found else None
+def _shown_calls(renderer: ChatRenderer) -> Iterator[tuple[Message, list[int], list[int]]]:
+    """Turns that call a tool, with and without a thought, and the tokens in which the template shows them."""
+    question = Message(Role.USER, "question")
+    for reasoning in ("a thought", ""):
+        for tools in ((_TOOL,), ()):
+            turn = Message(Role.ASSISTANT, "", reasoning, (_CALL,))
+            rendering = renderer.begin([question, turn], tools)
+            try:
+                said = renderer.encode(turn_pieces(renderer, rendering, 1))[0]
+                prompt = renderer.encode(renderer.pieces(rendering, 1, True))[0]
+            except PrefloopError:
+                continue  # a template without tools, without calls, or without reasoning beside them
+            call = ToolCall(_CALL.name, _CALL.arguments)  # most formats write no ids
+            yield replace(turn, tool_calls=(call,)), said, prompt
+            break
 
 
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is not JSON")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is not finite")
-    return value
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> JSONObject:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("an object names a key twice")
-    return value
-
-
-def _is_storable(value: object) -> bool:
-    """Whether a JSON value can be written as UTF-8 (no lone surrogates, no NaN, not too deep)."""
-    try:
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError, TypeError):
-        return False
-    return True
+def _declares(renderer: ChatRenderer) -> bool:
+    return getattr(renderer.tokenizer, "response_template", None) is not None

@@ -11,6 +11,7 @@ from typing import Any, Final, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from prefloop.chat.calls import ToolFormat
 from prefloop.chat.encoding import TextEncoder
 from prefloop.chat.layout import Conversation, Layout, learn_layout, read_layout
 from prefloop.chat.outline import Dialect, Outline, tools_key
@@ -86,13 +87,19 @@ class ChatRenderer:
         tokenizer: a Hugging Face tokenizer with a `tokenizers` backend.
         chat_template: a template to use instead of the tokenizer's own.
         variables: further variables of the template, such as `enable_thinking`.
+        tool_format: how its model writes tool calls; `auto` is what the template shows.
 
     Raises:
         PrefloopError: no template, no fast backend, or a tokenizer that loses white space.
     """
 
     def __init__(
-        self, tokenizer: Any, *, chat_template: str | None = None, variables: Mapping[str, Any] | None = None
+        self,
+        tokenizer: Any,
+        *,
+        chat_template: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+        tool_format: ToolFormat = "auto",
     ) -> None:
         self.encoder = TextEncoder(tokenizer)
         source = chat_template if chat_template is not None else _own_template(tokenizer)
@@ -109,6 +116,7 @@ class ChatRenderer:
         end = getattr(tokenizer, "eos_token_id", None)
         self.end_ids = frozenset(() if end is None else (int(end),))
         self.tokenizer = tokenizer
+        self.tool_format: ToolFormat = tool_format
         self.tokenizer_hash = self.encoder.hash
         self.template_hash = content_hash("chat template", source, special, dict(variables or {}))
         self._dialect = self._probe_dialect()

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prefloop.chat.parse import place_hermes
+from prefloop.chat.parse import AssistantParser
 from prefloop.chat.render import ChatRenderer
 from prefloop.records import Message, PrefloopError, Role, TokenPath, Trajectory
 
@@ -91,6 +91,7 @@ class StepFinder:
     """
 
     def __init__(self, renderer: ChatRenderer, separator: str = SEPARATOR) -> None:
+        self._renderer = renderer
         self._encoder = renderer.encoder
         self._separator = separator
         self._piece = lru_cache(maxsize=_MAX_PIECES)(lambda token: renderer.encoder.decode([token]))
@@ -117,13 +118,27 @@ class StepFinder:
         if place.tool_call is not None:
             if place.tool_call == len(message.tool_calls) - 1:
                 return None
-            return self._token_at(ids, _call_end(self._turn(ids)[0], message, place.tool_call))
+            return self._token_at(ids, self._call_end(ids, message, place.tool_call))
         if place.span is None:
             return None
         end = _with_separators(message.content, place.span[1], self._separator)
         if not message.content[end:].strip():
             return None
         return self._token_at(ids, self._in_text(self._turn(ids)[0], message, end))
+
+    @cached_property
+    def _parser(self) -> AssistantParser:
+        return AssistantParser(self._renderer)
+
+    def _call_end(self, ids: tuple[int, ...], message: Message, call: int) -> int:
+        """Where a call ends in the text of its turn. Calls are told by their names and order: values may be retyped."""
+        placed = self._parser.places(ids)
+        if [found.call.name for found in placed] != [one.name for one in message.tool_calls]:
+            raise PrefloopError(
+                "its several tool calls cannot be told apart in its tokens "
+                f"(tool format {self._parser.tool_format}): label whole turns instead"
+            )
+        return placed[call].end
 
     def _in_text(self, text: str, message: Message, end: int) -> int:
         """Where the first `end` characters of a message's content end in the text of its turn."""
@@ -187,16 +202,6 @@ def _assistant_message(trajectory: Trajectory, place: StepPlace) -> Message:
     if place.span is not None and not 0 <= place.span[0] < place.span[1] <= len(message.content):
         raise PrefloopError(f"the message's content has {len(message.content)} characters")
     return message
-
-
-def _call_end(text: str, message: Message, call: int) -> int:
-    placed = place_hermes(text)
-    if [(found.name, found.arguments) for found, _ in placed] != [(c.name, c.arguments) for c in message.tool_calls]:
-        raise PrefloopError(
-            "its several tool calls cannot be told apart in its tokens (only <tool_call> blocks can): "
-            "label whole turns instead"
-        )
-    return placed[call][1]
 
 
 def _with_separators(text: str, end: int, separator: str) -> int:

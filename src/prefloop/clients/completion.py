@@ -10,14 +10,14 @@ import asyncio
 import importlib
 import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from prefloop.clients.retry import CallError, http_failure
-from prefloop.clients.strict_json import strict_loads
+from prefloop.records.strict_json import strict_loads
 from prefloop.records import JSONObject, PrefloopError, Status
 
 MAX_REPLY_BYTES = 2 * 2**20
@@ -144,8 +144,13 @@ async def read_json(response: Any, max_bytes: int = MAX_REPLY_BYTES) -> JSONObje
     Raises:
         CallError: it is larger than `max_bytes`, or not a JSON object.
     """
+    return await join_json(response.iter_bytes(), max_bytes)
+
+
+async def join_json(chunks: AsyncIterable[bytes], max_bytes: int) -> JSONObject:
+    """The JSON object whose bytes come in chunks; errors as `read_json`."""
     body = bytearray()
-    async for chunk in response.iter_bytes():
+    async for chunk in chunks:
         body += chunk
         if len(body) > max_bytes:
             raise CallError(Status.HTTP_ERROR, f"the reply is larger than {max_bytes} bytes", maybe_billed=True)

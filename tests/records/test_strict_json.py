@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefloop.clients.strict_json import strict_loads
+from prefloop.records.strict_json import strict_loads
 
 BAD = [
     '{"a": 1, "a": 2}', '{"x": {"a": 1, "\\u0061": 1}}', "NaN", "[Infinity]", "-Infinity", "1e400", "-1e999",

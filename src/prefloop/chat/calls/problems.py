@@ -1,0 +1,66 @@
+"""What is wrong with a tool call, in words that the agent that wrote it can act on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from prefloop.chat.calls.base import is_of_type, load_json, parameters_of, types_of
+from prefloop.records import JSONObject, ToolCall
+
+
+def call_problem(call: ToolCall, tools: Sequence[JSONObject]) -> str:
+    """What is wrong with a call of one of these tools, empty where nothing is: an environment answers it as a tool.
+
+    It may name no tool, hold text that is no JSON object, lack an argument that is required, or give one that is not
+    of the type or among the values that the tool's JSON schema asks for (arguments that no schema names are let pass).
+    """
+    parameters = parameters_of(tools, call.name)
+    if parameters is None:
+        return _unknown(call.name, tools)
+    if not isinstance(call.arguments, dict):
+        return f"the arguments of {call.name} are not a JSON object{_why(call.arguments)}"
+    required, properties = parameters.get("required"), parameters.get("properties")
+    schemas: Mapping[str, Any] = properties if isinstance(properties, Mapping) else {}
+    missing = [name for name in required or () if name not in call.arguments] if isinstance(required, list) else []
+    if missing:
+        return f"{call.name} lacks the argument {_described(missing[0], schemas.get(missing[0]))}"
+    wrong = (_mistyped(call, name, value, schemas.get(name)) for name, value in call.arguments.items())
+    return next(filter(None, wrong), "")
+
+
+def _unknown(name: str, tools: Sequence[JSONObject]) -> str:
+    names = [str(tool.get("function", tool).get("name")) for tool in tools]
+    near = get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"the tools are {', '.join(names)}" if names else "there are none"
+    return f"there is no tool {name}: {hint}"
+
+
+def _why(text: str) -> str:
+    try:
+        load_json(text)
+    except ValueError as error:
+        return f": {' '.join(str(error).split())[:120]}"
+    return ""
+
+
+def _described(name: str, schema: object) -> str:
+    types = types_of(schema)
+    return f"{name} ({' or '.join(types)})" if types else name
+
+
+def _mistyped(call: ToolCall, name: str, value: object, schema: object) -> str:
+    types = types_of(schema)
+    if types and not any(is_of_type(value, kind) for kind in types):
+        return f"the argument {name} of {call.name} must be {' or '.join(types)}, not {_shown(value)}"
+    allowed = schema.get("enum") if isinstance(schema, Mapping) else None
+    if isinstance(allowed, list) and allowed and value not in allowed:
+        return f"the argument {name} of {call.name} must be one of {_shown(allowed)}, not {_shown(value)}"
+    return ""
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
