@@ -135,7 +135,7 @@ class LocalSpeaker:
         if not len(tokens):
             return Turn(None, cut=True)
         builder = self._builders[episode]
-        message = _numbered(self._parser.parse_assistant(tokens.tolist(), builder.context.tolist()), turn)
+        message = numbered(self._parser.parse_assistant(tokens.tolist(), builder.context.tolist()), turn)
         builder.append_sampled(tokens, np.concatenate([np.full(len(begun), np.nan), sampled.logprob]), message)
         return Turn(message, cut=sampled.stopped == "length")
 
@@ -299,7 +299,7 @@ def _outcome(record: _Record, episode: Episode) -> Outcome | None:
         return None
 
 
-def _numbered(message: Message, turn: int) -> Message:
+def numbered(message: Message, turn: int) -> Message:
     """The message with an id for each tool call, which its answer refers to."""
     calls = tuple(ToolCall(c.name, c.arguments, c.id or f"call_{turn}_{n}") for n, c in enumerate(message.tool_calls))
     return Message(Role.ASSISTANT, message.content, message.reasoning_content, calls)

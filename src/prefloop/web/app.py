@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from prefloop.feedback.desk import Desk, VoteConflictError
 from prefloop.feedback.queue import QueueSettings, build_queue
 from prefloop.feedback.votes import Choice
 from prefloop.records import PrefloopError
+from prefloop.serving import LOOPBACK, bind, require_packages, url_of
 from prefloop.store import Store
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from fastapi.responses import HTMLResponse, JSONResponse
 
 HERE = Path(__file__).parent
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 DEFAULT_PORT = 8417
 MAX_SECONDS = 86400.0
 
@@ -56,9 +55,7 @@ def require_web() -> None:
     Raises:
         PrefloopError: it is not.
     """
-    missing = [name for name in ("fastapi", "jinja2", "uvicorn") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise PrefloopError(f"the annotation page needs {', '.join(missing)}: pip install 'prefloop[web]'")
+    require_packages("the annotation page", "fastapi", "jinja2", "uvicorn")
 
 
 def create_app(store: Store, settings: QueueSettings, rater_name: str, *, port: int = DEFAULT_PORT) -> FastAPI:
@@ -206,8 +203,7 @@ def open_server(
         app, log_level="warning", access_log=False, server_header=False, limit_concurrency=64, timeout_keep_alive=5,
         timeout_graceful_shutdown=2,
     )  # fmt: skip
-    shown_host = "[::1]" if host == "::1" else host
-    return PageServer(uvicorn.Server(config), bound, f"http://{shown_host}:{port}/")
+    return PageServer(uvicorn.Server(config), bound, f"{url_of(bound)}/")
 
 
 def bind_loopback(host: str, port: int) -> socket.socket:
@@ -218,16 +214,7 @@ def bind_loopback(host: str, port: int) -> socket.socket:
     """
     if host not in LOOPBACK:
         raise PrefloopError(f"the page has no login and is served on this machine only: host {host!r} is refused")
-    bound = socket.socket(socket.AF_INET6 if host == "::1" else socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind((host, port))
-        bound.listen(128)
-    except (OSError, OverflowError) as error:
-        bound.close()
-        reason = getattr(error, "strerror", None) or str(error)
-        raise PrefloopError(f"port {port} of {host} cannot be used ({reason}): choose another with --port") from None
-    return bound
+    return bind(host, port)
 
 
 def serve(

@@ -11,6 +11,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from prefloop.serving import TooLargeError, loopback_hosts, read_body
+
 MAX_BODY_BYTES = 16 * 1024
 
 CONTENT_POLICY = (
@@ -28,16 +30,12 @@ SECURITY_HEADERS = {
 }
 
 
-class TooLargeError(Exception):
-    """A request's body is larger than any of ours."""
-
-
 class Guard:
     """ASGI middleware that refuses what does not come from a page of ours; `port` is the one that is served."""
 
     def __init__(self, app: ASGIApp, port: int) -> None:
         self.app = app
-        self.hosts = frozenset(f"{name}:{port}" for name in ("127.0.0.1", "localhost", "[::1]"))
+        self.hosts = loopback_hosts(port)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it with 400, 403, 405, 413 or 415."""
@@ -52,7 +50,7 @@ class Guard:
             await _refuse(*refusal)(scope, receive, send)
             return
         try:
-            body = await _read(receive)
+            body = await read_body(receive, MAX_BODY_BYTES)
         except TooLargeError:
             await _refuse(413, f"the body is larger than {MAX_BODY_BYTES} bytes")(scope, receive, send)
             return
@@ -85,24 +83,6 @@ class Guard:
 
 def _refuse(status: int, reason: str) -> JSONResponse:
     return JSONResponse({"error": reason}, status, {"connection": "close"})
-
-
-async def _read(receive: Receive) -> bytes:
-    """The whole body, whatever length was announced.
-
-    Raises:
-        TooLargeError: it is larger than `MAX_BODY_BYTES`.
-    """
-    body, more = b"", True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            break
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-        if len(body) > MAX_BODY_BYTES:
-            raise TooLargeError
-    return body
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -1,0 +1,285 @@
+"""The gateway without its wire: episodes are opened, asked, and closed into trajectories."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from urllib.parse import quote
+
+from prefloop.chat import ChatRenderer
+from prefloop.clients.sampling import Sampled, SamplingSettings
+from prefloop.environments.base import Outcome
+from prefloop.gateway.batcher import Batcher, Job
+from prefloop.gateway.episodes import Name, OpenEpisode, Turn, Voice
+from prefloop.gateway.refusal import RefusedError
+from prefloop.gateway.settings import GatewaySettings
+from prefloop.gateway.wire import Asked
+from prefloop.records import Ended, JSONObject, Message, PrefloopError, Task
+from prefloop.rollout import Attempt, Provenance, Rollout
+
+Find = Callable[[str], Attempt]
+Record = Callable[[Rollout, Task], None]
+
+
+class Gateway:
+    """Serves a policy to agents and records what they do with it; every method may be called from any thread.
+
+    Args:
+        renderer: for the policy's tokenizer and template.
+        batcher: samples the policy.
+        provenance: where the trajectories come from; `author` is the checkpoint.
+        max_context: the most tokens of a conversation, replies included.
+        sampling: temperature, top-p and the longest reply.
+        settings: limits and deadlines.
+        find: the next attempt at the task of a name, for episodes that agents open; raises `PrefloopError` where
+            there is no such task. Without it only `open` opens episodes.
+        record: keeps a closed episode that an agent opened. What `open` opened is its opener's to keep.
+        group_seeded: whether the attempts at a task share its luck.
+    """
+
+    def __init__(
+        self,
+        renderer: ChatRenderer,
+        batcher: Batcher,
+        provenance: Provenance,
+        max_context: int,
+        sampling: SamplingSettings,
+        settings: GatewaySettings,
+        *,
+        find: Find | None = None,
+        record: Record | None = None,
+        group_seeded: bool = False,
+    ) -> None:
+        self.settings = settings
+        self.provenance = provenance
+        self.max_context = min(max_context, settings.max_context or max_context)
+        self.recorded: Counter[Ended] = Counter()
+        self.voice = Voice(renderer)
+        self._batcher = batcher
+        self._sampling = sampling
+        self._find, self._record = find, record
+        self._group_seeded = group_seeded
+        self._lock = threading.RLock()
+        self._open: dict[Name, OpenEpisode] = {}
+        self._closed: set[Name] = set()
+        self._num_in_work = 0
+        self._draining = False
+
+    # --- episodes -----------------------------------------------------------------------------------------------
+
+    def open(self, name: Name, attempt: Attempt | None = None) -> OpenEpisode:
+        """Open an episode; `attempt` where the caller owns it, closes it and keeps its trajectory.
+
+        Raises:
+            RefusedError: the episode is or was open, its task is unknown, or too many are open.
+        """
+        with self._lock:
+            if name in self._open or name in self._closed:
+                was = "is open already" if name in self._open else "was closed"
+                raise RefusedError(
+                    409, "duplicate_episode", f"episode {name[1]!r} of task {name[0]!r} {was}: use another id"
+                )
+            if self._draining:
+                raise _stopping()
+            if len(self._open) >= self.settings.max_episodes:
+                raise RefusedError(
+                    429, "too_many_episodes", f"{len(self._open)} episodes are open: close some", retry_after_s=2
+                )
+            tried = attempt or self._attempt(name[0])
+            trajectory_id = self.provenance.trajectory_id(tried)
+            episode = OpenEpisode(name, tried, trajectory_id, self.voice, owned=attempt is not None)
+            self._open[name] = episode
+            return episode
+
+    def _attempt(self, task: str) -> Attempt:
+        if self._find is None:
+            raise RefusedError(404, "unknown_episode", "episodes are opened by the environment here, not by agents")
+        try:
+            return self._find(task)
+        except PrefloopError as error:
+            raise RefusedError(404, "unknown_task", str(error)) from None
+
+    def named(self, episode: str) -> Name:
+        """The name of the one open episode of this id.
+
+        Raises:
+            RefusedError: there is none, or several tasks have one.
+        """
+        with self._lock:
+            found = [name for name in self._open if name[1] == episode]
+            if len(found) == 1:
+                return found[0]
+            if found:
+                tasks = ", ".join(sorted(name[0] for name in found))
+                raise RefusedError(
+                    400, "task_needed", f"several tasks have an open episode {episode!r}: {tasks}; name one"
+                )
+            raise self._not_open(next((name for name in self._closed if name[1] == episode), ("", episode)))
+
+    def close(self, name: Name, outcome: Outcome | None = None, *, ended: Ended | None = None, **extra: str) -> Rollout:
+        """End an episode; replies in the making are given up. Its trajectory, and `outcome` as it was given.
+
+        `ended` stands unless a limit or a deadline ended it before; `extra` is kept beside it, where it is not empty.
+
+        Raises:
+            RefusedError: it is not open.
+            PrefloopError: it could not be kept; it stays open.
+        """
+        with self._lock:
+            episode = self._open.get(name)
+            if episode is None:
+                raise self._not_open(name)
+            self._abandon(episode, RefusedError(409, "episode_closed", f"episode {name[1]!r} was closed"))
+            rollout = episode.close(self.provenance, outcome, ended, extra, group_seeded=self._group_seeded)
+            del self._open[name]
+            self._closed.add(name)
+        if self._record is not None and not episode.owned:
+            try:
+                self._record(rollout, episode.attempt.task)
+            except PrefloopError:
+                with self._lock:
+                    self._open[name] = episode
+                    self._closed.discard(name)
+                raise
+        self.recorded[rollout.trajectory.ended] += 1
+        self._batcher.release(episode.keys)
+        return rollout
+
+    def drain(self) -> None:
+        """Refuse what comes from now on; replies in the making are still given."""
+        with self._lock:
+            self._draining = True
+
+    def close_all(self) -> None:
+        """Refuse what comes, and end every episode that an agent opened as interrupted."""
+        self.drain()
+        with self._lock:
+            left = [episode for episode in self._open.values() if not episode.owned]
+        for episode in left:
+            self._end(episode, Ended.INTERRUPTED)
+
+    def end_overdue(self) -> None:
+        """End the episodes that have been open, or idle, for too long; owners still close theirs."""
+        now, limits = time.monotonic(), self.settings
+        with self._lock:
+            overdue = [
+                episode
+                for episode in self._open.values()
+                if now - episode.opened_at > limits.episode_deadline_s
+                or (not episode.in_work and now - episode.last_at > limits.idle_deadline_s)
+            ]
+            for episode in overdue:
+                episode.stop(Ended.DEADLINE)
+                self._abandon(
+                    episode, RefusedError(504, "episode_deadline", f"episode {episode.name[1]!r} took too long")
+                )
+        for episode in overdue:
+            if not episode.owned:
+                self._end(episode, Ended.DEADLINE)
+
+    def _end(self, episode: OpenEpisode, ended: Ended) -> None:
+        """Close an episode that nobody closed; one in which nothing was asked is forgotten."""
+        with self._lock:
+            if self._open.get(episode.name) is not episode:
+                return  # its outcome came in between
+            if episode.is_empty:
+                del self._open[episode.name]
+                self._closed.add(episode.name)
+                return
+        self.close(episode.name, ended=ended)
+
+    def _not_open(self, name: Name) -> RefusedError:
+        if name in self._closed:
+            return RefusedError(409, "episode_closed", f"episode {name[1]!r} was closed: use another id")
+        return RefusedError(404, "unknown_episode", f"there is no open episode {name[1]!r}")
+
+    # --- replies ------------------------------------------------------------------------------------------------
+
+    def begin(self, name: Name, asked: Asked) -> tuple[OpenEpisode, Turn, SamplingSettings]:
+        """Make the next turn of an episode, which is opened if it is new.
+
+        Whoever begins a turn hands it to `submit` and then to `finish` or `give_up`.
+
+        Raises:
+            RefusedError: the episode is over, the queue is full, or as `OpenEpisode.begin`.
+        """
+        with self._lock:
+            if self._draining:
+                raise _stopping()
+            if self._num_in_work >= self.settings.max_queue:
+                raise RefusedError(
+                    429, "queue_full", f"{self._num_in_work} requests are in work: wait", retry_after_s=1
+                )
+            episode = self._open.get(name)
+            if episode is None:
+                if name in self._closed:
+                    raise self._not_open(name)
+                episode = self.open(name)
+            if episode.ended is None and episode.num_turns >= self.settings.max_turns:
+                episode.stop(Ended.MAX_TURNS)
+            if episode.ended is not None:
+                raise RefusedError(409, f"episode_{episode.ended.value}", _why_over(episode.ended, self.settings))
+            turn = episode.begin(asked.messages, asked.tools, asked.seed, self.max_context)
+            self._num_in_work += 1
+            return episode, turn, self._settings_of(asked, self.max_context - len(turn.context))
+
+    def _settings_of(self, asked: Asked, room: int) -> SamplingSettings:
+        update: JSONObject = {"max_new_tokens": min(asked.max_tokens or room, self._sampling.max_new_tokens, room)}
+        if self.settings.sampling == "request":
+            given = {"temperature": asked.temperature, "top_p": asked.top_p}
+            update |= {key: value for key, value in given.items() if value is not None}
+        return self._sampling.model_copy(update=update)
+
+    def submit(self, turn: Turn, job: Job) -> None:
+        """Have the reply sampled."""
+        turn.job = job
+        self._batcher.submit(job)
+
+    def finish(self, episode: OpenEpisode, turn: Turn, sampled: Sampled) -> Message:
+        """Record what the policy said; the message.
+
+        Raises:
+            RefusedError: the episode was closed in the meantime.
+        """
+        with self._lock:
+            if turn not in episode.in_work:
+                raise self._not_open(episode.name)
+            self._num_in_work -= 1
+            return episode.finish(turn, sampled)
+
+    def give_up(self, episode: OpenEpisode, turn: Turn) -> None:
+        """The reply is wanted no more; it is recorded nowhere."""
+        with self._lock:
+            if turn in episode.in_work:
+                self._num_in_work -= 1
+                episode.give_up(turn)
+        if turn.job is not None:
+            turn.job.cancelled = True
+
+    def _abandon(self, episode: OpenEpisode, why: RefusedError) -> None:
+        for turn in list(episode.in_work):
+            self.give_up(episode, turn)
+            if turn.job is not None:
+                turn.job.on_done(why)
+
+    def states(self) -> list[JSONObject]:
+        """The open episodes as seen from outside."""
+        with self._lock:
+            return [episode.state() for episode in self._open.values()]
+
+
+def key_of(name: Name, token: str = "") -> str:
+    """The API key with which an agent that can set nothing else names its episode."""
+    return "/".join([token or "none", *(quote(part, safe="") for part in name)])
+
+
+def _stopping() -> RefusedError:
+    return RefusedError(503, "shutting_down", "the gateway is shutting down", retry_after_s=5)
+
+
+def _why_over(ended: Ended, settings: GatewaySettings) -> str:
+    if ended is Ended.MAX_TURNS:
+        return f"the episode has had its {settings.max_turns} turns: post its outcome"
+    return "the episode took too long and is over"

@@ -1,0 +1,239 @@
+"""OpenAI's chat-completions format: requests in, replies out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from prefloop.clients.sampling import Sampled
+from prefloop.gateway.refusal import RefusedError
+from prefloop.records import JSONObject, Message, PrefloopError, ToolCall
+
+HARMLESS: Final = frozenset({
+    "model", "user", "metadata", "store", "parallel_tool_calls", "service_tier", "safety_identifier",
+    "prompt_cache_key", "prompt_cache_retention", "reasoning_effort", "verbosity",
+})  # fmt: skip
+READ: Final = frozenset({
+    "messages", "tools", "tool_choice", "temperature", "top_p", "max_tokens", "max_completion_tokens", "seed",
+    "logprobs", "stream", "stream_options",
+})  # fmt: skip
+# Keys that are good at one value alone, beside null: what they would otherwise ask for is not done.
+FIXED: Final[Mapping[str, tuple[object, ...]]] = {
+    "n": (1,),
+    "stop": ([],),
+    "top_logprobs": (0,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request: what is to be continued, and how; None where the request does not say."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[JSONObject, ...]
+    temperature: float | None
+    top_p: float | None
+    max_tokens: int | None
+    seed: int
+    logprobs: bool
+    stream: bool
+    include_usage: bool
+
+
+def read_json(body: bytes) -> JSONObject:
+    """The object in a request's body.
+
+    Raises:
+        RefusedError: it is no JSON object, or holds what UTF-8 cannot.
+    """
+    try:
+        value = json.loads(body, parse_constant=_refuse_constant)
+        if b"\\u" in body:  # half of a surrogate pair can be written in JSON, but not in UTF-8
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise RefusedError(400, "invalid_json", f"the body is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise RefusedError(400, "invalid_json", f"the body should be a JSON object, not {_kind(value)}")
+    return value
+
+
+def _refuse_constant(constant: str) -> Any:
+    raise ValueError(f"{constant} is not a JSON number")
+
+
+def read_request(raw: JSONObject) -> Asked:
+    """A chat-completions request.
+
+    Raises:
+        RefusedError: naming the key that is missing, wrong, unknown, or asks for what is not done here.
+    """
+    for key, value in raw.items():
+        if key in FIXED:
+            if value is not None and value not in FIXED[key]:
+                raise _unsupported(key, f"{json.dumps(value)[:60]} is not supported: leave it out")
+        elif key not in HARMLESS and key not in READ:
+            raise _unsupported(key, "this key is not known here: leave it out")
+    tools = _tools(raw.get("tools"))
+    choice = raw.get("tool_choice")
+    if choice not in (None, "auto", "none"):
+        raise _unsupported("tool_choice", "only 'auto' and 'none' are supported")
+    budgets = [_number(raw, key, int, 1, 1 << 31) for key in ("max_completion_tokens", "max_tokens")]
+    options = raw.get("stream_options") or {}
+    if not isinstance(options, dict):
+        raise _wrong("stream_options", "an object", options)
+    return Asked(
+        messages=_messages(raw.get("messages")),
+        tools=() if choice == "none" else tools,
+        temperature=_number(raw, "temperature", float, 0.0, 2.0),
+        top_p=_number(raw, "top_p", float, 1e-6, 1.0),
+        max_tokens=min((int(b) for b in budgets if b is not None), default=None),
+        seed=int(_number(raw, "seed", int, -(2**63), 2**63 - 1) or 0),
+        logprobs=_flag(raw, "logprobs"),
+        stream=_flag(raw, "stream"),
+        include_usage=_flag(options, "include_usage"),
+    )
+
+
+def _messages(raw: object) -> tuple[Message, ...]:
+    if not isinstance(raw, list) or not raw:
+        raise _wrong("messages", "a list of at least one message", raw)
+    messages = []
+    for index, one in enumerate(raw):
+        if isinstance(one, dict) and one.get("role") == "developer":  # OpenAI's newer name of it
+            one = {**one, "role": "system"}
+        try:
+            messages.append(Message.from_dict(one))
+        except PrefloopError as error:
+            raise RefusedError(400, "invalid_messages", f"messages[{index}]: {error}", param="messages") from None
+    return tuple(messages)
+
+
+def _tools(raw: object) -> tuple[JSONObject, ...]:
+    if raw is None:
+        return ()
+    if not isinstance(raw, list):
+        raise _wrong("tools", "a list", raw)
+    for index, tool in enumerate(raw):
+        function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise _wrong(f"tools[{index}]", "an object of type 'function' with a function.name", tool)
+    return tuple(raw)
+
+
+def _number(raw: JSONObject, key: str, kind: type, low: float, high: float) -> float | None:
+    value = raw.get(key)
+    if value is None:
+        return None
+    good = isinstance(value, int | float if kind is float else int) and not isinstance(value, bool)
+    if not good or not low <= value <= high:
+        raise _wrong(key, f"{'a number' if kind is float else 'a whole number'} from {low:g} to {high:g}", value)
+    return kind(value)  # type: ignore[no-any-return]
+
+
+def _flag(raw: JSONObject, key: str) -> bool:
+    value = raw.get(key)
+    if value is None:
+        return False
+    if not isinstance(value, bool):
+        raise _wrong(key, "true or false", value)
+    return value
+
+
+def _wrong(key: str, expected: str, found: object) -> RefusedError:
+    shown = json.dumps(found)
+    shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+    return RefusedError(400, "invalid_value", f"{key} should be {expected}, not {shown}", param=key)
+
+
+def _unsupported(key: str, why: str) -> RefusedError:
+    return RefusedError(400, "unsupported_parameter", f"{key}: {why}", param=key)
+
+
+def _kind(value: object) -> str:
+    return "a list" if isinstance(value, list) else f"{json.dumps(value)[:20]}"
+
+
+# --- replies ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What every reply, or every piece of one, begins with."""
+
+    id: str
+    created: int
+    model: str
+
+
+def finish_reason(message: Message, sampled: Sampled) -> str:
+    """Why the reply ended, in OpenAI's words."""
+    if sampled.stopped == "length":
+        return "length"
+    return "tool_calls" if message.tool_calls else "stop"
+
+
+def shown_message(message: Message) -> JSONObject:
+    """An assistant's message as OpenAI's clients expect it."""
+    shown: JSONObject = {"role": "assistant", "content": message.content or None}
+    if message.reasoning_content:
+        shown["reasoning_content"] = message.reasoning_content
+    if message.tool_calls:
+        shown["tool_calls"] = [shown_call(call) for call in message.tool_calls]
+    elif not message.content:
+        shown["content"] = ""
+    return shown
+
+
+def shown_call(call: ToolCall) -> JSONObject:
+    """A tool call, its arguments as text."""
+    text = call.arguments if isinstance(call.arguments, str) else json.dumps(call.arguments, ensure_ascii=False)
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": text}}
+
+
+def usage(num_prompt: int, num_sampled: int) -> JSONObject:
+    """Counts of tokens."""
+    return {
+        "prompt_tokens": num_prompt, "completion_tokens": num_sampled, "total_tokens": num_prompt + num_sampled,
+    }  # fmt: skip
+
+
+def shown_logprobs(texts: Sequence[str], logprobs: Sequence[float]) -> JSONObject:
+    """The log-probs of the sampled tokens, whose texts these are."""
+    content = [
+        {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8", "replace")), "top_logprobs": []}
+        for text, logprob in zip(texts, logprobs, strict=True)
+    ]
+    return {"content": content, "refusal": None}
+
+
+def completion(head: Head, message: Message, reason: str, used: JSONObject, logprobs: JSONObject | None) -> JSONObject:
+    """A whole reply."""
+    choice = {"index": 0, "message": shown_message(message), "logprobs": logprobs, "finish_reason": reason}
+    return {**_envelope(head, "chat.completion"), "choices": [choice], "usage": used}
+
+
+def chunk(head: Head, delta: JSONObject, reason: str | None = None, logprobs: JSONObject | None = None) -> JSONObject:
+    """A piece of a reply that is streamed."""
+    choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+    return {**_envelope(head, "chat.completion.chunk"), "choices": [choice]}
+
+
+def usage_chunk(head: Head, used: JSONObject) -> JSONObject:
+    """The last piece, where counts were asked for."""
+    return {**_envelope(head, "chat.completion.chunk"), "choices": [], "usage": used}
+
+
+def _envelope(head: Head, kind: str) -> JSONObject:
+    return {"id": head.id, "object": kind, "created": head.created, "model": head.model}
+
+
+def encoded(value: JSONObject) -> bytes:
+    """JSON as it is sent."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
