@@ -153,6 +153,17 @@ class VLLMServer:
             raise PrefloopError("stop_ids are empty: expected at least one token that ends a turn")
         return VLLMSampler(self, stops, adapter)
 
+    @property
+    def max_context(self) -> int:
+        """The most tokens of a row, context and new ones together.
+
+        Raises:
+            PrefloopError: as `check`, the first time that this is asked for.
+        """
+        if not self._max_context:
+            self.check()
+        return self._max_context
+
     def check(self, adapter: Adapter | None = None) -> None:
         """Wake the server and see that it will do what is asked of it, once and with no retries.
 
@@ -299,9 +310,7 @@ class VLLMServer:
         config = info.get("vllm_config")
         model = config.get("model_config") if isinstance(config, dict) else None
         if isinstance(model, dict) and model.get("enable_sleep_mode") is False:
-            raise PrefloopError(
-                f"{self} would keep the GPU's memory while it sleeps: start it with --enable-sleep-mode"
-            )
+            raise PrefloopError(f"{self} would sleep and keep the GPU's memory: start it with --enable-sleep-mode")
 
     async def _is_sleeping(self) -> bool | None:
         """None where the server was not started for sleeping, and so is awake."""
@@ -407,6 +416,11 @@ class VLLMSampler:
         self.server = server
         self.stops = stops
         self.adapter = adapter
+
+    @property
+    def max_context(self) -> int:
+        """The most tokens of a row, context and new ones together; errors as `VLLMServer.check`."""
+        return self.server.max_context
 
     def session(self) -> VLLMSession:
         """A new session."""

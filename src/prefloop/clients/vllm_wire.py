@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prefloop.clients.completion import MAX_REPLY_BYTES, read_json, typed_failures
+from prefloop.clients.completion import MAX_REPLY_BYTES, join_json, typed_failures
 from prefloop.clients.retry import CallError
 from prefloop.clients.sampling import Sampled, SamplingSettings
 from prefloop.records import JSONObject, PrefloopError, Status
@@ -39,7 +39,7 @@ async def fetch(
         CallError: there is no such answer within `timeout_s` seconds.
     """
     async with typed_failures(timeout_s), http.stream(method, path, json=body, timeout=timeout_s) as response:
-        return {} if text else await read_json(response, max_bytes)
+        return {} if text else await join_json(response.aiter_bytes(), max_bytes)
 
 
 def completion_request(
