@@ -119,7 +119,7 @@ class Gateway:
             raise self._not_open(next((name for name in self._closed if name[1] == episode), ("", episode)))
 
     def close(self, name: Name, outcome: Outcome | None = None, *, ended: Ended | None = None, **extra: str) -> Rollout:
-        """End an episode; replies in the making are given up. Its trajectory, and `outcome` as it was given.
+        """End an episode; replies in the making are given up. Its trajectory, and `outcome`, else what was posted.
 
         `ended` stands unless a limit or a deadline ended it before; `extra` is kept beside it, where it is not empty.
 
@@ -132,7 +132,7 @@ class Gateway:
             if episode is None:
                 raise self._not_open(name)
             self._abandon(episode, RefusedError(409, "episode_closed", f"episode {name[1]!r} was closed"))
-            rollout = episode.close(self.provenance, outcome, ended, extra, group_seeded=self._group_seeded)
+            rollout = episode.close(self.provenance, outcome or episode.posted, ended, extra, group_seeded=self._group_seeded)
             del self._open[name]
             self._closed.add(name)
         if self._record is not None and not episode.owned:
@@ -146,6 +146,22 @@ class Gateway:
         self.recorded[rollout.trajectory.ended] += 1
         self._batcher.release(episode.keys)
         return rollout
+
+    def post(self, name: Name, outcome: Outcome | None, reason: str = "") -> Rollout | None:
+        """An agent, or its grader, says how an episode went: it is closed, or kept for whoever owns it (None).
+
+        Raises:
+            RefusedError: it is not open, or an outcome was posted before.
+            PrefloopError: as `close`.
+        """
+        with self._lock:
+            episode = self._open.get(name)
+            if episode is not None and episode.owned:
+                if episode.posted is not None:
+                    raise RefusedError(409, "outcome_posted", f"episode {name[1]!r} has its outcome already")
+                episode.posted = outcome
+                return None
+        return self.close(name, outcome, reason=reason)
 
     def drain(self) -> None:
         """Refuse what comes from now on; replies in the making are still given."""

@@ -18,6 +18,7 @@ from prefloop.records import Ended, JSONObject, Message, PrefloopError, Role, Th
 from prefloop.rollout import Attempt, Provenance, Rollout, derived_seed, numbered
 
 Name = tuple[str, str]  # of an episode: its task's, and its own
+EPISODE = "episode"  # the key of a trajectory's extra that holds the id which an agent gave its episode
 
 
 class Voice:
@@ -73,6 +74,7 @@ class OpenEpisode:
         self.trajectory_id = trajectory_id
         self.owned = owned
         self.ended: Ended | None = None  # why no further reply is given
+        self.posted: Outcome | None = None  # what the agent says of an episode that is not its own to close
         self.opened_at = self.last_at = time.monotonic()
         self.in_work: set[Turn] = set()
         self._number = 0  # of turns begun
@@ -201,7 +203,8 @@ class OpenEpisode:
             paths += own
             cut += [start + index for index in open_thread.cut]
             messages += open_thread.messages
-        extra: JSONObject = {"stage": provenance.stage, "episode": self.name[1]}
+        extra: JSONObject = {"stage": provenance.stage}
+        extra |= {} if self.owned else {EPISODE: self.name[1]}
         extra |= {"cut": cut} if cut else {}
         extra |= {key: text for key, text in (notes or {}).items() if text}
         task = self.attempt.task

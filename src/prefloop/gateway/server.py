@@ -131,11 +131,13 @@ class App:
         task, episode = _text(body, "task") or name[0], _text(body, "episode") or name[1]
         name = self._gateway.named(episode) if episode and not task else _whole((task, episode))
         outcome, reason = read_outcome(body), _text(body, "reason")
-        rollout = await asyncio.to_thread(self._gateway.close, name, outcome, reason=reason)
+        rollout = await asyncio.to_thread(self._gateway.post, name, outcome, reason)
+        shown: JSONObject = {"task": name[0], "episode": name[1]}
+        if rollout is None:
+            return shown
         trajectory = rollout.trajectory
         return {
-            "task": name[0],
-            "episode": name[1],
+            **shown,
             "trajectory": trajectory.id,
             "ended": trajectory.ended.value,
             "num_turns": trajectory.num_turns,
