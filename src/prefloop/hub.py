@@ -10,10 +10,10 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from prefloop.records import PrefloopError
 
@@ -103,7 +103,7 @@ def pinned_model(name: str) -> str:
         PrefloopError: as `fetch_model`.
     """
     found = None if Path(name).exists() else model_name(name)
-    return name if found is None else found.at(_commit(found, "model"))
+    return name if found is None else found.at(_pin(found, "model").commit)
 
 
 def fetch_model(name: str) -> Path:
@@ -121,10 +121,10 @@ def fetch_model(name: str) -> Path:
     found = model_name(name)
     if found is None:
         raise PrefloopError(f"model {name!r} cannot be loaded: there is no such directory")
-    commit = _commit(found, "model")
-    directory = _download(found, "model", commit, MODEL_FILES, OTHER_FORMATS)
+    at = _pin(found, "model")
+    directory = _download(found, "model", at, MODEL_FILES, OTHER_FORMATS)
     if not any(directory.rglob("*.safetensors")):
-        directory = _download(found, "model", commit, [*MODEL_FILES, *PICKLED], OTHER_FORMATS)
+        directory = _download(found, "model", at, [*MODEL_FILES, *PICKLED], OTHER_FORMATS)
     if not any((directory / config).is_file() for config in CONFIGS):
         raise PrefloopError(f"model {name!r} cannot be loaded: {found.repo} of the hub has no config.json")
     return directory
@@ -150,10 +150,15 @@ def data_files(name: str) -> list[DataFile]:
 
 @lru_cache(maxsize=256)
 def _fetched(name: HubName) -> tuple[DataFile, ...]:
-    commit = _commit(name, "dataset")
-    chosen = choose_files(str(name), _list(name, commit), name.path)
-    directory = _download(name, "dataset", commit, [re.sub(r"([*?[])", r"[\1]", file) for file in chosen])
-    called = [HubName(name.repo, path=file).at(commit) for file in chosen]
+    at = _pin(replace(name, path=""), "dataset")
+    try:
+        chosen = choose_files(str(name), _list(name, at), name.path)
+    except PrefloopError:
+        if not at.unreachable:
+            raise
+        raise _not_here(name, "dataset", at.unreachable) from None
+    directory = _download(name, "dataset", at, [re.sub(r"([*?[])", r"[\1]", file) for file in chosen])
+    called = [HubName(name.repo, path=file).at(at.commit) for file in chosen]
     return tuple(DataFile(directory / file, one, one) for file, one in zip(chosen, called, strict=True))
 
 
@@ -210,25 +215,32 @@ def _hub() -> Any:
     return huggingface_hub
 
 
+class _Pin(NamedTuple):
+    """The commit that a revision stands for, and why the hub could not be asked for it."""
+
+    commit: str
+    unreachable: str = ""
+
+
 @lru_cache(maxsize=256)
-def _commit(name: HubName, kind: Kind) -> str:
-    """The commit that a name's revision stands for, asked once in each process."""
+def _pin(name: HubName, kind: Kind) -> _Pin:
+    """What a name's revision stands for, asked once in each process."""
     if _COMMIT.fullmatch(name.revision):
-        return name.revision
+        return _Pin(name.revision)
     hub = _hub()
     try:
         with _explained(name, kind):
             options: dict[str, Any] = {"revision": name.revision or None, "repo_type": kind}
             hub.HfApi().repo_info(name.repo, timeout=HUB_SECONDS, **options)  # else the cache is used without a word
-            return Path(hub.snapshot_download(name.repo, allow_patterns=FIRST_FILES, **options)).name
+            return _Pin(Path(hub.snapshot_download(name.repo, allow_patterns=FIRST_FILES, **options)).name)
     except _UnreachableError as reason:
         cached = _cached_commit(name, kind)
         if cached is None:
-            raise _not_here(name, kind, reason) from None
+            raise _not_here(name, kind, str(reason)) from None
         log.warning(
             "the hub cannot be reached (%s): %s %s is taken from the local cache, commit %s", reason, kind, name, cached
         )
-        return cached
+        return _Pin(cached, str(reason))
 
 
 def _cached_commit(name: HubName, kind: Kind) -> str | None:
@@ -242,39 +254,34 @@ def _cached_commit(name: HubName, kind: Kind) -> str | None:
     return commit if (folder / "snapshots" / commit).is_dir() and commit else None
 
 
-def _list(name: HubName, commit: str) -> list[str]:
+def _list(name: HubName, at: _Pin) -> list[str]:
     """The files of a dataset's repository; of those in the cache where the hub cannot be reached."""
-    hub = _hub()
     try:
+        if at.unreachable:
+            raise _UnreachableError(at.unreachable)
         with _explained(name, "dataset"):
-            return list(hub.HfApi().list_repo_files(name.repo, revision=commit, repo_type="dataset"))
+            return list(_hub().HfApi().list_repo_files(name.repo, revision=at.commit, repo_type="dataset"))
     except _UnreachableError as reason:
-        try:
-            options = {"repo_type": "dataset", "revision": commit, "allow_patterns": [""], "local_files_only": True}
-            directory = Path(hub.snapshot_download(name.repo, **options))
-        except OSError:
-            raise _not_here(name, "dataset", reason) from None
+        directory = _download(name, "dataset", at._replace(unreachable=str(reason)), [""])
         return [path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()]
 
 
-def _download(name: HubName, kind: Kind, commit: str, patterns: list[str], without: list[str] | None = None) -> Path:
+def _download(name: HubName, kind: Kind, at: _Pin, patterns: list[str], without: list[str] | None = None) -> Path:
     """Fetch files of a repository into the cache, where they are not there yet; returns the directory of the commit."""
-    hub = _hub()
     options: dict[str, Any] = {"repo_type": kind, "allow_patterns": patterns, "ignore_patterns": without}
-    options["etag_timeout"] = HUB_SECONDS
+    options |= {"etag_timeout": HUB_SECONDS, "local_files_only": bool(at.unreachable)}
     try:
         with _explained(name, kind):
-            directory = Path(hub.snapshot_download(name.repo, revision=commit, **options))
+            return Path(_hub().snapshot_download(name.repo, revision=at.commit, **options))
     except _UnreachableError as reason:
-        raise _not_here(name, kind, reason) from None
-    return directory
+        raise _not_here(name, kind, f"{at.unreachable} {reason}".strip()) from None
 
 
-def _not_here(name: HubName, kind: Kind, reason: Exception) -> PrefloopError:
+def _not_here(name: HubName, kind: Kind, reason: str) -> PrefloopError:
     what = f"{kind} {str(name)!r} cannot be loaded: there is no such {PLACES[kind]}"
     return PrefloopError(
-        f"{what}, and the hub cannot be reached: {reason}. Name a mirror by HF_ENDPOINT, or fetch it elsewhere with "
-        f"`hf download {name.repo} --repo-type {kind} --local-dir DIR` and give the path"
+        f"{what}, and the hub cannot be reached: {reason.rstrip('.')}. Name a mirror by HF_ENDPOINT, or fetch it "
+        f"elsewhere with `hf download {name.repo} --repo-type {kind} --local-dir DIR` and give the path"
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
@@ -33,20 +34,23 @@ class Policy:
     """A model with its tokenizer. `model` is a peft model where there is an adapter.
 
     `base` says which weights are below the adapter, or are its own: of equal names they are equal until they are
-    trained. `frozen`: nobody trains it.
+    trained. `frozen`: nobody trains it. `more`: its adapter was saved with weights of the model, such as embeddings.
     """
 
     model: Any
     tokenizer: PreTrainedTokenizerFast
     base: str = ""
     frozen: bool = False
+    more: bool = False
 
     def save(self, directory: Path) -> None:
         """Write the model (of an adapter only the adapter) and the tokenizer in Hugging Face's layout."""
         for adapter in getattr(self.model, "peft_config", {}).values():
             if isinstance(adapter.target_modules, set):  # written in an order that differs between processes
                 adapter.target_modules = sorted(adapter.target_modules)
-        self.model.save_pretrained(directory)
+        # Else peft asks the hub whether the vocabulary has grown.
+        options = {"save_embedding_layers": self.more} if hasattr(self.model, "peft_config") else {}
+        self.model.save_pretrained(directory, **options)
         self.tokenizer.save_pretrained(directory)
 
 
@@ -79,7 +83,8 @@ def load_policy(
     adapter = (directory / ADAPTER_CONFIG).is_file()
     base = adapter_base(directory) if adapter else name
     weights = f"{fetch_model(base).resolve()} in {dtype} on {device}"
-    keeps_base = adapter or lora is not None or frozen
+    more = adapter and _holds_more(directory)
+    keeps_base = (adapter or lora is not None or frozen) and not more
     sharing = (one for one in beside if keeps_base and one.base == weights and _keeps_base(one))
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -95,7 +100,7 @@ def load_policy(
     elif lora is not None:
         model = _with_adapter(model, lora)
     model = model.to(device).eval()
-    return Policy(model.requires_grad_(False) if frozen else model, tokenizer, weights, frozen)
+    return Policy(model.requires_grad_(False) if frozen else model, tokenizer, weights, frozen, more)
 
 
 def _load_causal(base: str, name: str, dtype: Dtype) -> PreTrainedModel:
@@ -121,6 +126,15 @@ def _keeps_base(policy: Policy) -> bool:
     """Whether nobody changes the weights below a policy's adapter, or its own."""
     adapters = getattr(policy.model, "peft_config", {}).values()
     return policy.frozen or (bool(adapters) and all(one.peft_type == "LORA" and one.bias == "none" for one in adapters))
+
+
+def _holds_more(adapter: Path) -> bool:
+    """Whether an adapter's file holds weights of the model itself, which are copied into it."""
+    file = adapter / "adapter_model.safetensors"
+    if not file.is_file():
+        return True  # who knows
+    with safe_open(file, "pt") as opened:
+        return any("lora_" not in name for name in opened.keys())  # noqa: SIM118  (no mapping)
 
 
 def _bare(policy: Policy) -> Any:
