@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from prefloop.clients.openai_sampler import ServerSettings
+from prefloop.clients.vllm import VLLMSettings
 from prefloop.config import Settings
 
 
@@ -52,13 +53,15 @@ class LoraSettings(Settings):
 class PolicySettings(Settings):
     """Who acts: a model by path or hub id, a tiny one made from nothing, or one behind a server.
 
-    A served model has no weights here: it can be rolled out, judged, curated and exported, not trained.
+    A served model has no weights here: it can be rolled out, judged, curated and exported, not trained. With `vllm`
+    a LoRA adapter on `model` is trained here and sampled by a vLLM server.
     """
 
     model: str | None = None
     initial: InitialModelSettings | None = None
     server: ServerSettings | None = None
     lora: LoraSettings | None = None
+    vllm: VLLMSettings | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "cpu"
 
@@ -66,4 +69,13 @@ class PolicySettings(Settings):
     def _exactly_one(self) -> PolicySettings:
         if sum(source is not None for source in (self.model, self.initial, self.server)) != 1:
             raise ValueError("give exactly one of 'model' (a path or hub id) and the tables 'initial' and 'server'")
+        return self
+
+    @model_validator(mode="after")
+    def _vllm_can_follow(self) -> PolicySettings:
+        if self.vllm is not None and (self.model is None or self.lora is None):
+            raise ValueError(
+                "the table 'vllm' needs 'model' and a table 'lora': a running server takes adapters, no other weights; "
+                "to train all weights, leave 'vllm' out and sample here"
+            )
         return self
