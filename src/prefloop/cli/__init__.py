@@ -27,6 +27,7 @@ from prefloop.cli.plumbing import (
 from prefloop.records import PrefloopError, counted
 
 if TYPE_CHECKING:
+    from prefloop.hub import DataFile
     from prefloop.store import Store
 
 NUM_NAMED = 3  # of many
@@ -172,6 +173,9 @@ app.command(
 )
 
 
+app.command("prefloop.cli.gateway:gateway", name="gateway", help="Serve the policy to agents; their runs are recorded.")
+
+
 @app.command
 def evaluate(file: RunFile, *, store: StoreOption = None, overrides: SetOption = None) -> None:
     """Evaluate the start policy and the current one on the held-out tasks."""
@@ -273,7 +277,10 @@ def doctor(
 
 @app.command(name="import")
 def import_(
-    file: Annotated[Path, Parameter(help="JSON Lines, a JSON list or Parquet, plain or gzipped")],
+    data: Annotated[
+        str,
+        Parameter(help="JSON Lines, a JSON list or Parquet, plain or gzipped; or of a hub: org/name@revision:split"),
+    ],
     *,
     format: Annotated[  # noqa: A002
         str, Parameter(help="trl, openai-chat, tau-bench, tool-calls, or auto: by the first good row")
@@ -283,14 +290,20 @@ def import_(
     store: StoreOption = None,
 ) -> None:
     """Read trajectories, preferences and labels from a file into the store."""
-    from prefloop.formats import import_file
+    from prefloop.hub import data_files
 
-    if not file.exists():  # before a store is made
-        raise PrefloopError(f"there is no file {file}")
+    files = data_files(data)  # before a store is made
     if held_out == 1:
         raise PrefloopError("held_out is 1: expected a share of the prompts below 1, or nothing is left to train on")
     with open_store(store, must_exist=False) as opened:
-        done = import_file(opened, file, format=format, on_error=on_error, held_out=held_out)
+        for file in files:
+            _import(opened, file, format=format, on_error=on_error, held_out=held_out)
+
+
+def _import(store: Store, file: DataFile, **options: Any) -> None:
+    from prefloop.formats import import_file
+
+    done = import_file(store, file.path, called=file.name, **options)
     for error in done.errors:
         console.print(f"[yellow]skipped[/yellow] {error}", highlight=False, soft_wrap=True)
     console.print(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from urllib.parse import quote
 
 from prefloop.chat import ChatRenderer
@@ -37,6 +37,7 @@ class Gateway:
             there is no such task. Without it only `open` opens episodes.
         record: keeps a closed episode that an agent opened. What `open` opened is its opener's to keep.
         group_seeded: whether the attempts at a task share its luck.
+        closed: episodes that were had before: their names are taken.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Gateway:
         find: Find | None = None,
         record: Record | None = None,
         group_seeded: bool = False,
+        closed: Iterable[Name] = (),
     ) -> None:
         self.settings = settings
         self.provenance = provenance
@@ -63,7 +65,7 @@ class Gateway:
         self._group_seeded = group_seeded
         self._lock = threading.RLock()
         self._open: dict[Name, OpenEpisode] = {}
-        self._closed: set[Name] = set()
+        self._closed = set(closed)
         self._num_in_work = 0
         self._draining = False
 
@@ -132,7 +134,8 @@ class Gateway:
             if episode is None:
                 raise self._not_open(name)
             self._abandon(episode, RefusedError(409, "episode_closed", f"episode {name[1]!r} was closed"))
-            rollout = episode.close(self.provenance, outcome or episode.posted, ended, extra, group_seeded=self._group_seeded)
+            found = outcome or episode.posted
+            rollout = episode.close(self.provenance, found, ended, extra, group_seeded=self._group_seeded)
             del self._open[name]
             self._closed.add(name)
         if self._record is not None and not episode.owned:
@@ -169,12 +172,22 @@ class Gateway:
             self._draining = True
 
     def close_all(self) -> None:
-        """Refuse what comes, and end every episode that an agent opened as interrupted."""
+        """Refuse what comes, and end every episode that an agent opened as interrupted.
+
+        Raises:
+            PrefloopError: the first of those that could not be kept.
+        """
         self.drain()
         with self._lock:
             left = [episode for episode in self._open.values() if not episode.owned]
+        failed = None
         for episode in left:
-            self._end(episode, Ended.INTERRUPTED)
+            try:
+                self._end(episode, Ended.INTERRUPTED)
+            except PrefloopError as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
 
     def end_overdue(self) -> None:
         """End the episodes that have been open, or idle, for too long; owners still close theirs."""

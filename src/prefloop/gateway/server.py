@@ -265,6 +265,15 @@ class GatewayServer:
     async def _tick(self) -> None:
         await asyncio.to_thread(self._gateway.end_overdue)
 
+    def check(self) -> None:
+        """See that it still serves.
+
+        Raises:
+            PrefloopError: its thread has died.
+        """
+        if not self._thread.is_alive():
+            raise PrefloopError("the gateway's server has stopped: see what it said above, and start it again")
+
     def close(self) -> None:
         """Refuse what comes, let replies in the making end, and close the episodes that agents left open."""
         self._gateway.drain()

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from prefloop.clients.openai_sampler import OpenAISampler
 from prefloop.clients.sampling import SamplingSettings
 from prefloop.environments.base import steppable
+from prefloop.gateway.episodes import EPISODE
 from prefloop.records import AuthorKind, Ended, PrefloopError, Source, Split, Task, Trajectory
 from prefloop.rollout import Attempt, Provenance, RemoteSpeaker, Rollout, open_episodes, roll_out, unit_seed
 from prefloop.stages.context import Run
@@ -16,11 +17,19 @@ STAGE = "rollout"
 
 
 def rollout_stage(run: Run, iteration: int) -> None:
-    """Roll out the tasks of an iteration, a unit at a time; each unit is committed whole."""
+    """Roll out the tasks of an iteration, a unit at a time; each unit is committed whole.
+
+    Where agents have had episodes of this iteration through the gateway, these are its rollouts.
+    """
     if run.found(iteration, STAGE) is not None:
         return
     settings = run.settings.rollout
     checkpoint_id = run.checkpoint_before(iteration)
+    served = served_rollouts(run, iteration)
+    if served:
+        with run.recorded(iteration, STAGE, len(served)) as detail:
+            detail |= {"checkpoint_id": checkpoint_id, **rollout_summary(served)}
+        return
     tasks = iteration_tasks(run, iteration)
     with run.recorded(iteration, STAGE, len(tasks) * settings.samples_per_task) as detail:
         trajectories = roll_out_in_units(
@@ -73,6 +82,8 @@ def roll_out_in_units(
         ]
         trajectories += _unit(run, checkpoint_id, attempts, sampling, iteration, stage)
         run.progress.advance(len(trajectories))
+    if run.settings.policy.vllm is not None:
+        run.policies.rest()
     return trajectories
 
 
@@ -94,7 +105,7 @@ def _unit(
     if served:
         rollouts = _roll_out_served(run, attempts, sampling, provenance)
     else:
-        rollouts = run.policies.roll_out(run.policies.get(checkpoint_id), attempts, sampling, provenance)
+        rollouts = run.policies.roll_out(checkpoint_id, attempts, sampling, provenance)
     save_rollouts(run, rollouts, [attempt.task for attempt in attempts])
     return [rollout.trajectory for rollout in rollouts]
 
@@ -136,3 +147,9 @@ def iteration_rollouts(run: Run, iteration: int, *, with_paths: bool = False) ->
     """The trajectories that an iteration rolled out for training."""
     found = run.store.trajectories(run_id=run.id, iteration=iteration, with_paths=with_paths)
     return [trajectory for trajectory in found if trajectory.extra.get("stage") == STAGE]
+
+
+def served_rollouts(run: Run, iteration: int) -> list[Trajectory]:
+    """The trajectories of an iteration whose episodes agents opened through the gateway, with their paths."""
+    found = iteration_rollouts(run, iteration, with_paths=True)
+    return [trajectory for trajectory in found if EPISODE in trajectory.extra]
