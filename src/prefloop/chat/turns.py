@@ -59,6 +59,12 @@ def _said(renderer: ChatRenderer, rendering: Rendering, turn: int) -> Pieces:
     rest = _rest(renderer.pieces(rendering, turn + 1, False), prompt, turn)
     if rest is None:
         rest = _after_opened_thought(renderer, rendering, turn)
+    header = _header(renderer)
+    if rest is not None and header and split_after(rest, header) is not None:
+        raise PrefloopError(
+            f"the template gives assistant message {turn} the header {_start(header)}, which its generation prompt "
+            "lacks there, so that what the model would say is not known; use a training template"
+        )
     if rest is not None:
         return rest
     shown = _since(renderer.pieces(rendering, turn + 1, False), turn)
@@ -68,6 +74,19 @@ def _said(renderer: ChatRenderer, rendering: Rendering, turn: int) -> Pieces:
         f"where the prompt has {_start(lacking)}, the turn has {_start(instead)}; change the message (such as its "
         "reasoning_content) or the template's variables, or use a training template"
     )
+
+
+def _header(renderer: ChatRenderer) -> Pieces:
+    """What the generation prompt puts before the reply to a question."""
+    if "header" not in renderer.learnt:
+        asked = renderer.begin([_QUESTION])
+        try:
+            found = split_after(renderer.pieces(asked, 1, True), renderer.pieces(asked, 1, False))
+        except PrefloopError:
+            found = None
+        renderer.learnt["header"] = _pieces(found or ())
+    header: Pieces = renderer.learnt["header"]
+    return header
 
 
 def _rest(whole: Sequence[Piece], prompt: Sequence[Piece], turn: int) -> Pieces | None:
@@ -103,9 +122,12 @@ def _after_opened_thought(renderer: ChatRenderer, rendering: Rendering, turn: in
     if said is not None:
         return said if message.reasoning_content else _without_thought(said, turn)
     plain = renderer.begin([*history, replace(message, reasoning_content="")], rendering.tools)
+    asking = split_after(prompt, renderer.pieces(rendering, turn, False)) or ()
     header = _without_end(_since(prompt, turn), opened[0])
     answer = split_after(_since(renderer.pieces(plain, turn + 1, False), turn), header)
-    if answer is None or f"<{opened[1]}>" in text_of(_pieces(answer)) or closing in text_of(_pieces(answer)):
+    if answer is None or text_of(_pieces(asking)).strip() == opened[0].strip():
+        return None  # the turn begins in another way, or the prompt says no more than that a thought begins
+    if f"<{opened[1]}>" in text_of(_pieces(answer)) or closing in text_of(_pieces(answer)):
         return None
     thought = Piece(message.reasoning_content, -1, Source.PROMPT, turn)
     closed = _pieces(literal_pieces(renderer.encoder, opened[2] + closing + 2 * opened[2]))

@@ -1,0 +1,134 @@
+"""The templates that TRL ships: what each gives for a family's tokenizer is what docs/templates.md says."""
+
+import re
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers", reason="the extra 'train' is not installed")
+
+from prefloop.chat import PathBuilder, render_demonstration, stop_ids
+from prefloop.chat.template import TEMPLATE_DATE
+from prefloop.records import PrefloopError, Role, Source
+from templates.families import CASES, STEMS, family, renderer_for
+
+pytestmark = pytest.mark.skipif(not STEMS, reason="trl is not installed (extra 'oracle')")
+
+PAGE = Path(__file__).parents[2] / "docs" / "templates.md"
+COLUMNS = ("several turns", "thinking", "a call", "two calls", "thinking and a call")
+REASONS = {
+    "no tools": "does not show the tools that it is given",
+    "no calls": "drops the tool call arguments of message 1",
+    "one call": "drops the tool call arguments of message 1|only supports single tool-calls",
+    "not shown": r"drops the reasoning of message \d",
+    "thought closed": r"its own generation prompt followed by the turn: where the prompt has '\\n</think>",
+    "no header": "header '<.turn>model.n', which its generation prompt lacks",
+}
+
+
+def documented() -> dict[str, dict[str, str]]:
+    """What the page's table says of each template that it names."""
+    rows = (line.strip("| \n").split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| `"))
+    return {
+        stem: dict(zip(COLUMNS, cells, strict=True)) for head, *cells in rows for stem in re.findall("`(.+?)`", head)
+    }
+
+
+def outcome(stem: str, case: str) -> str:
+    """What the page says of a template in a case."""
+    if case == "one turn":
+        return "one path"
+    said = documented()
+    return said.get(stem, said[stem.removesuffix("_training")])[case]
+
+
+CELLS = [(stem, case) for stem in STEMS for case in CASES]
+
+
+def plain_text(stem, messages, tools, add_generation_prompt):
+    """The template's text as transformers renders it, at the date at which prefloop's clock stands."""
+    renderer = renderer_for(stem)
+    parts = "idefics3" in stem or "llava" in stem or "smolvlm" in stem
+    dicts = [message.to_dict() for message in messages]
+    for message in dicts:
+        if parts:
+            message["content"] = [{"type": "text", "text": message["content"]}]
+        if "reasoning_content" in message:
+            message["thinking"] = message["reasoning_content"]
+    text = renderer.tokenizer.apply_chat_template(
+        dicts, tools=list(tools) or None, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
+    for style in ("%Y-%m-%d", "%d %b %Y"):
+        text = text.replace(datetime.now().strftime(style), TEMPLATE_DATE.strftime(style))
+    return text
+
+
+def normal(stem, text):
+    """A text as the tokenizer can give it back: some control tokens swallow the white space after them."""
+    encoder = renderer_for(stem).encoder
+    pieces = encoder.split(text)
+    return "".join(encoder.control_name(t) or encoder.decode(encoder.encode(piece).ids) for piece, t in pieces)
+
+
+def test_every_template_is_on_the_page():
+    said = documented()
+    assert {stem.removesuffix("_training") for stem in STEMS} <= set(said)
+    assert set(said) <= set(STEMS)
+
+
+@pytest.mark.parametrize(("stem", "case"), [cell for cell in CELLS if outcome(*cell) in REASONS])
+def test_what_a_template_cannot_show_is_refused_with_its_reason(stem, case):
+    messages, tools = CASES[case]
+    with pytest.raises(PrefloopError, match=REASONS[outcome(stem, case)]):
+        render_demonstration(renderer_for(stem), messages, tools, 1)
+
+
+@pytest.mark.parametrize(("stem", "case"), [cell for cell in CELLS if outcome(*cell) not in REASONS])
+def test_masks_are_exact(stem, case):
+    """Each turn is what the model says, in the context that the template itself asks from."""
+    messages, tools = CASES[case]
+    renderer = renderer_for(stem)
+    paths = render_demonstration(renderer, messages, tools, 1)
+    said = {}
+    for path in paths:
+        first = int(np.flatnonzero(path.loss_mask)[0])
+        asked = plain_text(stem, messages[: int(path.message[first])], tools, True)
+        assert renderer.encoder.decode(path.token[:first].tolist()) == normal(stem, asked)
+        for index in set(path.message[path.loss_mask].tolist()):
+            assert index not in said
+            said[index] = renderer.encoder.decode(path.token[path.loss_mask & (path.message == index)].tolist())
+    turns = [index for index, message in enumerate(messages) if message.role is Role.ASSISTANT]
+    assert said == {index: family(stem).turn(messages[index]) for index in turns}
+    assert (len(paths) > 1) is (outcome(stem, case) == "new paths")
+    assert all(path.token[path.loss_mask][-1] in stop_ids(renderer) for path in paths)
+
+
+@pytest.mark.parametrize(("stem", "case"), [cell for cell in CELLS if outcome(*cell) not in REASONS])
+def test_rollouts_of_the_same_tokens_are_the_demonstration(stem, case):
+    """Sampled tokens are kept, and a path opens exactly where the next prompt does not extend them."""
+    messages, tools = CASES[case]
+    renderer = renderer_for(stem)
+    wanted = render_demonstration(renderer, messages, tools, 1)
+    turns = [index for index, message in enumerate(messages) if message.role is Role.ASSISTANT]
+    builder = PathBuilder(renderer, messages[:1], tools)
+    for turn, following in zip(turns, [*turns[1:], None], strict=True):
+        (sampled,) = [p.token[p.loss_mask & (p.message == turn)] for p in wanted if turn in p.message[p.loss_mask]]
+        builder.append_sampled(sampled, np.full(len(sampled), -0.5), messages[turn])
+        if following is not None:
+            builder.extend(messages[turn + 1 : following])
+    for made, path in zip(builder.paths(), wanted, strict=True):
+        assert made.token.tolist() == path.token.tolist()
+        assert made.source.tolist() == path.source.tolist()
+        assert np.array_equal(np.isnan(made.logprob), made.source != Source.SAMPLED)
+
+
+def test_training_templates_of_a_family_say_the_same():
+    """GLM's own template has no stop token; its training template spells out the one that is taken here."""
+    for case, (messages, tools) in CASES.items():
+        own, training = (
+            [path.token.tolist() for path in render_demonstration(renderer_for(stem), messages, tools, 1)]
+            for stem in ("glm4moe", "glm4moe_training")
+        )
+        assert own == training, case
