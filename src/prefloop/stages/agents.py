@@ -1,0 +1,127 @@
+"""Roll out an agent that runs by itself: a gateway in front of the policy, and a process for each attempt."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from threading import Event
+
+from prefloop.chat import ChatRenderer
+from prefloop.clients.sampling import SamplingSettings
+from prefloop.environments.agent import Access, Agent
+from prefloop.environments.commands import Ran
+from prefloop.gateway import Batcher, Gateway, GatewayServer, GatewaySettings
+from prefloop.records import Ended, PrefloopError
+from prefloop.rollout import Attempt, Provenance, Rollout
+
+LOGS = "agents"  # in a run's directory
+MAX_KEPT = 20_000  # characters of an agent's output that are kept with its trajectory
+NEVER_ASKED = "it ended without asking the policy: does it take its address from OPENAI_BASE_URL and OPENAI_API_KEY?"
+GRADED = (Ended.DONE, Ended.LENGTH, Ended.MAX_TURNS)  # ends that the policy brought about
+
+Made = tuple[Rollout, bool]  # and whether agent or grader was broken, whatever the policy did
+
+
+@dataclass
+class AgentRunner:
+    """Runs an agent on attempts, `max_parallel` at once, each against its own episode of one gateway.
+
+    `directory` is the run's: what an agent that failed had printed is kept there, in a file of its episode's name.
+    """
+
+    agent: Agent
+    settings: GatewaySettings
+    directory: Path
+    _stop: Event = field(default_factory=Event, init=False)
+
+    def roll_out(
+        self,
+        renderer: ChatRenderer,
+        batcher: Batcher,
+        max_context: int,
+        attempts: Sequence[Attempt],
+        sampling: SamplingSettings,
+        provenance: Provenance,
+    ) -> list[Rollout]:
+        """One rollout for each attempt, in order; `max_context` is the most tokens that the policy can read.
+
+        Raises:
+            PrefloopError: a command cannot be started, or every single attempt failed.
+        """
+        gateway = Gateway(
+            renderer, batcher, provenance, max_context, sampling, self.settings, group_seeded=self.agent.group_seeded
+        )
+        # A key that nobody else on this machine knows: what is recorded here is trained on.
+        with GatewayServer(gateway, port=0, token=secrets.token_urlsafe(24)) as server:
+            made = self._all(gateway, server, attempts)
+        if all(broken for _, broken in made):
+            first = made[0][0].trajectory.extra["error"]
+            raise PrefloopError(
+                f"agent or grader of {len(made)} attempts failed before the policy could succeed or fail; the first: "
+                f"{first}; what failed agents printed is in {self.directory / LOGS}"
+            )
+        return [rollout for rollout, _ in made]
+
+    def _all(self, gateway: Gateway, server: GatewayServer, attempts: Sequence[Attempt]) -> list[Made]:
+        workers = min(self.agent.settings.max_parallel, self.settings.max_episodes, len(attempts))
+        self._stop.clear()
+        with ThreadPoolExecutor(workers, thread_name_prefix="prefloop-agent") as pool:
+            futures = [pool.submit(self._attempt, gateway, server, attempt) for attempt in attempts]
+            try:
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                return [future.result() for future in futures if future in done]  # all of them, or an error
+            finally:  # after an error, or an interruption: no agent goes on alone
+                self._stop.set()
+                pool.shutdown(cancel_futures=True)
+
+    def _attempt(self, gateway: Gateway, server: GatewayServer, attempt: Attempt) -> Made:
+        task = attempt.task
+        name = (str(task.specification["id"]), gateway.provenance.trajectory_id(attempt))
+        episode = gateway.open(name, attempt)
+        try:
+            given = server.environment(name)
+            access = Access(given["OPENAI_BASE_URL"], given["OPENAI_API_KEY"], name[1])
+            ran = self.agent.act(task, attempt.seed, access, self.settings.episode_deadline_s, self._stop)
+            failure = ran.failure or ("" if episode.num_turns else NEVER_ASKED)
+            if failure and episode.ended is None:
+                episode.stop(Ended.DEADLINE if ran.limit == "deadline" else Ended.ERROR)
+        finally:
+            rollout = gateway.close(name)
+        if failure:
+            self._keep_log(name[1], ran)
+        return self._graded(attempt, _noted(rollout, output=_kept(ran.output), error=failure), ran.output)
+
+    def _graded(self, attempt: Attempt, rollout: Rollout, output: str) -> Made:
+        """The rollout with what the grader says of it; what the agent itself had posted counts without a grader."""
+        trajectory = rollout.trajectory
+        if trajectory.ended not in GRADED:
+            return Rollout(trajectory, None), not trajectory.num_turns
+        if self.agent.settings.grader is None:
+            return rollout, False
+        try:
+            outcome = self.agent.grade(attempt.task, trajectory.messages, output, trajectory.ended.value, self._stop)
+        except PrefloopError as error:
+            failed = replace(trajectory, ended=Ended.ERROR)
+            return _noted(Rollout(failed, None), error=str(error)), True
+        return Rollout(trajectory, outcome), False
+
+    def _keep_log(self, episode: str, ran: Ran) -> None:
+        path = self.directory / LOGS / f"{episode}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{ran.failure}\n--- output ---\n{ran.output}\n--- errors ---\n{ran.errors}\n", "utf-8")
+
+
+def _kept(text: str) -> str:
+    """Text, the end of it where it is long, which is said."""
+    left_out = len(text) - MAX_KEPT
+    return text if left_out <= 0 else f"[{left_out} characters before]\n{text[left_out:]}"
+
+
+def _noted(rollout: Rollout, **notes: str) -> Rollout:
+    """The rollout with these notes in its trajectory's extra, where they are not empty."""
+    given = {key: text for key, text in notes.items() if text}
+    trajectory = rollout.trajectory
+    return Rollout(replace(trajectory, extra={**trajectory.extra, **given}), rollout.outcome)
