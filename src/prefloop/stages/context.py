@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prefloop.environments import make_environment
 from prefloop.environments.base import Outcome, TaskSource
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from prefloop.training.writers import MetricsWriter
 
 LOCK = "lock"  # of a run's directory
+CIRCUMSTANTIAL: dict[str, Any] = {"store": True, "directory": True, "policy": {"vllm"}}  # may change in a run
 BEFORE = -1  # the "iteration" of what comes before the loop
 
 
@@ -204,7 +205,7 @@ def opened(run: Run) -> Iterator[Run]:
         PrefloopError: another process holds the run, it lies elsewhere, it was started with other settings, or a file
             that its tasks or outcomes are made from is another one.
     """
-    settings = run.settings.model_dump(mode="json", exclude={"store", "directory"})
+    settings = run.settings.model_dump(mode="json", exclude=CIRCUMSTANTIAL)
     with claimed(run.store, run.settings.name, run.directory, settings, "give the run file another name"):
         _check_files(run)
         run.store.add_raters([run.verifier])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +13,10 @@ import torch
 
 from prefloop.chat import ChatRenderer, stop_ids, trajectory_paths
 from prefloop.clients.sampling import SamplingSettings
+from prefloop.clients.vllm import VLLMSampler
+from prefloop.environments.agent import Agent
 from prefloop.environments.base import steppable
+from prefloop.gateway import ContinuousBatcher, GatewaySettings, ServedBatcher
 from prefloop.models.load import Policy, load_policy
 from prefloop.models.sampler import LocalSampler
 from prefloop.records import (
@@ -24,7 +29,11 @@ from prefloop.records import (
     content_hash,
 )
 from prefloop.rollout import Attempt, LocalSpeaker, Provenance, Rollout, open_episodes, roll_out, unit_seed
+from prefloop.stages.agents import AgentRunner
+from prefloop.stages.voices import ServedVoices, Voice
 from prefloop.training.checkpoint import save_atomically, verify
+
+CHECKPOINTS = "checkpoints"  # in a run's directory
 
 if TYPE_CHECKING:
     from prefloop.stages.context import Run
@@ -34,7 +43,7 @@ class Policies:
     """Loads, keeps and saves the policies of a run.
 
     At most two models are in memory: the one that is trained and rolled out, and the frozen reference. Adapters of
-    one model share its weights.
+    one model share its weights. Where a vLLM server samples and sleeps in between, none is in memory while it is awake.
     """
 
     def __init__(self, run: Run) -> None:
@@ -42,12 +51,14 @@ class Policies:
         self._loaded: dict[str, Policy] = {}
         self._taken: Callable[[], Policy | None] = lambda: None
         self._reference: tuple[str, Policy] | None = None
+        self._served = _served_voices(run, self._release)
         torch.set_num_threads(run.settings.num_threads)
         torch.use_deterministic_algorithms(True, warn_only=run.settings.policy.device != "cpu")
 
     def get(self, checkpoint_id: str) -> Policy:
         """The policy of a checkpoint, loaded if it is not the current one."""
         if checkpoint_id not in self._loaded:
+            self._make_room()
             path, beside = self._whole(checkpoint_id), list(self._living())
             self._loaded = {}
             self._loaded[checkpoint_id] = load_policy(
@@ -69,10 +80,46 @@ class Policies:
     def reference(self, checkpoint_id: str) -> Any:
         """The frozen model of a checkpoint."""
         if self._reference is None or self._reference[0] != checkpoint_id:
+            self._make_room()
             path, beside = self._whole(checkpoint_id), list(self._living())
             self._reference = None
             self._reference = (checkpoint_id, load_policy(path, frozen=True, beside=beside, **self._options()))
         return self._reference[1].model
+
+    def _make_room(self) -> None:
+        if self._served is not None:
+            self._served.make_room()
+
+    def _release(self) -> None:
+        """Forget the models in memory, which a server needs."""
+        self._loaded, self._reference = {}, None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def check(self, checkpoint_id: str) -> None:
+        """See that a checkpoint can be sampled.
+
+        Raises:
+            PrefloopError: it is not there or damaged, or its server cannot be asked or is not as it must be.
+        """
+        if self._served is None:
+            self.get(checkpoint_id)
+        else:
+            self._served.check(checkpoint_id, self._whole(checkpoint_id))
+
+    def voice(self, who: Policy | str) -> Voice:
+        """The voice of a policy in memory, or of a checkpoint by its id: here, or on the server of the run file."""
+        if isinstance(who, str) and self._served is not None:
+            return self._served.voice(who, self._whole(who))
+        policy = self.get(who) if isinstance(who, str) else who
+        renderer = self.renderer(policy)
+        return Voice(LocalSampler(policy.model, stop_ids(renderer)), renderer)
+
+    def rest(self) -> None:
+        """Nobody is to speak for a while: a server that was asked to may sleep."""
+        if self._served is not None:
+            self._served.rest()
 
     def _living(self) -> Iterator[Policy]:
         """The policies in memory, whose base weights others may share."""
@@ -104,7 +151,7 @@ class Policies:
     ) -> Checkpoint:
         """Save a policy as one atomic unit; the caller records the checkpoint in the store."""
         key = content_hash("checkpoint", self._run.id, algorithm, iteration, parent_id, dataset_id, attempt)
-        path = self._run.directory / "checkpoints" / f"{iteration + 1:03d}-{algorithm}-{key[:8]}"
+        path = self._run.directory / CHECKPOINTS / f"{iteration + 1:03d}-{algorithm}-{key[:8]}"
         manifest_hash = save_atomically(path, policy.save)
         return Checkpoint(
             key, str(path), manifest_hash, algorithm, parent_id, dataset_id, self._run.id, iteration, metrics or {}
@@ -120,16 +167,38 @@ class Policies:
         return [trajectory_paths(renderer, one, tasks[one.task_id].tools) for one in trajectories]
 
     def roll_out(
-        self, policy: Policy, attempts: Sequence[Attempt], sampling: SamplingSettings, provenance: Provenance
+        self, who: Policy | str, attempts: Sequence[Attempt], sampling: SamplingSettings, provenance: Provenance
     ) -> list[Rollout]:
-        """Roll a policy out on a unit of attempts."""
-        environment = steppable(self._run.environment, "a rollout")
-        renderer = self.renderer(policy)
-        sampler = LocalSampler(policy.model, stop_ids(renderer))
+        """Roll out a policy in memory, or a checkpoint by its id, on a unit of attempts.
+
+        An agent of its own does it where the environment is one.
+        """
+        environment = self._run.environment
+        voice = self.voice(who)
+        sampler, renderer = voice.sampler, voice.renderer
+        if isinstance(environment, Agent):
+            settings = self._run.settings.gateway
+            with closing(_batcher(sampler, settings)) as batcher:
+                runner = AgentRunner(environment, settings, self._run.directory)
+                return runner.roll_out(renderer, batcher, sampler.max_context, attempts, sampling, provenance)
+        environment = steppable(environment, "a rollout")
         episodes = open_episodes(environment, attempts)
         seed = unit_seed(self._run.settings.seed, provenance, attempts)
         speaker = LocalSpeaker(sampler, renderer, episodes, sampling, seed)
         return roll_out(environment, attempts, episodes, speaker, provenance)
+
+
+def _served_voices(run: Run, before_wake: Callable[[], None]) -> ServedVoices | None:
+    policy = run.settings.policy
+    if policy.vllm is None or policy.model is None:
+        return None
+    return ServedVoices(policy.vllm, policy.model, run.directory / CHECKPOINTS, before_wake)
+
+
+def _batcher(sampler: LocalSampler | VLLMSampler, settings: GatewaySettings) -> ContinuousBatcher | ServedBatcher:
+    if isinstance(sampler, LocalSampler):
+        return ContinuousBatcher(sampler, settings.max_batch, settings.chunk_tokens, settings.cached_rows)
+    return ServedBatcher(sampler, settings.max_batch)
 
 
 Paths = tuple[TokenPath, ...]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from prefloop.chat import StepFinder, StepPlace, steps_of, stop_ids
+from prefloop.chat import StepFinder, StepPlace, steps_of, trajectory_paths
 from prefloop.curation.steps import MergedSteps, merge_step_labels, step_members
 from prefloop.environments.base import steppable
 from prefloop.judges import judge_items
@@ -138,9 +138,8 @@ class Valuing:
 
     def __post_init__(self) -> None:
         run, settings = self.run, self.run.settings.value
-        self._policy = run.policies.get(self.checkpoint_id)
-        self._renderer = run.policies.renderer(self._policy)
-        self._finder = StepFinder(self._renderer, settings.separator)
+        self._voice = run.policies.voice(self.checkpoint_id)
+        self._finder = StepFinder(self._voice.renderer, settings.separator)
         judge = run.judge.rater if settings.ended_well == "judge" else run.verifier
         specification = {
             "values": VERSION,
@@ -178,7 +177,7 @@ class Valuing:
 
     def _prefixes(self, unit: Sequence[Trajectory], tasks: dict[str, Task]) -> list[Prefix]:
         settings = self.run.settings.value
-        paths = self.run.policies.paths(self._policy, unit, tasks)
+        paths = [trajectory_paths(self._voice.renderer, one, tasks[one.task_id].tools) for one in unit]
         return [
             prefix_of(trajectory, own, place, self._finder)
             for trajectory, own in zip(unit, paths, strict=True)
@@ -192,13 +191,10 @@ class Valuing:
 
     def _attempt(self, prefixes: Sequence[Prefix], tasks: dict[str, Task], seed: int) -> list[bool | None]:
         """Whether going on from each prefix ends well; None where that cannot be told."""
-        from prefloop.models.sampler import LocalSampler
-
         settings = self.run.settings.value
         own = [tasks[prefix.trajectory.task_id] for prefix in prefixes]
-        sampler = LocalSampler(self._policy.model, stop_ids(self._renderer))
         environment = steppable(self.run.environment, "the value of a step")
-        rollouts = go_on(environment, prefixes, own, sampler, self._renderer, settings.sampling, seed)
+        rollouts = go_on(environment, prefixes, own, self._voice.sampler, self._voice.renderer, settings.sampling, seed)
         if settings.ended_well == "judge":
             return self._judged(rollouts, own)
         unverified = [r for r in rollouts if r.outcome is None and r.trajectory.ended is not Ended.ERROR]

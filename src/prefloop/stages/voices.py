@@ -69,6 +69,16 @@ class ServedVoices:
         renderer = ChatRenderer(_tokenizer(fetch_model(path)))
         return Voice(self.server.sampler(stop_ids(renderer), self.adapter(checkpoint_id, path)), renderer)
 
+    def check(self, checkpoint_id: str, path: str) -> None:
+        """See that the server can sample a checkpoint, and let it sleep again.
+
+        Raises:
+            PrefloopError: as `voice` and `VLLMServer.check`.
+        """
+        self._used = True
+        self.server.check(self.adapter(checkpoint_id, path))
+        self.rest()
+
     def adapter(self, checkpoint_id: str, path: str) -> Adapter | None:
         """The adapter that a checkpoint is on the run's model; None where it is that model."""
         directory = fetch_model(path).resolve()
