@@ -1,9 +1,9 @@
-"""Long paths in little memory: layers are computed again in the backward pass, their feed-forward in chunks of tokens.
+"""Long paths in little memory: layers are computed again in the backward pass, most of each in chunks of tokens.
 
 A path that is longer than the budget cannot be cut. What grows with it then is the input of each layer, kept for the
 backward pass, and what one layer's attention needs, which is computed again when its turn comes (Chen et al. 2016,
-arXiv:1604.06174). The feed-forward is wider than anything else of a layer and works on each token alone: of it there is
-never more than a chunk.
+arXiv:1604.06174). Feed-forwards, wider than anything else, and norms, of which autograd keeps most, work on each token
+alone: of them there is never more than a chunk.
 
 Keeping keys and values of earlier chunks of a path instead, with their gradients, would keep 8 L K bytes a token, or
 12 L K with gradients in float32, against 2 L D for the inputs of L layers in bfloat16, keys K and layers D wide. That
@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -48,26 +49,31 @@ def sparing(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def chunking(model: nn.Module) -> Iterator[None]:
-    """Within this context feed-forward layers work on `CHUNK_TOKENS` at a time, and keep only what goes into them.
+    """Within this context feed-forwards and norms work on `CHUNK_TOKENS` at a time, and keep only what goes into them.
 
-    Only of models that can share prefixes, whose feed-forward is known to treat each token alone.
+    Only of models that can share prefixes, whose layers are known.
     """
-    causal: Any = causal_model(model)
-    modules = [] if why_not_shared(model) else [layer.mlp for layer in causal.base_model.layers]
-    before = [vars(module).get("forward") for module in modules]
+    modules = [] if why_not_shared(model) else list(_of_single_tokens(causal_model(model)))
     for module in modules:
         module.forward = partial(_in_chunks, module.forward)
     try:
         yield
     finally:
-        for module, own in zip(modules, before, strict=True):
-            del module.forward
-            if own is not None:
-                module.forward = own
+        for module in modules:
+            module.forward = module.forward.args[0]
+            if module.forward == MethodType(type(module).forward, module):
+                del module.forward  # it had none of its own
+
+
+def _of_single_tokens(causal: Any) -> Iterator[Any]:
+    """The modules of layers that treat each token alone and keep much of it for the backward pass."""
+    for layer in causal.base_model.layers:
+        yield layer.mlp
+        yield from (module for name, module in layer.named_modules() if name.endswith("norm"))
 
 
 def _in_chunks(compute: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-    """The feed-forward of [B, T, D]."""
+    """A function of each token of [B, T, …]."""
     chunks = torch.split(hidden.flatten(0, 1), CHUNK_TOKENS)
     if len(chunks) == 1:
         return compute(hidden)

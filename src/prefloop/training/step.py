@@ -239,7 +239,7 @@ class TrainingStep:
         if not read_V.any():
             return  # a piece of which the loss reads nothing
         layout = layout_for(self.model, joint or batch)
-        with self._running(layout):
+        with self._running(joint or batch, layout):
             output_V = self._output(joint or batch, layout, read_V)
             if joint is not None:
                 num_own = len(batch.visit_token_V)
@@ -272,7 +272,7 @@ class TrainingStep:
             return
         (grad_V,) = torch.autograd.grad(loss, output_V)
         for (piece, read), layout in zip(pieces, layouts, strict=True):
-            with self._running(layout):
+            with self._running(piece.batch, layout):
                 self._output(piece.batch, layout, read).backward(grad_V[piece.visits])  # type: ignore[no-untyped-call]
 
     def _output(self, batch: PackedBatch, layout: Layout, read_V: Tensor) -> Tensor:
@@ -316,9 +316,9 @@ class TrainingStep:
         return torch.stack(logratios).sum() / len(samples)
 
     @contextmanager
-    def _running(self, layout: Layout) -> Iterator[None]:
+    def _running(self, batch: PackedBatch, layout: Layout) -> Iterator[None]:
         """Around forward and backward: attention over a forest; in little memory, where the budget is passed."""
-        exceeds = torch.is_grad_enabled() and layout.num_places > self.settings.max_tokens
+        exceeds = torch.is_grad_enabled() and batch.num_tokens > self.settings.max_tokens
         attention = nullcontext() if layout.segments is None else sharing(self.model)
         with attention, sparing(self.model) if exceeds else nullcontext():
             yield
