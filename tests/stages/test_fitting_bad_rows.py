@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from fit_runs import Heard, chat_rows, labelled_rows, pair_rows, step_rows, train_rows, write_rows
 from prefloop.chat import ChatRenderer
+from prefloop.hub import DataFile
 from prefloop.models.initial import CHAT_TEMPLATE
 from prefloop.records import PrefloopError
 from prefloop.stages.examples import LabelledSteps, LengthLimit, Prepared, prepare
@@ -253,7 +254,7 @@ def test_steps_beyond_the_cut_are_left_out(model: Path, tmp_path: Path):
 def _prepared(model: Path, tmp_path: Path, rows: list, max_length: int | None) -> Prepared:
     file, skips = write_rows(tmp_path / "steps.jsonl", rows), Skips("stop")
     with Store(":memory:") as store:
-        taken = rows_of_files(store, [file], "steps", skips, 0.0)
+        taken = rows_of_files(store, [DataFile(file, file.name, str(file))], "steps", skips, 0.0)
         steps = LabelledSteps({label.id: label for label in store.step_labels()})
         renderer = ChatRenderer(AutoTokenizer.from_pretrained(model))
         return prepare(taken, read_corpus(store, taken), renderer, LengthLimit(max_length, "keep_start"), skips, steps)

@@ -279,7 +279,7 @@ def doctor(
 def import_(
     data: Annotated[
         str,
-        Parameter(help="JSON Lines, a JSON list or Parquet, plain or gzipped; or of a hub: org/name@revision:split"),
+        Parameter(help="JSON Lines, a JSON list or Parquet, plain or gzipped; of a hub org/name@revision:split"),
     ],
     *,
     format: Annotated[  # noqa: A002

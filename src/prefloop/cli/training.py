@@ -81,13 +81,12 @@ def update(
 def _fit(name: str, output: Path | None, store: str | None, options: dict[str, Any]) -> None:
     """Train an objective on data of your own."""
     from prefloop.live import LiveTraining
+    from prefloop.stages.fit_data import files_of
     from prefloop.stages.fitting import fit
 
     settings = _settings(name, options)
     output = output or Path("runs") / name
-    for file in (*settings.data, *settings.eval_data):  # before a store is made
-        if not Path(file).exists():
-            raise PrefloopError(f"there is no file {file}")
+    files_of([*settings.data, *settings.eval_data])  # before a store is made
     warnings.filterwarnings("ignore", category=FutureWarning)  # of one library to another: no user can act on it
     with training_store(store, output, own=bool(settings.data)) as opened, LiveTraining(console) as progress:
         try:

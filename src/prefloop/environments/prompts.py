@@ -13,12 +13,13 @@ from prefloop.environments.base import Environment, Episode
 from prefloop.environments.single_turn import SingleTurn
 from prefloop.formats import iter_prompts
 from prefloop.formats.rows import PROMPTS
+from prefloop.hub import data_files
 from prefloop.records import PrefloopError, Split, Task
 
 
 class PromptsSettings(Settings):
-    """Settings of a prompt dataset: the file (JSON Lines, a JSON list or Parquet; see `formats`), and the share of
-    prompts that is held out.
+    """Settings of a prompt dataset: the file (JSON Lines, a JSON list or Parquet; see `formats`) or data of a hub, and
+    the share of prompts that is held out.
     """
 
     name: Literal["prompts"] = "prompts"
@@ -43,7 +44,9 @@ class Prompts(Environment):
     @cached_property
     def _by_split(self) -> dict[Split, list[Task]]:
         found: dict[Split, list[Task]] = {split: [] for split in Split}
-        for task in iter_prompts(self.settings.path, held_out=self.settings.held_out):
+        files = data_files(self.settings.path)
+        tasks = (task for file in files for task in iter_prompts(file.path, held_out=self.settings.held_out))
+        for task in {task.id: task for task in tasks}.values():
             found[task.split].append(task)
         return found
 

@@ -6,10 +6,10 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefloop.curation.steps import kind_of_steps
+from prefloop.hub import DataFile, data_files
 from prefloop.losses.registry import Records, objective, resolve_knobs
 from prefloop.records import Dataset, JSONObject, Labelled, PrefloopError, counted
 from prefloop.stages.curating import rater_with_scores
@@ -99,7 +99,7 @@ def select(settings: FitSettings, store: Store) -> Selected:
     """
     about, skips = objective(settings.objective), Skips(settings.on_error)
     records = about.records
-    files, eval_files = ([Path(file) for file in given] for given in (settings.data, settings.eval_data))
+    files, eval_files = (files_of(given) for given in (settings.data, settings.eval_data))
     if files:
         rows = rows_of_files(store, files, records, skips, settings.held_out, beside=eval_files)
     else:
@@ -112,6 +112,15 @@ def select(settings: FitSettings, store: Store) -> Selected:
     if settings.held_out:
         rows, held_out = split_rows(rows, corpus, settings.held_out)
     return Selected(rows, held_out, corpus, skips, unused)
+
+
+def files_of(names: Sequence[str]) -> list[DataFile]:
+    """The files that names of data mean.
+
+    Raises:
+        PrefloopError: as `data_files`.
+    """
+    return [file for name in names for file in data_files(name)]
 
 
 def _rows_of_store(settings: FitSettings, store: Store, records: Records, skips: Skips) -> Rows:

@@ -29,10 +29,13 @@ class FitSettings(TrainingSettings, LossSettings):
     """One training on stored data: an objective with its knobs, a model, rows, and what is done about bad ones."""
 
     objective: str
-    model: str = Field(description="a directory in Hugging Face's layout, or a hub id")
+    model: str = Field(description="a directory in Hugging Face's layout, or a hub id: org/name@revision")
     reference: str = Field(default="", description="the reference model, else the model itself as it starts")
     chat_template: str = Field(default="", description="a file with a chat template, else the tokenizer's own")
-    data: list[str] = Field(default_factory=list, description="files of rows, in any format that `import` reads")
+    data: list[str] = Field(
+        default_factory=list,
+        description="files of rows, in any format that `import` reads, or of a hub: org/name@revision:split",
+    )
     dataset: str = Field(default="", description="in place of files: id of a frozen dataset of the store")
     top_k: int | None = Field(default=None, ge=1, description="in place of files: the store's K best of each task")
     rater: str = Field(default="", description="whose scores those are: a rater's id or name")

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prefloop.hub import pinned_model
 from prefloop.losses.registry import needs_reference, resolve_knobs, resolve_parts
 from prefloop.losses.settings import LossSettings
 from prefloop.records import Checkpoint, JSONObject, PrefloopError, content_hash
 from prefloop.stages.context import BEFORE, LOCK, claimed, run_id
-from prefloop.stages.fit_data import FitData, ready, select
+from prefloop.stages.fit_data import FitData, files_of, ready, select
 from prefloop.stages.fit_settings import FitProgress, FitSettings, reads, work_directory
 from prefloop.stages.selecting import sha256_of
 from prefloop.store import Store
@@ -96,8 +97,8 @@ class _Fitting:
         """All that decides the result, with the content of files in place of where they lie."""
         recipe = self.settings.model_dump(mode="json", exclude={"data", "eval_data", "report_to"})
         for name in ("data", "eval_data"):
-            files = [Path(file) for file in getattr(self.settings, name)]
-            recipe[name] = [{"file": file.name, "sha256": sha256_of(file)} for file in files]
+            files = files_of(getattr(self.settings, name))
+            recipe[name] = [{"file": file.path.name, "sha256": sha256_of(file.path)} for file in files]
         if self.settings.chat_template:
             recipe["chat_template"] = sha256_of(Path(self.settings.chat_template))
         return recipe
@@ -113,6 +114,19 @@ class _Fitting:
         others = [key for key in found if key not in LossSettings.model_fields and key != "objective"]
         read = {key: found[key] for key in others if reads(name, key, has_reference=has_reference)}
         return {"objective": name, **knobs, **read}
+
+    def _pinned(self) -> FitSettings:
+        """The settings with the commits of a hub's models: those that it began with, else the newest.
+
+        Raises:
+            PrefloopError: as `pinned_model`.
+        """
+        began: JSONObject = self._event(BEFORE, "start") or {}
+        settings, reference = self.settings, self.settings.reference
+        names = {"model": began.get("model") or pinned_model(settings.model)}
+        if reference:
+            names["reference"] = began.get("reference") or pinned_model(reference)
+        return settings.model_copy(update=names)
 
     def found(self) -> Fitted | None:
         """What an earlier call came to; None where it is not finished.
@@ -136,7 +150,7 @@ class _Fitting:
                 f"{self.output} is not what was recorded: restore it, or remove {self.directory} to train anew"
             )
         try:
-            now = origins(self.settings)
+            now = origins(self._pinned())
         except PrefloopError as error:
             self.progress.note(f"whether it started from the same model could not be checked: {error}")
         else:
@@ -157,17 +171,18 @@ class _Fitting:
         selected = select(self.settings, self.store)
         settle(self.settings)
         self.progress.begin("load the model")
-        learner = load_learner(self.settings)
+        settings = self._pinned()
+        learner = load_learner(settings)
         self.progress.begin("render rows")
-        start = circumstances(self.settings)
-        data = ready(selected, self.settings, self.store, learner.renderer, learner.context, self.id)
+        start = circumstances(settings)
+        data = ready(selected, settings, self.store, learner.renderer, learner.context, self.id)
         self._check_unchanged(start, data)
         for note in (*learner.notes(), *data.notes()):
             self.progress.note(note)
         outcome = train_learner(
             learner,
             data,
-            self.settings,
+            settings,
             start,
             Place(self.store, self.id, str(self.output), FIRST, self.directory, self.directory / STATES),
             identity=content_hash(self.recipe(), start["weights"], data.dataset.id, learner.renderer.tokenizer_hash),
@@ -248,12 +263,12 @@ class _Fitting:
 
     def _base(self, start: JSONObject) -> Checkpoint:
         """The model that the training started from: a checkpoint of the store where it is one."""
-        here = Path(self.settings.model)
+        here = Path(start["model"])
         for checkpoint in self.store.checkpoints():
             if here.is_dir() and Path(checkpoint.path).is_dir() and here.samefile(checkpoint.path):
                 return checkpoint
         key = content_hash("checkpoint", self.id, "load", start["model"], start["weights"])
-        return Checkpoint(key, self.settings.model, "", "load", run_id=self.id)
+        return Checkpoint(key, start["model"], "", "load", run_id=self.id)
 
     def _event(self, iteration: int, kind: str) -> JSONObject | None:
         return self.store.event(self.id, iteration, kind)

@@ -17,6 +17,7 @@ from prefloop.formats import import_file
 from prefloop.formats.importing import MAX_LISTED_ERRORS
 from prefloop.formats.limits import RowProblemError
 from prefloop.formats.rows import Bundle, place_prompt
+from prefloop.hub import DataFile
 from prefloop.losses.registry import Records
 from prefloop.records import (
     Comparison,
@@ -107,16 +108,16 @@ class Rows:
 
 def rows_of_files(
     store: Store,
-    files: Sequence[Path],
+    files: Sequence[DataFile],
     records: Records,
     skips: Skips,
     held_out: float,
-    beside: Iterable[Path] = (),
+    beside: Iterable[DataFile] = (),
 ) -> Rows:
     """Import files, and take from each row what an objective of these records learns from.
 
     `held_out` is the share of the prompts that become held-out tasks of the store. A file is called by its name, or by
-    its path as given where another of these, or of those `beside` them, has that name.
+    its path as given where another of these, or of those `beside` them, has that name; one of a hub by its whole name.
 
     Raises:
         PrefloopError: a file that is not there or holds no rows, or a bad row that is not to be skipped.
@@ -124,8 +125,8 @@ def rows_of_files(
     rows, num_before = Rows({"records": records, "files": []}), skips.num
     names = Counter(file.name for file in {*files, *beside})
     for file in files:
-        called = file.name if names[file.name] == 1 else str(file)
-        rows.source["files"].append({"name": called, "sha256": sha256_of(file)})
+        called = file.name if names[file.name] == 1 else file.called
+        rows.source["files"].append({"name": called, "sha256": sha256_of(file.path)})
 
         def take(line: int, bundle: Bundle, called: str = called) -> None:
             where = f"{called}:{line}"
@@ -134,7 +135,7 @@ def rows_of_files(
             except RowProblemError as problem:
                 skips.add(where, problem.reason)
 
-        report = import_file(store, file, on_error=skips.on_error, held_out=held_out, on_row=take, called=called)
+        report = import_file(store, file.path, on_error=skips.on_error, held_out=held_out, on_row=take, called=called)
         for error in report.errors:
             skips.add(f"{error.file}:{error.line}", f"{error.key}: {error.reason}".removeprefix(": "))
         skips.num += report.num_skipped - len(report.errors)
