@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from prefloop.environments.base import Demonstrator
 from prefloop.formats.rows import place_prompt
+from prefloop.hub import pinned_model
 from prefloop.records import (
     AuthorKind,
     Checkpoint,
@@ -36,14 +37,15 @@ def start_policy(run: Run) -> str:
     if found is not None:
         return str(found["checkpoint_id"])
     demonstrations = _demonstrations(run) if run.settings.sft is not None else None
-    checkpoint = _base(run, demonstrations)
+    checkpoint = base = _base(run, demonstrations)
     if demonstrations is not None:
         checkpoint = _learn(run, checkpoint, demonstrations)
     elif run.settings.policy.server is None:
-        run.policies.get(checkpoint.id)  # a model that is not there is said now, while the run can still be changed
+        run.policies.check(checkpoint.id)  # a model that is not there is said now, while the run can still be changed
     with run.store.transaction():
         files = run.environment.files()
-        run.store.add_event(run.id, BEFORE, "start", circumstances(run.settings) | ({"files": files} if files else {}))
+        start = {**circumstances(run.settings), "model": base.path, **({"files": files} if files else {})}
+        run.store.add_event(run.id, BEFORE, "start", start)
         run.store.add_event(run.id, BEFORE, "policy", {"checkpoint_id": checkpoint.id})
     return checkpoint.id
 
@@ -99,8 +101,9 @@ def _base(run: Run, demonstrations: Dataset | None) -> Checkpoint:
         served_id = content_hash("checkpoint", run.id, "served", settings.server.base_url, settings.server.model)
         checkpoint = Checkpoint(served_id, settings.server.model, "", SERVED, run_id=run.id)
     elif settings.model is not None:
-        loaded_id = content_hash("checkpoint", run.id, "load", settings.model)
-        checkpoint = Checkpoint(loaded_id, settings.model, "", "load", run_id=run.id)
+        name = pinned_model(settings.model)  # a hub's model may change while the run goes on
+        loaded_id = content_hash("checkpoint", run.id, "load", name)
+        checkpoint = Checkpoint(loaded_id, name, "", "load", run_id=run.id)
     else:
         assert demonstrations is not None  # the schema of the run file sees to it
         checkpoint = run.policies.save(_initial(run, demonstrations), algorithm="initial", iteration=BEFORE)
