@@ -11,6 +11,7 @@ from prefloop.clients.sampling import SamplingSettings
 from prefloop.config import Settings
 from prefloop.curation.settings import CurationSettings
 from prefloop.environments import EnvironmentSettings
+from prefloop.gateway.settings import GatewaySettings
 from prefloop.judges.base import JudgingSettings
 from prefloop.judges.llm import LLMJudgeSettings
 from prefloop.judges.reward_model import ProcessJudgeSettings, RewardJudgeSettings
@@ -100,6 +101,7 @@ class RunSettings(Settings):
     environment: EnvironmentSettings
     sft: SFTSettings | None = None
     rollout: RolloutSettings = RolloutSettings()
+    gateway: GatewaySettings = GatewaySettings()
     judge: JudgeSettings = JudgeSettings()
     value: ValuingSettings = ValuingSettings()
     curation: CurationSettings = CurationSettings()
