@@ -153,6 +153,8 @@ def _found(stage: str, detail: JSONObject) -> str:
 
 
 def _evaluation(detail: JSONObject, which: str) -> str:
+    if "skipped" in detail:
+        return f"{which}: not evaluated: {detail['skipped']}"
     sampled, greedy = detail["sampled"], detail.get("greedy") or {}
     if not sampled.get("success"):
         return f"{which}: judge's mean score {_number(sampled.get('mean_judge_score'))} on {detail['num_tasks']} tasks"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,10 +23,12 @@ from pydantic import Field
 from prefloop.config import Settings
 from prefloop.environments.base import Outcome, TaskSource
 from prefloop.environments.commands import Ran, child_environment, run_command
+from prefloop.environments.outcomes import OUTCOME_KEYS, read_outcome
 from prefloop.formats.limits import Limits, RowProblemError
 from prefloop.formats.reading import read_rows
 from prefloop.formats.rows import parse_turns, place_prompt
 from prefloop.records import JSONObject, Message, PrefloopError, Role, Split, Task, canonical_json
+from prefloop.records.strict_json import strict_loads
 
 MAX_TASK_BYTES = 100_000  # an environment variable holds no more than 128 KiB
 MAX_ID = 200
@@ -111,6 +112,10 @@ class Agent(TaskSource):
         scripts = [Path(word) for word in named if not Path(word).is_absolute() and Path(word).is_file()]
         return {str(path): _sha256(path) for path in (Path(self.settings.tasks), *scripts)}
 
+    def absent(self) -> str:
+        """Without a command the agent runs elsewhere."""
+        return "" if self.settings.command is not None else "its agent runs elsewhere (no environment.command)"
+
     def check(self) -> None:
         """See that the tasks can be read and the commands be found.
 
@@ -150,8 +155,7 @@ class Agent(TaskSource):
         """What the grader says of an episode.
 
         It reads `{"task", "messages", "output", "ended"}` as JSON from its standard input, and the last line that it
-        prints is a JSON object: `score` in [0, 1], and if it likes `success` (else whether the score is 1), `value`
-        (else the score) and `metrics`, numbers by name.
+        prints is a JSON object with a `score` in [0, 1], as `read_outcome` reads it.
 
         Raises:
             PrefloopError: there is no grader, it cannot be started, fails, is too slow, or says something else.
@@ -253,29 +257,20 @@ def _sha256(path: Path) -> str:
 def _outcome(printed: str) -> Outcome:
     line = next((line for line in reversed(printed.splitlines()) if line.strip()), "")
     try:
-        said = json.loads(line)
-    except (ValueError, RecursionError):
-        said = None
+        said = strict_loads(line)
+    except ValueError as error:
+        said, problem = None, str(error)
+    else:
+        problem = "expected a JSON object"
     if not isinstance(said, dict):
-        shown = f"{line.strip()[:100]!r}" if line else "nothing"
-        raise PrefloopError(f'the grader printed {shown}: expected a last line such as {{"score": 0.5}}')
-    if unknown := said.keys() - {"score", "success", "value", "metrics"}:
-        raise PrefloopError(f"the grader said {min(unknown)!r}: it may say score, success, value and metrics")
-    score = _number(said, "score")
-    if not 0 <= score <= 1:
-        raise PrefloopError(f"the grader's score is {score:g}: expected a number from 0 to 1")
-    success = said.get("success", score == 1)
-    if not isinstance(success, bool):
-        raise PrefloopError(f"the grader's success is {success!r}: expected true or false")
-    metrics = said.get("metrics", {})
-    if not isinstance(metrics, dict) or "success" in metrics:
-        raise PrefloopError(f"the grader's metrics are {metrics!r:.100}: expected an object of numbers but success")
-    value = _number(said, "value") if "value" in said else score
-    return Outcome(value, score, success, {name: _number(metrics, name, flags=True) for name in metrics})
-
-
-def _number(said: JSONObject, key: str, *, flags: bool = False) -> float:
-    found = said.get(key)
-    if (isinstance(found, bool) and not flags) or not isinstance(found, int | float) or not math.isfinite(found):
-        raise PrefloopError(f"the grader's {key} is {found!r:.100}: expected a finite number")
-    return float(found)
+        shown = f"{line.strip()[:100]!r}, which is no score ({problem})" if line else "nothing"
+        raise PrefloopError(f'the grader printed {shown}: its last line should be such as {{"score": 0.5}}')
+    if unknown := said.keys() - OUTCOME_KEYS:
+        raise PrefloopError(f"the grader said {min(unknown)!r}: it may say {', '.join(sorted(OUTCOME_KEYS))}")
+    try:
+        outcome = read_outcome(said)
+    except PrefloopError as error:
+        raise PrefloopError(f"what the grader said is wrong: {error}") from None
+    if outcome is None:
+        raise PrefloopError("the grader gave no score")
+    return outcome

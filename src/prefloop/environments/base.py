@@ -85,6 +85,10 @@ class TaskSource(ABC):
         """
         return {}
 
+    def absent(self) -> str:
+        """Why nobody here can play its episodes; empty where somebody can."""
+        return ""
+
     def check(self) -> None:  # noqa: B027  (most can always begin)
         """See that episodes can begin.
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from prefloop.environments.base import Outcome
+from prefloop.environments.outcomes import OUTCOME_KEYS, read_outcome
 from prefloop.gateway.core import Gateway, key_of
 from prefloop.gateway.episodes import Name
 from prefloop.gateway.refusal import RefusedError
@@ -26,7 +27,7 @@ HOW_TO_NAME = (
     "say which task and episode this is: headers X-Prefloop-Task and X-Prefloop-Episode, or the API key "
     "TOKEN/TASK/EPISODE (none/TASK/EPISODE where no token is set), percent-encoded"
 )
-_OUTCOME_KEYS = frozenset({"task", "episode", "value", "score", "success", "metrics", "reason"})
+_OUTCOME_KEYS = OUTCOME_KEYS | {"task", "episode", "reason"}
 
 
 class App:
@@ -130,7 +131,7 @@ class App:
         _check_keys(body, _OUTCOME_KEYS)
         task, episode = _text(body, "task") or name[0], _text(body, "episode") or name[1]
         name = self._gateway.named(episode) if episode and not task else _whole((task, episode))
-        outcome, reason = read_outcome(body), _text(body, "reason")
+        outcome, reason = _outcome_in(body), _text(body, "reason")
         rollout = await asyncio.to_thread(self._gateway.post, name, outcome, reason)
         shown: JSONObject = {"task": name[0], "episode": name[1]}
         if rollout is None:
@@ -164,42 +165,11 @@ def _text(body: JSONObject, key: str) -> str:
     return value or ""
 
 
-def read_outcome(body: JSONObject) -> Outcome | None:
-    """What an agent's grader says; None where it says nothing.
-
-    `value` defaults to the score, `score` to a value from 0 to 1, both to 1 for a success and 0 for none; `success`
-    to a score of at least 0.5.
-
-    Raises:
-        RefusedError: naming the key that is wrong or missing.
-    """
-    value, score, success = _finite(body, "value"), _finite(body, "score"), body.get("success")
-    metrics = body.get("metrics") or {}
-    if success is not None and not isinstance(success, bool):
-        raise RefusedError(400, "invalid_value", "success should be true or false", param="success")
-    if not isinstance(metrics, dict):
-        raise RefusedError(400, "invalid_value", "metrics should be an object of numbers", param="metrics")
-    numbers = {key: _finite(metrics, key) for key in metrics}
-    if value is None and score is None and success is None:
-        return None
-    if score is None:
-        score = value if value is not None else float(bool(success))
-    if not 0 <= score <= 1:
-        raise RefusedError(
-            400, "invalid_value", f"score should be from 0 to 1, not {score:g}: give it beside the value"
-        )
-    reached = success if success is not None else score >= 0.5
-    good = {key: number for key, number in numbers.items() if number is not None}
-    return Outcome(value if value is not None else score, score, reached, good)
-
-
-def _finite(body: JSONObject, key: str) -> float | None:
-    value = body.get(key)
-    if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
-        raise RefusedError(400, "invalid_value", f"{key} should be a number", param=key)
-    if value is not None and not abs(value) < 1e300:
-        raise RefusedError(400, "invalid_value", f"{key} should be a finite number", param=key)
-    return None if value is None else float(value)
+def _outcome_in(body: JSONObject) -> Outcome | None:
+    try:
+        return read_outcome(body)
+    except PrefloopError as error:
+        raise RefusedError(400, "invalid_value", str(error)) from None
 
 
 class GatewayServer:

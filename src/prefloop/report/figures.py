@@ -76,8 +76,8 @@ def _success(record: RunRecord) -> Figure | None:
 
 def _full_evaluations(record: RunRecord) -> list[tuple[int, Mapping[str, Any]]]:
     found = [(0, record.start_evaluation), (record.end_number, record.end_evaluation)]
-    full = [(at, detail["sampled"]["success"]) for at, detail in found if detail and not detail.get("guard")]
-    return [(at, success) for at, success in full if success]
+    measured = [(at, detail.get("sampled") or {}) for at, detail in found if not detail.get("guard")]
+    return [(at, sampled["success"]) for at, sampled in measured if sampled.get("success")]
 
 
 def _diamonds(axes: Axes, points: Sequence[tuple[int, Mapping[str, Any]]]) -> None:

@@ -36,6 +36,8 @@ class Verdict:
 def verdict(record: RunRecord) -> Verdict:
     """What the run achieved, in plain words with intervals; says so when it cannot be said yet."""
     start, end = _success(record.start_evaluation), _success(record.end_evaluation)
+    if skipped := record.start_evaluation.get("skipped"):
+        return Verdict(_elsewhere_headline(record, skipped), "open", _details(record))
     if not start or not end:
         judged = record.start_evaluation and not start
         headline = _judged_headline(record) if judged else _unfinished_headline(start, record)
@@ -57,6 +59,16 @@ def _unfinished_headline(start: Mapping[str, Any], record: RunRecord) -> str:
         return f"The start policy succeeds on {words.share_with_interval(start)} of {start['n']} tasks; no update yet."
     so_far = f"{words.share_with_interval(latest[-1])} on {latest[-1]['n']} guard tasks"
     return f"Not finished: the start policy succeeds on {words.share_with_interval(start)}, the latest on {so_far}."
+
+
+def _elsewhere_headline(record: RunRecord, skipped: str) -> str:
+    """Where agents play elsewhere their own episodes say something, but of other tasks each time."""
+    said = f"Nothing was evaluated here: {skipped}."
+    shares = [turn.judge["success"] for turn in record.iterations if turn.judge.get("success")]
+    if not shares:
+        return said
+    first, last = (words.share_with_interval(share) for share in (shares[0], shares[-1]))
+    return f"{said} Of its recorded episodes {first} succeeded in the first iteration and {last} in the latest."
 
 
 def _judged_headline(record: RunRecord) -> str:

@@ -48,12 +48,18 @@ def guard_evaluation(run: Run, policy: Policy) -> Evaluated:
 def evaluate_stage(run: Run, iteration: int, checkpoint_id: str) -> JSONObject:
     """Evaluate a checkpoint on the held-out tasks, sampled at temperature 1 and greedily.
 
-    Where the environment verifies nothing, the judge scores the sampled trajectories instead.
+    Where the environment verifies nothing, the judge scores the sampled trajectories instead. Where nobody here can
+    play its episodes nothing is evaluated, and `skipped` says why.
     """
     found = run.found(iteration, "evaluate")
     if found is not None:
         return found
     settings = run.settings.evaluation
+    if absent := run.environment.absent():
+        with run.recorded(iteration, "evaluate") as detail:
+            detail |= {"checkpoint_id": checkpoint_id, "num_tasks": 0, "sampled": None, "greedy": None}
+            detail["skipped"] = absent
+        return detail
     tasks = _held_out(run)
     with run.recorded(iteration, "evaluate", len(tasks)) as detail:
         detail |= {"checkpoint_id": checkpoint_id, "num_tasks": len(tasks), "greedy": None}

@@ -20,6 +20,9 @@ def rollout_stage(run: Run, iteration: int) -> None:
     """Roll out the tasks of an iteration, a unit at a time; each unit is committed whole.
 
     Where agents have had episodes of this iteration through the gateway, these are its rollouts.
+
+    Raises:
+        PrefloopError: the agent runs elsewhere and has had no episode, or as the environment.
     """
     if run.found(iteration, STAGE) is not None:
         return
@@ -30,6 +33,11 @@ def rollout_stage(run: Run, iteration: int) -> None:
         with run.recorded(iteration, STAGE, len(served)) as detail:
             detail |= {"checkpoint_id": checkpoint_id, **rollout_summary(served)}
         return
+    if absent := run.environment.absent():
+        raise PrefloopError(
+            f"run {run.settings.name}: there are no episodes of iteration {iteration + 1} to learn from, since "
+            f"{absent}: start `prefloop gateway` with this run file and let the agent ask it"
+        )
     tasks = iteration_tasks(run, iteration)
     with run.recorded(iteration, STAGE, len(tasks) * settings.samples_per_task) as detail:
         trajectories = roll_out_in_units(

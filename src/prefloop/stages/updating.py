@@ -28,7 +28,10 @@ STAGE, GUARD = "train", "guard"
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
-    """One try of an update, and whether the guards accept it; one that diverged could not be evaluated."""
+    """One try of an update, and whether the guards accept it.
+
+    One that diverged could not be evaluated, nor one of an agent that runs elsewhere.
+    """
 
     number: int
     policy: Policy
@@ -77,7 +80,7 @@ def train_stage(run: Run, iteration: int) -> None:
         last = attempts[-1]
         accepted = last.decision.accepted
         guarded = _guarded(run, iteration - 1)
-        if accepted and last.evaluated is not None:
+        if accepted:
             checkpoint = _save(run, iteration, before, dataset, last)
             guarded = _guard_detail(run, checkpoint.id, last.evaluated)
         run.store.add_event(run.id, iteration, GUARD, guarded)
@@ -140,6 +143,8 @@ def _fit(
 
 
 def _guard(run: Run, policy: Policy, success_before: Interval | None) -> tuple[Evaluated | None, Decision]:
+    if absent := run.environment.absent():
+        return None, Decision(True, f"not guarded: {absent}")
     try:
         evaluated = guard_evaluation(run, policy)
     except DivergedError as error:
@@ -179,12 +184,15 @@ def _guarded(run: Run, iteration: int) -> JSONObject:
     found = run.found(iteration, GUARD)
     if found is None:
         start = run.checkpoint_before(0)
-        found = _guard_detail(run, start, guard_evaluation(run, run.policies.get(start)))
+        absent = run.environment.absent()
+        found = _guard_detail(run, start, None if absent else guard_evaluation(run, run.policies.get(start)))
         run.store.add_event(run.id, BEFORE, GUARD, found)
     return found
 
 
-def _guard_detail(run: Run, checkpoint_id: str, evaluated: Evaluated) -> JSONObject:
+def _guard_detail(run: Run, checkpoint_id: str, evaluated: Evaluated | None) -> JSONObject:
+    if evaluated is None:
+        return {"checkpoint_id": checkpoint_id, "num_tasks": 0, "sampled": None, "skipped": run.environment.absent()}
     return {
         "checkpoint_id": checkpoint_id,
         "num_tasks": run.settings.guard.num_tasks,
@@ -194,7 +202,7 @@ def _guard_detail(run: Run, checkpoint_id: str, evaluated: Evaluated) -> JSONObj
 
 def _success_before(run: Run, iteration: int) -> Interval | None:
     """Success on the guard tasks of the policy that the iteration starts from."""
-    success = _guarded(run, iteration - 1)["sampled"]["success"]
+    success = (_guarded(run, iteration - 1)["sampled"] or {}).get("success")
     return None if success is None else Interval(**success)
 
 
