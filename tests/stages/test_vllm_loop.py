@@ -11,15 +11,17 @@ from fakes.vllm_server import FakeVLLM
 from prefloop.config import parse_settings
 from prefloop.loop import run_loop
 from prefloop.models.load import load_policy
-from prefloop.records import PrefloopError, Source
+from prefloop.records import PrefloopError, Source, Split
+from prefloop.rollout import Attempt
 from prefloop.stages.context import BEFORE, Progress, Run, opened
+from prefloop.stages.gateway import served
 from prefloop.stages.rollouts import iteration_rollouts, rollout_stage
 from prefloop.stages.settings import RunSettings
 from prefloop.stages.start import start_policy
 from prefloop.stages.valuing import value_stage
 from prefloop.store import Store
 
-pytest.importorskip("openai")
+openai = pytest.importorskip("openai")
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +133,41 @@ def test_steps_are_valued_by_what_the_server_samples(talker, fake, tmp_path, mon
             value_stage(run, 0)
         assert len(fake.bodies("/v1/completions")) > before
         assert store.step_labels()
+
+
+@pytest.mark.slow
+def test_agents_of_a_gateway_speak_with_what_the_server_samples(talker, fake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name, said = ("task", "episode"), [{"role": "user", "content": "Book me a flight to Oslo."}]
+    with Store("runs/prefloop.db") as store:
+        run = Run(parse_settings(RunSettings, served_settings(talker, fake.url), "test"), store)
+        with opened(run):
+            checkpoint, task = start_policy(run), run.environment.tasks(Split.TRAIN, 1)[0]
+            with served(run, 0, checkpoint, host="127.0.0.1", port=0, token="") as (gateway, server):
+                gateway.open(name, Attempt(task, 0, 0))
+                at = server.environment(name)
+                agent = openai.OpenAI(base_url=at["OPENAI_BASE_URL"], api_key=at["OPENAI_API_KEY"], max_retries=0)
+                agent.chat.completions.create(model="any", messages=said, max_tokens=12)
+                rollout = gateway.close(name)
+    assert fake.sleeping
+    (path,) = rollout.trajectory.token_paths
+    own, expected = forward(str(talker), path)
+    assert 1 <= len(own) <= 12
+    np.testing.assert_allclose(path.logprob[own], expected, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_does_not_change_between_a_server_and_here(talker, fake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = served_settings(talker, fake.url)
+    with Store("runs/prefloop.db") as store:
+        run = Run(parse_settings(RunSettings, settings, "test"), store)
+        with opened(run):
+            start_policy(run)
+        del settings["policy"]["vllm"]
+        here = Run(parse_settings(RunSettings, settings, "test"), store)
+        with pytest.raises(PrefloopError, match=r"other settings \(policy\.vllm: a table → nothing\)"), opened(here):
+            pass
 
 
 def test_a_server_with_another_model_is_said_before_anything_is_done(model, tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefloop.clients.vllm import VLLMSettings
 from prefloop.environments import make_environment
 from prefloop.environments.base import Outcome, TaskSource
 from prefloop.judges.base import Judge
@@ -39,7 +40,9 @@ if TYPE_CHECKING:
     from prefloop.training.writers import MetricsWriter
 
 LOCK = "lock"  # of a run's directory
-CIRCUMSTANTIAL: dict[str, Any] = {"store": True, "directory": True, "policy": {"vllm"}}  # may change in a run
+CIRCUMSTANTIAL: dict[str, Any] = {"store": True, "directory": True, "policy": {"vllm": set(VLLMSettings.model_fields)}}
+"""Settings that may change while a run goes on: where things are, and how a server that samples is reached."""
+
 BEFORE = -1  # the "iteration" of what comes before the loop
 
 

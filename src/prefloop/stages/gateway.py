@@ -73,25 +73,19 @@ class _Policy:
     """What samples a checkpoint for the gateway."""
 
     def __init__(self, run: Run, checkpoint_id: str) -> None:
-        from prefloop.chat import stop_ids
-        from prefloop.gateway import ContinuousBatcher
-        from prefloop.models.sampler import LocalSampler
-
         if run.settings.policy.server is not None:
             raise PrefloopError(
                 "the gateway needs the policy's weights here: policy.server gives no tokens, which is what is recorded"
             )
-        policy, settings = run.policies.get(checkpoint_id), run.settings.gateway
-        self.renderer = run.policies.renderer(policy)
-        sampler = LocalSampler(policy.model, stop_ids(self.renderer))
-        self.max_context = sampler.max_context
-        self.batcher: Batcher = ContinuousBatcher(
-            sampler, settings.max_batch, settings.chunk_tokens, settings.cached_rows
-        )
+        voice = run.policies.voice(checkpoint_id)
+        self.renderer, self.max_context = voice.renderer, voice.sampler.max_context
+        self.batcher: Batcher = run.policies.batcher(voice)
+        self._rest = run.policies.rest
 
     def close(self) -> None:
         """Stop sampling."""
         self.batcher.close()
+        self._rest()
 
 
 def _task_name(task: Task) -> str:

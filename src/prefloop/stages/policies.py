@@ -16,7 +16,7 @@ from prefloop.clients.sampling import SamplingSettings
 from prefloop.clients.vllm import VLLMSampler
 from prefloop.environments.agent import Agent
 from prefloop.environments.base import steppable
-from prefloop.gateway import ContinuousBatcher, GatewaySettings, ServedBatcher
+from prefloop.gateway import ContinuousBatcher, ServedBatcher
 from prefloop.models.load import Policy, load_policy
 from prefloop.models.sampler import LocalSampler
 from prefloop.records import (
@@ -116,6 +116,13 @@ class Policies:
         renderer = self.renderer(policy)
         return Voice(LocalSampler(policy.model, stop_ids(renderer)), renderer)
 
+    def batcher(self, voice: Voice) -> ContinuousBatcher | ServedBatcher:
+        """What puts the requests of many agents together for a voice; the caller closes it."""
+        settings = self._run.settings.gateway
+        if isinstance(voice.sampler, VLLMSampler):
+            return ServedBatcher(voice.sampler, settings.max_batch)
+        return ContinuousBatcher(voice.sampler, settings.max_batch, settings.chunk_tokens, settings.cached_rows)
+
     def rest(self) -> None:
         """Nobody is to speak for a while: a server that was asked to may sleep."""
         if self._served is not None:
@@ -177,9 +184,8 @@ class Policies:
         voice = self.voice(who)
         sampler, renderer = voice.sampler, voice.renderer
         if isinstance(environment, Agent):
-            settings = self._run.settings.gateway
-            with closing(_batcher(sampler, settings)) as batcher:
-                runner = AgentRunner(environment, settings, self._run.directory)
+            with closing(self.batcher(voice)) as batcher:
+                runner = AgentRunner(environment, self._run.settings.gateway, self._run.directory)
                 return runner.roll_out(renderer, batcher, sampler.max_context, attempts, sampling, provenance)
         environment = steppable(environment, "a rollout")
         episodes = open_episodes(environment, attempts)
@@ -193,12 +199,6 @@ def _served_voices(run: Run, before_wake: Callable[[], None]) -> ServedVoices | 
     if policy.vllm is None or policy.model is None:
         return None
     return ServedVoices(policy.vllm, policy.model, run.directory / CHECKPOINTS, before_wake)
-
-
-def _batcher(sampler: LocalSampler | VLLMSampler, settings: GatewaySettings) -> ContinuousBatcher | ServedBatcher:
-    if isinstance(sampler, LocalSampler):
-        return ContinuousBatcher(sampler, settings.max_batch, settings.chunk_tokens, settings.cached_rows)
-    return ServedBatcher(sampler, settings.max_batch)
 
 
 Paths = tuple[TokenPath, ...]
