@@ -156,8 +156,58 @@ def test_a_turn_that_the_template_cannot_ask_for_is_refused(make_renderer):
     with pytest.raises(PrefloopError, match="assistant message 1 as its own generation prompt"):
         render_demonstration(renderer, REASONED, (), 1)
     endless = make_renderer("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
-    with pytest.raises(PrefloopError, match="stop token"):
+    with pytest.raises(PrefloopError, match="no stop token"):
         render_demonstration(endless, REASONED, (), 1)
+
+
+HEADERS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+ASKING = "{% if add_generation_prompt %}<|im_start|>assistant\n"
+
+
+def test_a_thought_that_the_prompt_opens_is_closed_as_it_was_opened(make_renderer):
+    """The template shows no thoughts: the message's goes before the answer, or none does."""
+    own = Message(Role.ASSISTANT, "Two lines?\n</think>\n\nBooked.")
+    for opening, closing in (("<think>\n", "\n</think>\n\n"), ("<think>", "</think>")):
+        renderer = make_renderer(HEADERS + ASKING + opening + "{% endif %}")
+        for message, thought in ((REASONED[1], "Oslo it is"), (Message(Role.ASSISTANT, "Booked."), "")):
+            (path,) = render_demonstration(renderer, [REASONED[0], message], (), 1)
+            assert sampled_text(renderer, path) == f"{thought}{closing}Booked.<|im_end|>"
+        (path,) = render_demonstration(renderer, [REASONED[0], own], (), 1)
+        assert sampled_text(renderer, path) == f"Two lines?{closing}Booked.<|im_end|>"
+    with pytest.raises(PrefloopError, match="the prompt has '<plan>', the turn has 'Booked"):
+        render_demonstration(make_renderer(HEADERS + ASKING + "<plan>{% endif %}"), REASONED, (), 1)
+
+
+def test_a_thought_closes_as_the_template_closes_it(make_renderer):
+    """A turn without reasoning is what the template shows of one with reasoning, the reasoning left out."""
+    shown = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>!{% endif %}"
+    renderer = make_renderer(
+        HEADERS.replace("{{ m.content }}", shown + "{{ m.content }}") + ASKING + "<think>{% endif %}"
+    )
+    (path,) = render_demonstration(renderer, [REASONED[0], Message(Role.ASSISTANT, "Booked.")], (), 1)
+    assert sampled_text(renderer, path) == "</think>!Booked.<|im_end|>"
+
+
+def test_turns_that_no_token_ends_stop_at_the_token_that_begins_the_reply(make_renderer):
+    renderer = make_renderer(
+        "{% for m in messages %}{{ '<|im_start|>' if m.role == 'assistant' else '<|im_end|>' }}{{ m.content }}"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    )
+    plain = [Message(m.role, m.content) for m in REASONED]
+    (path,) = render_demonstration(renderer, plain, (), 1)
+    assert sampled_text(renderer, path) == "Booked.<|im_end|>Have a good trip!<|im_end|>"
+    assert renderer.encoder.decode(path.token.tolist()).count("<|im_end|>") == 3
+
+
+def test_reasoning_that_the_template_shows_elsewhere_is_not_dropped(make_renderer):
+    call = "{{ m.tool_calls[0].function.name }}{{ m.tool_calls[0].function.arguments | tojson }}"
+    shown = "{% if m.tool_calls %}{{ m.reasoning_content }}" + call + "{% endif %}"
+    renderer = make_renderer(HEADERS.replace("{{ m.content }}", shown + "{{ m.content }}") + ASKING + "{% endif %}")
+    with pytest.raises(PrefloopError, match="drops the reasoning of message 1"):
+        render_demonstration(renderer, REASONED, (), 1)
+    plain = make_renderer(HEADERS + ASKING + "{% endif %}")  # a template without reasoning leaves it out
+    (path,) = render_demonstration(plain, REASONED, (), 1)
+    assert sampled_text(plain, path) == "Booked.<|im_end|>Have a good trip!<|im_end|>"
 
 
 def test_content_that_the_template_drops_beside_a_call_is_refused(make_renderer):

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
-from chat_tokenizers import TEMPLATES, metaspace_backend, wrap
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chat_tokenizers import TEMPLATES, metaspace_backend, wrap
 from prefloop.chat import ChatRenderer, StepFinder, StepPlace, render_demonstration, steps_of
 from prefloop.records import AuthorKind, Ended, Message, PrefloopError, Role, ToolCall, Trajectory
 
@@ -80,10 +80,21 @@ def test_a_call_ends_with_its_closing_tag_and_the_last_one_with_the_turn(chatml,
     assert last[1]
 
 
+def test_a_closing_tag_in_a_calls_own_text_does_not_end_it(chatml, tools):
+    attempt = written("", tool_calls=(BOOK, SEARCH))
+    text, ends_turn = said_until(chatml, StepFinder(chatml), attempt, StepPlace(1, 0), tools)
+    assert text.count("</tool_call>") == 2
+    assert not ends_turn
+
+
 def test_calls_that_cannot_be_told_apart_are_refused(chatml, tools):
-    attempt = written("", tool_calls=(BOOK, SEARCH))  # the first call's text closes the tag
-    with pytest.raises(PrefloopError, match="trajectory t1, message 1, tool call 0: its several tool calls cannot"):
-        said_until(chatml, StepFinder(chatml), attempt, StepPlace(1, 0), tools)
+    attempt = written("", tool_calls=(SEARCH, SEARCH))
+    paths = render_demonstration(chatml, attempt.messages, tools, attempt.num_prompt_messages)
+    renderer = ChatRenderer(chatml.tokenizer, tool_format="text")
+    with pytest.raises(
+        PrefloopError, match=r"message 1, tool call 0: its several tool calls cannot .* \(tool format text"
+    ):
+        StepFinder(renderer).end(attempt, paths, StepPlace(1, 0))
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ import pytest
 
 pytest.importorskip("transformers", reason="the extra 'train' is not installed")
 
-from prefloop.chat import PathBuilder, render_demonstration, stop_ids
+from prefloop.chat import PathBuilder, StepFinder, render_demonstration, steps_of, stop_ids
 from prefloop.chat.template import TEMPLATE_DATE
-from prefloop.records import PrefloopError, Role, Source
-from templates.families import CASES, STEMS, family, renderer_for
+from prefloop.records import AuthorKind, Ended, Message, PrefloopError, Role, Source, Trajectory
+from templates.families import CASES, OSLO, ROME, STEMS, TOOL, family, renderer_for
 
 pytestmark = pytest.mark.skipif(not STEMS, reason="trl is not installed (extra 'oracle')")
 
@@ -132,3 +132,17 @@ def test_training_templates_of_a_family_say_the_same():
             for stem in ("glm4moe", "glm4moe_training")
         )
         assert own == training, case
+
+
+@pytest.mark.parametrize("stem", ["qwen2_5", "qwen3_5_think", "glm4moe"])
+def test_steps_end_with_their_calls(stem):
+    renderer = renderer_for(stem)
+    asked, _, *_ = CASES["two calls"][0]
+    both = Message(Role.ASSISTANT, "Both.", "Which?" if family(stem).thinks else "", (OSLO, ROME))
+    attempt = Trajectory("t1", "task", (asked, both), 1, Ended.DONE, AuthorKind.HUMAN, "ann")
+    paths = render_demonstration(renderer, attempt.messages, (TOOL,), 1)
+    first, last = (StepFinder(renderer).end(attempt, paths, place) for place in steps_of(attempt, "tool_call"))
+    text = renderer.encoder.decode(paths[0].token[: first.token + 1].tolist())
+    assert text.endswith("</tool_call>")
+    assert ("Oslo" in text.split("Both.")[1], "Rome" in text.split("Both.")[1]) == (True, False)
+    assert (first.ends_turn, last.ends_turn) == (False, True)

@@ -1,5 +1,6 @@
 """Messages ↔ tokens, with the source of every token; untrusted text can never forge a control token."""
 
+from prefloop.chat.calls import call_problem
 from prefloop.chat.parse import AssistantParser
 from prefloop.chat.paths import PathBuilder, render_demonstration, trajectory_paths
 from prefloop.chat.render import ChatRenderer, RenderedPrompt
@@ -14,6 +15,7 @@ __all__ = [
     "StepFinder",
     "StepKind",
     "StepPlace",
+    "call_problem",
     "own_tokens",
     "render_demonstration",
     "steps_of",

@@ -54,7 +54,7 @@ class AssistantParser:
         """
         ids = self._without_stop(tokens)
         if self.tool_format == _OWN:
-            message = self._by_response_template(ids, prompt, tools)
+            message = self._by_response_template([int(token) for token in tokens], prompt, tools)
             if message is not None:
                 return message
         before = self._renderer.encoder.decode([int(token) for token in prompt[-_LOOK_BACK:]])
@@ -84,12 +84,15 @@ class AssistantParser:
         return replace(reading, calls=calls, reasoning=reasoning or reading.reasoning)
 
     def _by_response_template(
-        self, ids: list[int], prompt: Sequence[int], tools: Sequence[JSONObject]
+        self, sampled: list[int], prompt: Sequence[int], tools: Sequence[JSONObject]
     ) -> Message | None:
         try:
             before = [int(token) for token in prompt]
-            raw = self._renderer.tokenizer.parse_response(ids, prefix=before, tools=list(tools) or None)
+            raw = self._renderer.tokenizer.parse_response(sampled, prefix=before, tools=list(tools) or None)
             message = Message.from_dict({**raw, "role": "assistant"})
+            if sampled[-1] in self._stops:  # such a grammar reads the whole turn, and may leave its end as content
+                end = self._renderer.encoder.control_name(sampled[-1])
+                message = replace(message, content=message.content.removesuffix(end))
         except Exception:  # a declared grammar over a model's words may fail in any way; the text is then read plainly
             return None
         return message if is_storable(message.to_dict()) else None

@@ -24,7 +24,8 @@ def call_problem(call: ToolCall, tools: Sequence[JSONObject]) -> str:
         return f"the arguments of {call.name} are not a JSON object{_why(call.arguments)}"
     required, properties = parameters.get("required"), parameters.get("properties")
     schemas: Mapping[str, Any] = properties if isinstance(properties, Mapping) else {}
-    missing = [name for name in required or () if name not in call.arguments] if isinstance(required, list) else []
+    asked = [name for name in required if isinstance(name, str)] if isinstance(required, list) else []
+    missing = [name for name in asked if name not in call.arguments]
     if missing:
         return f"{call.name} lacks the argument {_described(missing[0], schemas.get(missing[0]))}"
     wrong = (_mistyped(call, name, value, schemas.get(name)) for name, value in call.arguments.items())
