@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
+import httpx2
 import numpy as np
 import openai
 import torch
@@ -18,7 +20,7 @@ from prefloop.gateway import ContinuousBatcher, Gateway, GatewayServer, GatewayS
 from prefloop.models.initial import initial_model, train_tokenizer
 from prefloop.models.sampler import LocalSampler
 from prefloop.models.settings import InitialModelSettings
-from prefloop.records import AuthorKind, PrefloopError, Split, Task, Trajectory
+from prefloop.records import AuthorKind, Message, PrefloopError, Split, Task, Trajectory
 from prefloop.rollout import Attempt, Provenance, Rollout
 
 FROM = Provenance(AuthorKind.CHECKPOINT, "checkpoint", "run", 0, "rollout")
@@ -50,3 +52,129 @@ def policy() -> tuple[torch.nn.Module, ChatRenderer]:
         optimizer.step()
         optimizer.zero_grad()
     return model.eval(), renderer
+
+
+@dataclass
+class Served:
+    """A gateway on a free port, and what it recorded of the episodes that agents opened."""
+
+    gateway: Gateway
+    server: GatewayServer
+    recorded: list[Rollout] = field(default_factory=list)
+
+    def client(self, episode: str = "e", task: str = "t", **options) -> openai.OpenAI:
+        """The SDK as an agent uses it that can only set its address and its key."""
+        found = self.server.environment((task, episode))
+        return openai.OpenAI(
+            base_url=found["OPENAI_BASE_URL"], api_key=found["OPENAI_API_KEY"], **{"max_retries": 0, **options}
+        )
+
+    def close(self, episode: str = "e", task: str = "t", **said) -> Trajectory:
+        """Post an outcome as a grader would; the trajectory that was recorded."""
+        answer = self.post("/outcome", {"task": task, "episode": episode, **said})
+        assert answer.status_code == 200, answer.text
+        return next(r.trajectory for r in self.recorded if r.trajectory.id == answer.json()["trajectory"])
+
+    def post(self, path: str, body: object, **headers: str) -> httpx2.Response:
+        """A request to a route of the gateway's own."""
+        return httpx2.post(self.server.url + path, json=body, headers=headers, timeout=30)
+
+
+def attempts() -> Callable[[str], Attempt]:
+    """Tasks of any name but "unknown", and the number of the next attempt at each."""
+    counts: Counter[str] = Counter()
+
+    def find(name: str) -> Attempt:
+        if name == "unknown":
+            raise PrefloopError("there is no task 'unknown'; near ones: known")
+        counts[name] += 1
+        return Attempt(Task("agent", {"task": name}), counts[name] - 1, 7)
+
+    return find
+
+
+@contextmanager
+def served(
+    *,
+    sampling: SamplingSettings = SAMPLING,
+    token: str = "",
+    batcher=None,
+    grace_s: float = 5.0,
+    chooser: str = "run",
+    **settings,
+) -> Iterator[Served]:
+    """The tiny policy behind a gateway."""
+    model, renderer = policy()
+    limits = GatewaySettings(sampling=chooser, **settings)
+    with closing(batcher or local_batcher(limits)) as used:
+        recorded: list[Rollout] = []
+        gateway = Gateway(
+            renderer, used, FROM, model.config.max_position_embeddings, sampling, limits, find=attempts(),
+            record=lambda rollout, _: recorded.append(rollout),
+        )  # fmt: skip
+        with GatewayServer(gateway, port=0, token=token, grace_s=grace_s) as server:
+            yield Served(gateway, server, recorded)
+
+
+def local_batcher(limits: GatewaySettings | None = None) -> ContinuousBatcher:
+    """A batcher of the tiny policy."""
+    limits = limits or GatewaySettings()
+    model, renderer = policy()
+    sampler = LocalSampler(model, stop_ids(renderer))
+    return ContinuousBatcher(sampler, limits.max_batch, limits.chunk_tokens, limits.cached_rows)
+
+
+class ToolLoop:
+    """The usual agent: asks, runs the tools that are called, asks again, until the policy only speaks."""
+
+    def __init__(self, client: openai.OpenAI, task: Task, *, seed: int = 0, max_turns: int = 8, **options) -> None:
+        self.client, self.options, self.max_turns = client, options, max_turns
+        self.episode = Booking(BookingSettings()).reset(task, seed)
+        self.messages = [message.to_dict() for message in self.episode.messages]
+
+    def run(self) -> list[dict]:
+        """The conversation as the agent holds it in the end."""
+        for _ in range(self.max_turns):
+            reply = self.client.chat.completions.create(
+                model="policy", messages=self.messages, tools=list(TOOLS), **self.options
+            )
+            message = reply.choices[0].message
+            self.messages.append(message.model_dump(exclude_none=True))
+            if not message.tool_calls:
+                break
+            step = self.episode.step(Message.from_dict(self.messages[-1]))
+            self.messages += [answer.to_dict() for answer in step.messages]
+        return self.messages
+
+
+def tasks(num: int) -> list[Task]:
+    """Booking tasks."""
+    return list(Booking(BookingSettings()).tasks(Split.TRAIN, num))
+
+
+def assert_exact(trajectory: Trajectory, temperature: float = 1.0) -> int:
+    """Every sampled token has the log-prob of a forward pass over its path, and the masks are right; their number.
+
+    The mask is right where the sampled tokens of each own turn say the recorded message, in one path and no other.
+    """
+    model, renderer = policy()
+    seen: Counter[int] = Counter()
+    total = 0
+    for path in trajectory.token_paths:
+        ids = torch.from_numpy(path.token.astype(np.int64))[None]
+        with torch.no_grad():
+            logprobs = (model(ids).logits[0] / temperature).log_softmax(-1)
+        own = np.flatnonzero(path.loss_mask)
+        np.testing.assert_allclose(path.logprob[own], logprobs[own - 1, ids[0, own]].numpy(), atol=1e-4)
+        assert np.isnan(path.logprob[~path.loss_mask]).all()
+        assert path.loss_mask[-1]
+        for index in np.unique(path.message[own]):
+            seen[int(index)] += 1
+            tokens = path.token[own[path.message[own] == index]]
+            said = trajectory.messages[index]
+            for part in [said.content, *(call.name for call in said.tool_calls)]:
+                assert part.strip() in renderer.encoder.decode(tokens.tolist())
+        total += len(own)
+    assert sorted(seen) == list(trajectory.own_turns)
+    assert set(seen.values()) <= {1}
+    return total
