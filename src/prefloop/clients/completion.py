@@ -17,8 +17,8 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from prefloop.clients.retry import CallError, http_failure
-from prefloop.records.strict_json import strict_loads
 from prefloop.records import JSONObject, PrefloopError, Status
+from prefloop.records.strict_json import strict_loads
 
 MAX_REPLY_BYTES = 2 * 2**20
 MAX_ERROR_BYTES = 4096

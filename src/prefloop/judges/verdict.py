@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from prefloop.records.strict_json import strict_loads
 from prefloop.judges.render import visible
 from prefloop.judges.rubric import HIGHEST, LOWEST, Rubric
 from prefloop.records import Status
+from prefloop.records.strict_json import strict_loads
 
 PARSER_VERSION = 1
 
