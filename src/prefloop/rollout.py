@@ -135,7 +135,7 @@ class LocalSpeaker:
         if not len(tokens):
             return Turn(None, cut=True)
         builder = self._builders[episode]
-        message = numbered(self._parser.parse_assistant(tokens.tolist(), builder.context.tolist()), turn)
+        message = numbered(self._parser.parse_assistant(tokens.tolist(), builder.context.tolist(), builder.tools), turn)
         builder.append_sampled(tokens, np.concatenate([np.full(len(begun), np.nan), sampled.logprob]), message)
         return Turn(message, cut=sampled.stopped == "length")
 

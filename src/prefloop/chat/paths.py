@@ -68,6 +68,11 @@ class PathBuilder:
         return np.array(self._path.token, np.int32)
 
     @property
+    def tools(self) -> Sequence[JSONObject]:
+        """The tools that the template shows."""
+        return self._rendering.tools
+
+    @property
     def messages(self) -> tuple[Message, ...]:
         """All messages so far."""
         return tuple(self._rendering.messages)

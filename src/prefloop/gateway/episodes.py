@@ -30,9 +30,9 @@ class Voice:
         self._plain = AssistantParser(renderer, "text")
         self._stops = stop_ids(renderer)
 
-    def read(self, sampled: Tokens, context: Tokens, *, with_tools: bool) -> Message:
+    def read(self, sampled: Tokens, context: Tokens, tools: Sequence[JSONObject]) -> Message:
         """What sampled tokens say; where no tools were offered nothing is read as a call."""
-        return self._reader(with_tools).parse_assistant(sampled.tolist(), context.tolist())
+        return self._reader(bool(tools)).parse_assistant(sampled.tolist(), context.tolist(), tools)
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of sampled tokens, without the one that ends a turn."""
@@ -165,7 +165,7 @@ class OpenEpisode:
         """Add what the policy said; the message."""
         self.give_up(turn)
         thread, cut = turn.thread, sampled.stopped == "length"
-        said = self._voice.read(sampled.token, turn.context, with_tools=bool(thread.tools))
+        said = self._voice.read(sampled.token, turn.context, thread.tools)
         message = numbered(said, turn.number)
         thread.say(sampled.token, sampled.logprob, message, cut=cut)
         self._last = Ended.LENGTH if cut else None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from prefloop.chat import ChatRenderer
+from prefloop.chat.calls import ToolFormat
 from prefloop.clients.openai_sampler import ServerSettings
 from prefloop.clients.vllm import VLLMSettings
 from prefloop.config import Settings
@@ -64,11 +66,23 @@ class PolicySettings(Settings):
     vllm: VLLMSettings | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "cpu"
+    tool_format: ToolFormat = "auto"
+    template_variables: dict[str, bool | int | float | str] = Field(default_factory=dict)
+
+    def renderer(self, tokenizer: Any) -> ChatRenderer:
+        """How this policy speaks with its tokenizer: chat template, its variables, and the format of tool calls.
+
+        Raises:
+            PrefloopError: as `ChatRenderer`.
+        """
+        return ChatRenderer(tokenizer, variables=self.template_variables, tool_format=self.tool_format)
 
     @model_validator(mode="after")
     def _exactly_one(self) -> PolicySettings:
         if sum(source is not None for source in (self.model, self.initial, self.server)) != 1:
             raise ValueError("give exactly one of 'model' (a path or hub id) and the tables 'initial' and 'server'")
+        if self.server is not None and (self.template_variables or self.tool_format != "auto"):
+            raise ValueError("a server has its own chat template: leave out 'tool_format' and 'template_variables'")
         return self
 
     @model_validator(mode="after")

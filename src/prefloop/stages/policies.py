@@ -166,7 +166,7 @@ class Policies:
 
     def renderer(self, policy: Policy) -> ChatRenderer:
         """The renderer of a policy's chat template."""
-        return ChatRenderer(policy.tokenizer)
+        return self._run.settings.policy.renderer(policy.tokenizer)
 
     def paths(self, policy: Policy, trajectories: Sequence[Trajectory], tasks: dict[str, Task]) -> list[Paths]:
         """Token paths to train on: those that were sampled where they hold for this model, else rendered anew."""
@@ -198,7 +198,7 @@ def _served_voices(run: Run, before_wake: Callable[[], None]) -> ServedVoices | 
     policy = run.settings.policy
     if policy.vllm is None or policy.model is None:
         return None
-    return ServedVoices(policy.vllm, policy.model, run.directory / CHECKPOINTS, before_wake)
+    return ServedVoices(policy.vllm, policy.model, run.directory / CHECKPOINTS, before_wake, policy.renderer)
 
 
 Paths = tuple[TokenPath, ...]

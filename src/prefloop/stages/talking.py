@@ -13,7 +13,7 @@ from prefloop.clients.sampling import SamplingSettings
 from prefloop.config import parse_settings
 from prefloop.environments import make_environment
 from prefloop.environments.base import Environment, Episode
-from prefloop.records import Message, PrefloopError, Role, Split
+from prefloop.records import JSONObject, Message, PrefloopError, Role, Split
 from prefloop.stages.looking import find_checkpoint
 from prefloop.stages.settings import RunSettings
 from prefloop.stages.start import SERVED
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from prefloop.chat import ChatRenderer
     from prefloop.models.load import Policy
 
 MAX_TOOL_TURNS = 8
@@ -60,7 +61,8 @@ def talk(store: Store, name: str, temperature: float, console: Console) -> None:
         names = ", ".join(tool["function"]["name"] for tool in example.tools)
         console.print(f"[dim]tools: {names}; e.g. “{example.messages[-1].content}”[/dim]")
     console.print("[dim]an empty line begins anew, Ctrl-D ends[/dim]")
-    conversation = _Conversation(policy, open_episode, settings, console)
+    renderer = _renderer(policy, None if checkpoint is None else _settings(store, checkpoint.run_id))
+    conversation = _Conversation(policy, renderer, open_episode, settings, console)
     while True:
         try:
             line = console.input("[bold]you:[/bold] ")
@@ -75,15 +77,28 @@ def talk(store: Store, name: str, temperature: float, console: Console) -> None:
 
 def _episode(store: Store, run_id: str) -> Episode | None:
     """An episode whose tools the policy may use; None where its environment has none, or its agent has them."""
-    run = store.run(run_id)
-    if run is None or "environment" not in run["settings"]:  # a training of stored data
+    settings = _settings(store, run_id)
+    if settings is None:
         return None
-    settings = parse_settings(RunSettings, run["settings"], f"run {run['name']}")
     environment = make_environment(settings.environment)
     if not isinstance(environment, Environment):
         return None
     task = environment.tasks(Split.HELD_OUT, 1)[0]
     return environment.reset(task, settings.seed) if task.tools else None
+
+
+def _settings(store: Store, run_id: str) -> RunSettings | None:
+    """The settings of a run of the loop; None for a training of stored data."""
+    run = store.run(run_id)
+    if run is None or "environment" not in run["settings"]:
+        return None
+    return parse_settings(RunSettings, run["settings"], f"run {run['name']}")
+
+
+def _renderer(policy: Policy, settings: RunSettings | None) -> ChatRenderer:
+    from prefloop.chat import ChatRenderer
+
+    return ChatRenderer(policy.tokenizer) if settings is None else settings.policy.renderer(policy.tokenizer)
 
 
 class _Conversation:
@@ -92,14 +107,15 @@ class _Conversation:
     def __init__(
         self,
         policy: Policy,
+        renderer: ChatRenderer,
         open_episode: OpenEpisode,
         settings: SamplingSettings,
         console: Console,
     ) -> None:
-        from prefloop.chat import AssistantParser, ChatRenderer, stop_ids
+        from prefloop.chat import AssistantParser, stop_ids
         from prefloop.models.sampler import LocalSampler
 
-        self._renderer = ChatRenderer(policy.tokenizer)
+        self._renderer = renderer
         self._parser = AssistantParser(self._renderer)
         self._sampler = LocalSampler(policy.model, stop_ids(self._renderer))
         self._open_episode, self._console = open_episode, console
@@ -135,11 +151,13 @@ class _Conversation:
         return "(the conversation is as long as the model can read: begin anew)" if full else "(nothing)"
 
     def _prompt(self) -> NDArray[np.int32]:
-        tools = self._episode.tools if self._episode is not None else ()
-        return self._renderer.render_prompt(self._messages, tools).token
+        return self._renderer.render_prompt(self._messages, self._tools()).token
+
+    def _tools(self) -> tuple[JSONObject, ...]:
+        return self._episode.tools if self._episode is not None else ()
 
     def _answer(self) -> Message:
         prompt = self._prompt()
         session = self._sampler.session()
         (sampled,) = session.generate([prompt], [0], self._settings, seed=len(self._messages))
-        return self._parser.parse_assistant(sampled.token.tolist(), prompt.tolist())
+        return self._parser.parse_assistant(sampled.token.tolist(), prompt.tolist(), self._tools())

@@ -36,15 +36,22 @@ class ServedVoices:
         model: the run's model, by path or hub id.
         checkpoints: the run's directory of checkpoints, here.
         before_wake: called before the server takes the GPU's memory back.
+        renderer: makes a tokenizer's renderer.
     """
 
     def __init__(
-        self, settings: VLLMSettings, model: str, checkpoints: Path, before_wake: Callable[[], None] = lambda: None
+        self,
+        settings: VLLMSettings,
+        model: str,
+        checkpoints: Path,
+        before_wake: Callable[[], None] = lambda: None,
+        renderer: Callable[[Any], ChatRenderer] = ChatRenderer,
     ) -> None:
         self._settings, self._model = settings, model
         self._here = checkpoints.resolve()
         self._there = settings.checkpoints or str(self._here)
         self._before_wake = before_wake
+        self._renderer = renderer
         self._used = False
 
     @cached_property
@@ -66,7 +73,7 @@ class ServedVoices:
             PrefloopError: it is neither the run's model nor an adapter.
         """
         self._used = True
-        renderer = ChatRenderer(_tokenizer(fetch_model(path)))
+        renderer = self._renderer(_tokenizer(fetch_model(path)))
         return Voice(self.server.sampler(stop_ids(renderer), self.adapter(checkpoint_id, path)), renderer)
 
     def check(self, checkpoint_id: str, path: str) -> None:
