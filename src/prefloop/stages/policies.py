@@ -17,6 +17,7 @@ from prefloop.clients.vllm import VLLMSampler
 from prefloop.environments.agent import Agent
 from prefloop.environments.base import steppable
 from prefloop.gateway import ContinuousBatcher, ServedBatcher
+from prefloop.models.allocation import map_large_blocks
 from prefloop.models.load import Policy, load_policy
 from prefloop.models.sampler import LocalSampler
 from prefloop.records import (
@@ -53,6 +54,7 @@ class Policies:
         self._reference: tuple[str, Policy] | None = None
         self._served = _served_voices(run, self._release)
         torch.set_num_threads(run.settings.num_threads)
+        map_large_blocks()
         torch.use_deterministic_algorithms(True, warn_only=run.settings.policy.device != "cpu")
 
     def get(self, checkpoint_id: str) -> Policy:

@@ -30,11 +30,12 @@ STAGE, GUARD = "train", "guard"
 class _Attempt:
     """One try of an update, and whether the guards accept it.
 
-    One that diverged could not be evaluated, nor one of an agent that runs elsewhere.
+    One that diverged could not be evaluated, nor one of an agent that runs elsewhere. A refused `policy` is None: the
+    next try should not have to hold it beside its own.
     """
 
     number: int
-    policy: Policy
+    policy: Policy | None
     learning_rate: float
     result: TrainingResult
     warnings: list[str]
@@ -103,15 +104,29 @@ def _attempts(run: Run, iteration: int, before: str, dataset: Dataset, rows: Row
     attempts: list[_Attempt] = []
     for number in range(guard.max_retries + 1):
         gentler = settings.model_copy(update={"learning_rate": learning_rate * guard.retry_factor**number})
-        policy = run.policies.take(before)
-        data = update_data(run, policy, iteration, before, rows, gentler)
-        result, failure = _fit(run, iteration, policy, data, gentler, number, f"{before} {dataset.id}")
-        evaluated, decision = (None, Decision(False, failure)) if failure else _guard(run, policy, success_before)
-        warnings = [*data.warnings, *result.warnings]
-        attempts.append(_Attempt(number, policy, gentler.learning_rate, result, warnings, evaluated, decision))
+        attempts.append(_attempt(run, iteration, before, dataset, rows, gentler, number, success_before))
         if attempts[-1].decision.accepted:
             break
     return attempts
+
+
+def _attempt(
+    run: Run,
+    iteration: int,
+    before: str,
+    dataset: Dataset,
+    rows: Rows,
+    settings: UpdateSettings,
+    number: int,
+    success_before: Interval | None,
+) -> _Attempt:
+    policy = run.policies.take(before)
+    data = update_data(run, policy, iteration, before, rows, settings)
+    result, failure = _fit(run, iteration, policy, data, settings, number, f"{before} {dataset.id}")
+    evaluated, decision = (None, Decision(False, failure)) if failure else _guard(run, policy, success_before)
+    warnings = [*data.warnings, *result.warnings]
+    kept = policy if decision.accepted else None
+    return _Attempt(number, kept, settings.learning_rate, result, warnings, evaluated, decision)
 
 
 def _fit(
@@ -153,6 +168,7 @@ def _guard(run: Run, policy: Policy, success_before: Interval | None) -> tuple[E
 
 
 def _save(run: Run, iteration: int, before: str, dataset: Dataset, accepted: _Attempt) -> Checkpoint:
+    assert accepted.policy is not None
     checkpoint = run.policies.save(
         accepted.policy,
         algorithm=run.settings.train.algorithm,

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from prefloop.batch.examples import Example
+from prefloop.models.allocation import map_large_blocks
 from prefloop.models.attention import causal_model
 from prefloop.records import DivergedError, PrefloopError, content_hash
 from prefloop.training.algorithms import Algorithm
@@ -105,6 +106,7 @@ def train(
         TrainingDivergedError: too many steps in a row were not finite, or with patience the held-out metric.
     """
     _check(algorithm, reference, examples, held_out, settings)
+    map_large_blocks()
     num_steps = count_steps(settings, len(examples))
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
@@ -153,6 +155,7 @@ class _Training:
             self._go_on()
         if self.settings.patience is not None:
             self.saved.restore_best()
+        self.step.optimizer.zero_grad(set_to_none=True)  # gradients would live as long as the model
         self.step.model.eval()
         return self.result
 

@@ -1,0 +1,27 @@
+"""Large blocks of memory go back to the system when they are freed, so that a process holds what it needs.
+
+Tensors are allocated aligned. Before version 2.38 glibc asks for more than it needs to align a block, so that one of
+the same size that was freed never fits (glibc's bug 14581), and a training of equal steps came to hold 1.4 to 1.7 times
+what was in use at its peak (measured: 66 million parameters, LoRA, 2,048 tokens). Blocks from `LARGE` on are mapped
+alone instead. Their pages are zeroed anew each time, which takes a few percent of a step; small models have none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+
+LARGE = 1 << 22
+"""Bytes from which a block is mapped alone: the hidden states of 2,048 tokens, 512 wide, in float32."""
+
+_TRIM, _MAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+_KEPT = 1 << 25
+
+
+def map_large_blocks() -> None:
+    """From now on, for the whole process; nothing is done where the C library is not glibc."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "gnu_get_libc_version"):
+            libc.mallopt(_MAP, LARGE)
+            libc.mallopt(_TRIM, _KEPT)  # setting one of them ends that the other adapts itself
