@@ -167,6 +167,16 @@ def test_a_models_generation_config_changes_nothing(model):
         np.testing.assert_array_equal(one.logprob, two.logprob)
 
 
+def test_the_templates_end_tokens_end_a_turn_and_no_others(model):
+    with FakeVLLM(model) as fake, connected(fake) as server:
+        session = server.sampler([77]).session()
+        (long,) = session.generate([[5, 9]], [0], TWELVE, 0)
+        assert len(long.token) == 12
+        fake.eos_token_id = int(long.token[4])
+        (again,) = session.generate([[5, 9]], [0], TWELVE, 0)
+    np.testing.assert_array_equal(long.token, again.token)
+
+
 def test_rows_that_do_not_fit_and_temperatures_that_vllm_changes_are_refused(model):
     with FakeVLLM(model) as fake, connected(fake) as server:
         session = server.sampler(STOPS).session()

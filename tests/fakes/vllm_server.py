@@ -112,6 +112,7 @@ class FakeVLLM:
         for name, value in flags.items():
             setattr(self.flags, name, value)
         self.tokenizer = AutoTokenizer.from_pretrained(self.flags.model)
+        self.eos_token_id = self.tokenizer.eos_token_id
         self.base = AutoModelForCausalLM.from_pretrained(self.flags.model).eval()
         self.adapters: dict[str, str] = {}
         self._models: dict[str, Any] = {}
@@ -338,7 +339,7 @@ class FakeVLLM:
         return {**common, "choices": [choice], **rest}
 
     def _finish(self, body: Any, token: int, num: int, most: int) -> tuple[str, int | None]:
-        if token == self.tokenizer.eos_token_id and not body.get("ignore_eos"):
+        if token == self.eos_token_id and not body.get("ignore_eos"):
             return "stop", None
         if token in (body.get("stop_token_ids") or ()):
             return "stop", token
