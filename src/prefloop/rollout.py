@@ -107,6 +107,8 @@ class LocalSpeaker:
     ) -> None:
         self._session = sampler.session()
         self._parser = AssistantParser(renderer)
+        if any(episode.tools for episode in episodes):
+            self._parser.require_calls()
         self._settings = settings
         self._seed = seed
         self._builders = [PathBuilder(renderer, episode.messages, episode.tools) for episode in episodes]

@@ -184,8 +184,8 @@ PARTS = [
     "<tool_call>", "</tool_call>", '{"name": "f"', '"arguments": ', '"parameters": ', "{", "}", "[", '"', "\\",
     "\\ud800", "NaN", "1e999", "null", ",", ";", "\n", "é", "\x00", "9" * 5000, "[" * 5000, "<function=f>",
     "</function>", "<parameter=a>", "</parameter>", "find\n", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>",
-    "<|channel|>", "analysis", "commentary", " to=functions.f", "<|message|>", "<|end|>", "<|start|>", "<|call|>", "<|python_tag|>",
-    "f.call(", "a=1", ")", "(" * 300, "\ud800",
+    "<|channel|>", "analysis", "commentary", " to=functions.f", "<|message|>", "<|end|>", "<|start|>", "<|call|>",
+    "<|python_tag|>", "f.call(", "a=1", ")", "(" * 300, "\ud800",
 ]  # fmt: skip
 
 

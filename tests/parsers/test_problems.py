@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefloop.chat import call_problem
-from prefloop.environments.booking import TOOLS
-from prefloop.records import ToolCall
+from prefloop.environments.booking import TOOLS, Booking
+from prefloop.records import Message, Role, Split, ToolCall
 
 MORE = {
     "type": "function",
@@ -56,6 +56,22 @@ def test_problems(call, problem):
 
 def test_without_tools_there_is_none_to_call():
     assert call_problem(ToolCall("f", {}), ()) == "there is no tool f: there are none"
+
+
+def test_the_agent_sees_its_error_as_the_tools_answer():
+    environment = Booking()
+    (task,) = environment.tasks(Split.TRAIN, 1)
+    episode = environment.reset(task, 0)
+    calls = (
+        ToolCall("find_flights", {}, "a"), ToolCall("search_flights", '{"city":', "b"),
+        ToolCall("filter_results", {"max_price": 5}, "c"), ToolCall("search_flights", {"city": "Oslo"}, "d"),
+    )  # fmt: skip
+    answers = episode.step(Message(Role.ASSISTANT, tool_calls=calls)).messages
+    assert [(answer.role, answer.tool_call_id) for answer in answers] == [(Role.TOOL, call.id) for call in calls]
+    errors = [json.loads(answer.content)["error"] for answer in answers[:3]]
+    assert errors == [call_problem(call, TOOLS) for call in calls[:3]]
+    assert errors[2] == "filter_results lacks the argument direct (boolean)"
+    assert isinstance(json.loads(answers[3].content), list)
 
 
 JSON = st.recursive(

@@ -176,6 +176,13 @@ def test_calls_that_are_cut_off_or_spoilt_become_messages(stem, cut, junk, at):
         assert len(named) == len(message.tool_calls)
 
 
+def test_a_policy_with_tools_whose_calls_nothing_reads_is_refused():
+    with pytest.raises(PrefloopError, match=r"no tool format reads .* response_template, set policy.tool_format"):
+        AssistantParser(renderer_for("gemma4")).require_calls()
+    AssistantParser(renderer_for("qwen3")).require_calls()
+    AssistantParser(ChatRenderer(tokenizer_for("gemma4"), tool_format="text")).require_calls()  # asked for
+
+
 def test_a_format_can_be_forced():
     renderer = ChatRenderer(tokenizer_for("qwen2_5"), tool_format="xml")
     assert AssistantParser(renderer).tool_format == "xml"

@@ -42,6 +42,18 @@ class AssistantParser:
         self.tool_format = find_format(renderer) if tool_format == "auto" else tool_format
         self._format = CALL_FORMATS.get(self.tool_format)
 
+    def require_calls(self) -> None:
+        """See that calls can be read, for a policy that has tools.
+
+        Raises:
+            PrefloopError: nothing reads the calls of the template, and no format was asked for.
+        """
+        if self.tool_format == "text" and self._renderer.tool_format == "auto":
+            raise PrefloopError(
+                "no tool format reads the calls that the chat template shows, so that the policy could call no tool: "
+                "give the tokenizer a response_template, set policy.tool_format, or use an environment without tools"
+            )
+
     def parse_assistant(
         self, tokens: Sequence[int], prompt: Sequence[int] = (), tools: Sequence[JSONObject] = ()
     ) -> Message:

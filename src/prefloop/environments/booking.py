@@ -16,6 +16,7 @@ import random
 from collections.abc import Callable, Generator, Sequence
 from typing import Literal
 
+from prefloop.chat.calls import call_problem
 from prefloop.config import Settings
 from prefloop.environments.base import Environment, Episode, Outcome, Step
 from prefloop.records import JSONObject, Message, Role, Split, Task, ToolCall, content_hash
@@ -177,13 +178,14 @@ class BookingEpisode(Episode):
             "filter_results": self._filter,
             "book_flight": self._book,
         }
+        problem = call_problem(call, self.tools)
         if call.name not in tools:
             self._count["wrong_tool"] += 1
-            return {"error": f"there is no tool {call.name}"}
-        if not isinstance(call.arguments, dict):
+        elif not isinstance(call.arguments, dict):
             self._count["malformed"] += 1
-            return {"error": "the arguments are not a JSON object"}
-        return tools[call.name](call.arguments)
+        elif not problem:
+            return tools[call.name](call.arguments)
+        return {"error": problem}
 
     def _search(self, arguments: JSONObject) -> object:
         city = arguments.get("city")
@@ -200,9 +202,7 @@ class BookingEpisode(Episode):
         if self._found is None:
             self._count["wrong_order"] += 1
             return {"error": "search first"}
-        limit, direct = arguments.get("max_price"), arguments.get("direct", False)
-        if type(limit) is not int or type(direct) is not bool:
-            return {"error": "max_price must be an integer and direct a boolean"}
+        limit, direct = arguments["max_price"], arguments["direct"]
         self._kept = [f for f in self._found if int(f["price"]) <= limit and not (direct and f["stops"])]
         return self._kept
 
