@@ -243,7 +243,13 @@ def test_a_context_that_is_full_ends_by_length_unless_less_is_asked():
             talk.begin(long)
         assert (refused.value.status, refused.value.code) == (400, "context_length_exceeded")
     assert talk.close().ended is Ended.LENGTH
-    assert talk.close(ended=Ended.ERROR).ended is Ended.ERROR
+    assert talk.close(ended=Ended.ERROR).ended is Ended.ERROR  # as who closes it says
+    for outside in (Ended.ERROR, Ended.DEADLINE, Ended.INTERRUPTED):
+        talk.episode.stop(outside)  # it has no room left to go on with
+        assert talk.close().ended is Ended.LENGTH
+    talk.episode.stop(Ended.MAX_TURNS)
+    assert talk.close().ended is Ended.MAX_TURNS
+    talk.episode.ended = None
     talk.ask([user("short")], "second")
     trajectory = talk.close()
     assert trajectory.ended is Ended.DONE

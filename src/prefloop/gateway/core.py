@@ -217,7 +217,9 @@ class Gateway:
                 del self._open[episode.name]
                 self._closed.add(episode.name)
                 return
-        self.close(episode.name, ended=ended)
+            if episode.ended is None:
+                episode.stop(ended)
+        self.close(episode.name)
 
     def _not_open(self, name: Name) -> RefusedError:
         if name in self._closed:

@@ -80,7 +80,8 @@ class OpenEpisode:
         self._number = 0  # of turns begun
         self._voice = voice
         self._threads: list[OpenThread] = []
-        self._last: Ended | None = None  # LENGTH where the last request was cut off or did not fit
+        self._overflown = False  # whether the last request did not fit into the context
+        self._cut = False  # whether the last reply was cut off by its budget
 
     @property
     def keys(self) -> list[int]:
@@ -114,13 +115,13 @@ class OpenEpisode:
             thread.key = self._key(context)
             self._threads.append(thread)
         if len(context) >= max_context:
-            self._last = Ended.LENGTH
+            self._overflown = True
             raise RefusedError(
                 400, "context_length_exceeded",
                 f"this model's maximum context length is {max_context} tokens, but the messages are {len(context)}: "
                 "shorten them", param="messages",
             )  # fmt: skip
-        thread.busy = True
+        thread.busy, self._overflown = True, False
         # Another seed for each turn: a context that is written anew meets positions that were drawn before.
         turn = Turn(thread, self._number, context, derived_seed(thread.key, len(thread.turns), seed))
         self._number += 1
@@ -168,7 +169,7 @@ class OpenEpisode:
         said = self._voice.read(sampled.token, turn.context, thread.tools)
         message = numbered(said, turn.number)
         thread.say(sampled.token, sampled.logprob, message, cut=cut)
-        self._last = Ended.LENGTH if cut else None
+        self._cut = cut
         return message
 
     def give_up(self, turn: Turn) -> None:
@@ -178,8 +179,10 @@ class OpenEpisode:
         self.last_at = time.monotonic()
 
     def stop(self, ended: Ended) -> None:
-        """Give no further replies; what the agent's last request ran into goes before the reason given here."""
-        self.ended = self._last or ended
+        """Give no further replies. An agent that its policy left without room ended by length, whatever came then."""
+        outside = (Ended.ERROR, Ended.DEADLINE, Ended.INTERRUPTED)
+        without_room = self._overflown and ended in outside
+        self.ended = Ended.LENGTH if without_room or (self._cut and ended is Ended.ERROR) else ended
 
     def close(
         self,
@@ -213,7 +216,7 @@ class OpenEpisode:
             task_id=task.id,
             messages=tuple(messages or task.messages),
             num_prompt_messages=threads[0].num_context if threads else len(task.messages),
-            ended=self.ended or ended or self._last or Ended.DONE,
+            ended=self.ended or ended or (Ended.LENGTH if self._overflown or self._cut else Ended.DONE),
             author_kind=provenance.author_kind,
             author=provenance.author,
             run_id=provenance.run_id,

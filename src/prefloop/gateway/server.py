@@ -206,9 +206,9 @@ class GatewayServer:
         self.url = url_of(bound)
         app = App(gateway, model, token, bound.getsockname()[1] if host in LOOPBACK else None)
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, server_header=False, lifespan="off", ws="none",
-            timeout_keep_alive=75, timeout_graceful_shutdown=max(1, round(grace_s)), callback_notify=self._tick,
-            timeout_notify=0,
+            app, log_level="warning", access_log=False, server_header=False, proxy_headers=False, lifespan="off",
+            ws="none", timeout_keep_alive=75, timeout_graceful_shutdown=max(1, round(grace_s)),
+            callback_notify=self._tick, timeout_notify=0,
         )  # fmt: skip
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, args=([bound],), name="prefloop-gateway", daemon=True)

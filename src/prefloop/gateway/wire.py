@@ -149,7 +149,7 @@ def _flag(raw: JSONObject, key: str) -> bool:
 def _wrong(key: str, expected: str, found: object) -> RefusedError:
     shown = json.dumps(found)
     shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
-    return RefusedError(400, "invalid_value", f"{key} should be {expected}, not {shown}", param=key)
+    return RefusedError(400, "invalid_value", f"{key} should be {expected}, not {shown}", param=key.partition("[")[0])
 
 
 def _unsupported(key: str, why: str) -> RefusedError:

@@ -1,0 +1,273 @@
+"""What the gateway adds to the latency of a call: 32 agents at once through it, against calling the sampler directly.
+
+The agent is a tool loop: it asks, "runs a tool" for a while, and goes on with the reply and the tool's result. The
+direct side is 32 threads of this process that render, submit to the batcher and parse by themselves; the other is 32
+agents of another process on keep-alive connections, in OpenAI's format. Model, batcher, prompts, lengths of replies
+and tool times are the same, both sides are run in turn, and a latency is from the agent's messages to the reply in
+its hands. Every reply is as long as its budget, so that both sides sample the same number of tokens.
+
+* tools: a tool takes 50 ms on average (exponential), as a fast one does: agents come and go.
+* waves: no tool time at all: whoever has a reply asks again at once, and 32 requests are always in work. Then
+  every millisecond that the gateway takes from the CPU is added to all of them.
+* streamed: as tools, with streaming; the latency is to the last piece.
+
+    python benchmarks/gateway.py [--json PATH] [--only PATTERN] [--quick] [--seed N]
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+NUM_AGENTS = 32
+NUM_SAMPLED = 24  # tokens of a reply
+TOOL_WORDS = 24  # of a tool's result
+PROMPT_WORDS = 60
+MEAN_TOOL_S = {"tools": 0.05, "waves": 0.0, "streamed": 0.05}
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the agents of a run do, the same on both sides."""
+
+    regime: str
+    num_turns: int
+    seed: int
+
+    def agent(self, number: int) -> tuple[str, list[str], list[float]]:
+        """An agent's question, its tools' results and how long they take."""
+        rng = np.random.default_rng([self.seed, number])
+        words = [" ".join(map(str, rng.integers(0, 1000, n))) for n in (PROMPT_WORDS, *[TOOL_WORDS] * self.num_turns)]
+        waits = rng.exponential(1.0, self.num_turns) * MEAN_TOOL_S[self.regime]
+        return words[0], words[1:], waits.tolist()
+
+
+def play(plan: Plan, number: int, ask: Callable[[Messages], dict[str, Any]]) -> list[float]:
+    """An agent's whole run; the latency of each of its calls, in seconds."""
+    question, results, waits = plan.agent(number)
+    messages: Messages = [{"role": "user", "content": question}]
+    latencies = []
+    for result, wait in zip(results, waits, strict=True):
+        started = time.perf_counter()
+        reply = ask(messages)
+        latencies.append(time.perf_counter() - started)
+        messages = [*messages, reply, {"role": "user", "content": result}]
+        time.sleep(wait)
+    return latencies
+
+
+def play_all(plan: Plan, asker: Callable[[int], Callable[[Messages], dict[str, Any]]]) -> list[float]:
+    """All agents at once, a thread each; the latencies of all calls."""
+    found: list[list[float]] = [[] for _ in range(NUM_AGENTS)]
+
+    def run(number: int, ask: Callable[[Messages], dict[str, Any]]) -> None:
+        found[number] = play(plan, number, ask)
+
+    threads = [threading.Thread(target=run, args=(number, asker(number))) for number in range(NUM_AGENTS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    calls = [latency for one in found for latency in one]
+    if len(calls) != NUM_AGENTS * plan.num_turns:
+        raise SystemExit(f"{len(calls)} calls were made, not {NUM_AGENTS * plan.num_turns}")
+    return calls
+
+
+# --- the agents of the other process: they import nothing of prefloop or torch -------------------------------------
+
+
+def over_http(port: int, run: str, stream: bool, number: int) -> Callable[[Messages], dict[str, Any]]:
+    """An agent's connection to the gateway."""
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.connect()
+    headers = {"content-type": "application/json", "authorization": f"Bearer none/bench/{run}-{number}"}
+
+    def ask(messages: Messages) -> dict[str, Any]:
+        connection.request(
+            "POST", "/v1/chat/completions", json.dumps({"messages": messages, "stream": stream}), headers
+        )
+        response = connection.getresponse()
+        body = response.read()
+        if response.status != 200:
+            raise SystemExit(body.decode())
+        if not stream:
+            return json.loads(body)["choices"][0]["message"]
+        events = [json.loads(line[6:]) for line in body.decode().split("\n\n") if line and not line.endswith("[DONE]")]
+        return {"role": "assistant", "content": "".join(e["choices"][0]["delta"].get("content", "") for e in events)}
+
+    return ask
+
+
+def serve_plans() -> None:
+    """Play the plans that come on standard input, a line each, and print the latencies of each."""
+    for line in sys.stdin:
+        port, run, stream, plan = json.loads(line)
+        print(json.dumps(play_all(Plan(**plan), partial(over_http, port, run, stream))), flush=True)
+
+
+# --- this process: the model, the gateway, and the agents that ask directly ----------------------------------------
+
+
+class Bench:
+    """A model, its batcher, and a gateway in front of it."""
+
+    def __init__(self, seed: int) -> None:
+        import torch
+
+        from prefloop.chat import ChatRenderer
+        from prefloop.clients.sampling import SamplingSettings
+        from prefloop.gateway import ContinuousBatcher, Gateway, GatewayServer, GatewaySettings
+        from prefloop.models.initial import initial_model, train_tokenizer
+        from prefloop.models.sampler import LocalSampler
+        from prefloop.models.settings import InitialModelSettings
+        from prefloop.records import AuthorKind, Message, Role, Task
+        from prefloop.rollout import Attempt, Provenance
+
+        torch.set_num_threads(1)
+        text = [Message(Role.USER, " ".join(map(str, range(1000)))), Message(Role.ASSISTANT, "Yes.")]
+        tokenizer = train_tokenizer([(text, ())], 600)
+        model = initial_model(tokenizer, InitialModelSettings(max_length=4096, seed=seed)).eval()
+        self.renderer = ChatRenderer(tokenizer)
+        settings = GatewaySettings(max_turns=10_000, max_episodes=10_000)
+        # No token that is ever drawn ends a turn: both sides sample the same number.
+        sampler = LocalSampler(silenced(model, len(tokenizer)), [len(tokenizer) - 1])
+        self.batcher = ContinuousBatcher(sampler, settings.max_batch, settings.chunk_tokens, settings.cached_rows)
+        self.sampling = SamplingSettings(max_new_tokens=NUM_SAMPLED)
+        provenance = Provenance(AuthorKind.CHECKPOINT, "bench", "bench", 0, "rollout")
+        self.gateway = Gateway(
+            self.renderer, self.batcher, provenance, 4096, self.sampling, settings,
+            find=lambda name: Attempt(Task("agent", {"task": name}), 0, 0), record=lambda rollout, task: None,
+        )  # fmt: skip
+        self.server = GatewayServer(self.gateway, port=0)
+        command = [sys.executable, str(Path(__file__).resolve()), "--agents"]
+        self.agents = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.num_runs = 0
+
+    def through_gateway(self, plan: Plan) -> list[float]:
+        """The latencies of all calls of the agents of the other process."""
+        assert self.agents.stdin is not None and self.agents.stdout is not None
+        self.num_runs += 1
+        port = int(self.server.url.rsplit(":", 1)[1])
+        order = [port, str(self.num_runs), plan.regime == "streamed", vars(plan)]
+        print(json.dumps(order), file=self.agents.stdin, flush=True)
+        latencies = json.loads(self.agents.stdout.readline())
+        for state in self.gateway.states():
+            self.gateway.close((state["task"], state["episode"]))
+        return latencies
+
+    def directly(self, plan: Plan) -> list[float]:
+        """The latencies of all calls of the agents of this process."""
+        from prefloop.chat import AssistantParser, PathBuilder
+        from prefloop.gateway.batcher import Job
+        from prefloop.records import Message, PrefloopError
+        from prefloop.rollout import derived_seed
+
+        parser = AssistantParser(self.renderer)
+        self.num_runs += 1
+        base = derived_seed(self.num_runs)
+
+        def asker(number: int) -> Callable[[Messages], dict[str, Any]]:
+            builders: list[PathBuilder] = []
+
+            def ask(messages: Messages) -> dict[str, Any]:
+                if builders:
+                    builders[0].extend([Message.from_dict(messages[-1])])
+                else:
+                    builders.append(PathBuilder(self.renderer, [Message.from_dict(m) for m in messages]))
+                context, done, results = builders[0].context, threading.Event(), []
+                job = Job(
+                    base + number, context, len(messages), self.sampling, lambda r: (results.append(r), done.set())
+                )
+                self.batcher.submit(job)
+                done.wait()
+                if isinstance(results[0], PrefloopError):
+                    raise results[0]
+                message = parser.parse_assistant(results[0].token.tolist(), context.tolist())
+                builders[0].append_sampled(results[0].token, results[0].logprob, message)
+                return {"role": "assistant", "content": message.content}
+
+            return ask
+
+        latencies = play_all(plan, asker)
+        self.batcher.release([base + number for number in range(NUM_AGENTS)])
+        return latencies
+
+    def close(self) -> None:
+        """End the gateway and the other process."""
+        assert self.agents.stdin is not None
+        self.agents.stdin.close()
+        self.agents.wait(10)
+        self.server.close()
+        self.batcher.close()
+
+
+def silenced(model: Any, num_tokens: int) -> Any:
+    """The model with a bias under which control tokens and the stop token are never drawn."""
+    import torch
+
+    head = model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.zeros(head.weight.shape[0]))
+    head.bias.data[:8] = -1e4
+    head.bias.data[num_tokens - 1] = -1e4
+    return model
+
+
+def measure(regime: str, options: Any) -> Any:
+    """Both sides of one regime in turn."""
+    from _common import Measured
+
+    rounds, turns = (2, 4) if options.quick else (7, 8)
+    bench = Bench(options.seed)
+    sides = {"direct": bench.directly, "gateway": bench.through_gateway}
+    rows: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
+    try:
+        for number in range(rounds + 1):
+            for side, run in sides.items():
+                latencies = np.array(run(Plan(regime, turns, options.seed + number))) * 1000
+                if number:  # the first round warms up
+                    rows[side].append((float(np.median(latencies)), float(np.percentile(latencies, 99))))
+    finally:
+        bench.close()
+    added = np.array(rows["gateway"]) - np.array(rows["direct"])  # rounds x (median, p99)
+    median, p99 = np.median(added, axis=0)
+    table = [
+        {"side": side, "calls a round": str(NUM_AGENTS * turns), **_shown(np.array(found))}
+        for side, found in rows.items()
+    ]
+    table.append({"side": "added", **_shown(added)})
+    return Measured({f"{regime}_added_median_ms": float(median), f"{regime}_added_p99_ms": float(p99)}, table)
+
+
+def _shown(found: np.ndarray) -> dict[str, str]:
+    return {
+        name: f"{np.median(column):.1f} [{column.min():.1f}-{column.max():.1f}]"
+        for name, column in zip(("median ms", "p99 ms"), found.T, strict=True)
+    }
+
+
+def main() -> None:
+    from _common import parse_options, run_cells, versions
+
+    options = parse_options(__doc__)
+    caption = f"{versions('torch', 'uvicorn')}, {NUM_AGENTS} agents, median [min-max] of rounds"
+    run_cells("gateway", {name: partial(measure, name) for name in MEAN_TOOL_S}, options, caption)
+
+
+if __name__ == "__main__":
+    if "--agents" in sys.argv:
+        serve_plans()
+    else:
+        main()

@@ -1,0 +1,417 @@
+"""What a gateway refuses, ends and survives."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import httpx2
+import openai
+import pytest
+from gateway_runs import FROM, SAMPLING, Served, ToolLoop, assert_exact, policy, served, tasks
+from test_batcher import sampler, wait_until
+
+from prefloop.clients.sampling import SamplingSettings
+from prefloop.environments.base import Outcome
+from prefloop.gateway import ContinuousBatcher, Gateway, GatewayServer, GatewaySettings, RefusedError, ServedBatcher
+from prefloop.records import Ended, PrefloopError, Task
+from prefloop.rollout import Attempt
+
+QUESTION = [{"role": "user", "content": "Book me a flight to Lima"}]
+ENDLESS = SamplingSettings(max_new_tokens=900)
+
+
+@pytest.fixture(scope="module")
+def gateway():
+    with served() as found:
+        yield found
+
+
+@contextmanager
+def endless(**settings):
+    """A policy whose replies end with their budget of 900 tokens, a token at a time."""
+    batcher = ContinuousBatcher(sampler(stops=False), settings.get("max_batch", 32), 1, 64)
+    with served(batcher=batcher, sampling=ENDLESS, **settings) as found:
+        yield found
+
+
+def refused(call, status: int, code: str) -> openai.APIStatusError:
+    with pytest.raises(openai.APIStatusError) as found:
+        call()
+    assert (found.value.status_code, found.value.code) == (status, code), found.value
+    assert found.value.response.json()["error"]["message"]
+    return found.value
+
+
+def ask(client, messages=QUESTION, **options):
+    return client.chat.completions.create(model="m", messages=messages, **options)
+
+
+# --- requests that are wrong ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "told"),
+    [
+        ({"n": 2}, "unsupported_parameter", "n: 2 is not supported"),
+        ({"stop": ["x"]}, "unsupported_parameter", "stop"),
+        ({"top_logprobs": 3, "logprobs": True}, "unsupported_parameter", "top_logprobs"),
+        ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
+        ({"tool_choice": "required"}, "unsupported_parameter", "only 'auto' and 'none'"),
+        ({"presence_penalty": 0.5}, "unsupported_parameter", "presence_penalty"),
+        ({"top_k": 5}, "unsupported_parameter", "top_k: this key is not known"),
+        ({"temperature": 3}, "invalid_value", "from 0 to 2, not 3"),
+        ({"temperature": True}, "invalid_value", "temperature"),
+        ({"max_tokens": 0}, "invalid_value", "max_tokens"),
+        ({"seed": 1.5}, "invalid_value", "whole number"),
+        ({"stream": "yes"}, "invalid_value", "true or false"),
+        ({"tools": [{"type": "function"}]}, "invalid_value", "tools[0]"),
+        ({"messages": []}, "invalid_value", "at least one message"),
+        ({"messages": [{"role": "robot", "content": ""}]}, "invalid_messages", "messages[0]: role 'robot'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "invalid_messages", "only text"),
+        ({"messages": [*QUESTION, {"role": "system", "content": "x"}]}, "invalid_messages", "must come first"),
+    ],
+)
+def test_wrong_requests_are_refused_with_the_key_that_is_to_blame(gateway, body, code, told):
+    answer = gateway.post("/v1/chat/completions", {"messages": QUESTION, **body}, authorization="Bearer none/t/wrong")
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["code"] == code and told in error["message"]
+    assert error["param"] in body
+    assert answer.headers["x-should-retry"] == "false"
+
+
+def test_keys_that_change_nothing_are_taken(gateway):
+    harmless = {
+        "user": "u", "metadata": {"a": "b"}, "store": False, "parallel_tool_calls": True, "n": 1, "stop": None,
+        "temperature": None, "frequency_penalty": 0, "response_format": {"type": "text"}, "tool_choice": "auto",
+        "logit_bias": {}, "reasoning_effort": "low",
+    }  # fmt: skip
+    assert ask(gateway.client("harmless"), extra_body=harmless).choices[0].message.role == "assistant"
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (b"{", "not JSON"),
+        (b"[1]", "a JSON object, not a list"),
+        (b'{"messages": NaN}', "NaN is not a JSON number"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'\xff\xfe{"a": 1}', "not JSON"),
+    ],
+)
+def test_broken_bodies_are_refused(gateway, body, told):
+    headers = {"content-type": "application/json", "authorization": "Bearer none/t/broken"}
+    answer = httpx2.post(gateway.server.base_url + "/chat/completions", content=body, headers=headers)
+    assert answer.status_code == 400 and told in answer.json()["error"]["message"]
+
+
+def test_bodies_and_routes_that_are_not_ours_are_refused(gateway):
+    url = gateway.server.url
+    form = httpx2.post(f"{url}/outcome", content="episode=e", headers={"content-type": "text/plain"})
+    assert form.status_code == 415
+    assert httpx2.get(f"{url}/v1/files").status_code == 404
+    assert httpx2.get(f"{url}/v1/chat/completions").status_code == 404
+    assert httpx2.get(f"{url}/health", headers={"host": "evil.example"}).status_code == 400
+    assert httpx2.get(f"{url}/health").json() == {"status": "ok", "open_episodes": len(gateway.gateway.states())}
+    assert [model.id for model in gateway.client().models.list()] == ["policy"]
+
+
+def test_bodies_that_are_too_large_are_refused_whatever_they_announce():
+    with served(max_body_bytes=2000) as gateway:
+        refused(lambda: ask(gateway.client(), [{"role": "user", "content": "x" * 3000}]), 413, "body_too_large")
+        with socket.create_connection(gateway.server.url.removeprefix("http://").split(":")) as raw:
+            raw.sendall(
+                b"POST /v1/chat/completions HTTP/1.1\r\nhost: %s\r\ncontent-type: application/json\r\n"
+                b"transfer-encoding: chunked\r\n\r\n" % gateway.server.url.removeprefix("http://").encode()
+            )
+            for _ in range(4):
+                raw.sendall(b"400\r\n" + b" " * 1024 + b"\r\n")
+            assert b" 413 " in raw.recv(100)
+
+
+# --- names ------------------------------------------------------------------------------------------------------
+
+
+def test_an_episode_must_be_named_and_the_refusal_says_how(gateway):
+    for key in ("none", "", "none/only-a-task", "none/a/b/c"):
+        client = openai.OpenAI(base_url=gateway.server.base_url, api_key=key or "x", max_retries=0)
+        error = refused(lambda client=client: ask(client), 400, "episode_needed")
+        assert "X-Prefloop-Task" in str(error) and "TOKEN/TASK/EPISODE" in str(error)
+
+
+def test_headers_name_it_too_and_names_may_hold_anything(gateway):
+    headers = {"X-Prefloop-Task": "a%2Fb%20%C3%A9", "X-Prefloop-Episode": "1%2F2"}
+    client = openai.OpenAI(base_url=gateway.server.base_url, api_key="any", default_headers=headers, max_retries=0)
+    ask(client)
+    ask(gateway.client("1/2", "a/b é"))
+    assert gateway.close("1/2", "a/b é").num_turns == 2
+
+
+def test_an_unknown_task_is_not_found(gateway):
+    error = refused(lambda: ask(gateway.client("e", "unknown")), 404, "unknown_task")
+    assert "near ones: known" in str(error)
+
+
+def test_two_episodes_with_one_id_are_refused(gateway):
+    first = gateway.post("/episodes", {"task": "two", "episode": "one"})
+    assert first.status_code == 200 and first.json()["num_turns"] == 0
+    again = gateway.post("/episodes", {"task": "two", "episode": "one"})
+    assert again.status_code == 409 and again.json()["error"]["code"] == "duplicate_episode"
+    ask(gateway.client("one", "two"))
+    assert gateway.post("/episodes", {"task": "other", "episode": "one"}).status_code == 200  # of another task
+    several = gateway.post("/outcome", {"episode": "one"})
+    assert several.json()["error"]["code"] == "task_needed" and "other, two" in several.json()["error"]["message"]
+    gateway.close("one", "two")
+    refused(lambda: ask(gateway.client("one", "two")), 409, "episode_closed")
+    assert gateway.post("/episodes", {"task": "two", "episode": "one"}).status_code == 409
+    assert gateway.post("/outcome", {"task": "two", "episode": "one"}).json()["error"]["code"] == "episode_closed"
+    assert gateway.post("/outcome", {"episode": "never"}).status_code == 404
+
+
+def test_attempts_at_a_task_are_samples_of_it(gateway):
+    for number in range(3):
+        ask(gateway.client(f"n{number}", "group"))
+    found = [gateway.close(f"n{number}", "group") for number in range(3)]
+    assert [trajectory.sample for trajectory in found] == [0, 1, 2]
+    assert len({trajectory.task_id for trajectory in found}) == 1 and len({t.id for t in found}) == 3
+    assert {t.seed for t in found} == {7} and not any(t.group_seeded for t in found)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ({"success": True}, Outcome(1.0, 1.0, True)),
+        ({"success": False, "value": -3}, None),
+        ({"score": 0.5}, Outcome(0.5, 0.5, True)),
+        ({"value": 12.5, "score": 0.2}, Outcome(12.5, 0.2, False)),
+        ({"value": 0.3, "metrics": {"steps": 4}}, Outcome(0.3, 0.3, False, {"steps": 4.0})),
+        ({"value": 12.5}, None),
+        ({"score": 1.01}, None),
+        ({"success": 1}, None),
+        ({"value": "high"}, None),
+        ({"metrics": [1]}, None),
+        ({"score": 1, "metrics": {"cost": None}}, None),
+        ({"reward": 1}, None),
+    ],
+)
+def test_outcomes_are_read_or_refused(gateway, said, expected):
+    name = f"outcome-{json.dumps(said)}"
+    ask(gateway.client(name), max_tokens=1)
+    answer = gateway.post("/outcome", {"episode": name, **said, "reason": "so"})
+    if expected is None:
+        assert answer.status_code == 400
+        gateway.close(name)
+        return
+    assert answer.status_code == 200, answer.text
+    assert gateway.recorded[-1].outcome == expected
+    assert gateway.recorded[-1].trajectory.extra["reason"] == "so"
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------
+
+
+def test_a_token_is_asked_for_on_every_route_but_health():
+    with served(token="secret") as gateway:
+        for key in ("wrong", "wrong/t/e", "", "secre", "secret2/t/e"):
+            client = openai.OpenAI(base_url=gateway.server.base_url, api_key=key or "-", max_retries=0)
+            refused(lambda client=client: ask(client), 401, "invalid_api_key")
+        assert gateway.post("/outcome", {"episode": "e"}).status_code == 401
+        assert httpx2.get(gateway.server.url + "/episodes").status_code == 401
+        assert httpx2.get(gateway.server.url + "/health").status_code == 200
+        ask(gateway.client())  # its key begins with the token
+        answer = gateway.post("/outcome", {"episode": "e"}, authorization="Bearer secret")
+        assert answer.status_code == 200
+
+
+@pytest.mark.parametrize(("host", "token"), [("0.0.0.0", ""), ("127.0.0.1", "a/b"), ("127.0.0.1", "a b")])
+def test_a_host_that_others_reach_needs_a_token_and_tokens_a_form(host, token):
+    gateway = Gateway(policy()[1], None, FROM, 1024, SAMPLING, GatewaySettings())
+    with pytest.raises(PrefloopError, match="token"):
+        GatewayServer(gateway, host=host, port=0, token=token)
+
+
+# --- limits and deadlines ---------------------------------------------------------------------------------------
+
+
+def test_a_context_that_overflows_in_the_middle_of_an_episode_ends_it_by_length():
+    with served(max_context=120) as gateway:
+        client, messages = gateway.client(), list(QUESTION)
+
+        def go_on():
+            while True:
+                messages.append(ask(client, messages).choices[0].message.model_dump(exclude_none=True))
+                messages.append({"role": "user", "content": "and now? " * 4})
+
+        error = refused(go_on, 400, "context_length_exceeded")
+        assert "maximum context length is 120 tokens" in str(error)
+        trajectory = gateway.close(success=False)
+        assert trajectory.ended is Ended.LENGTH
+        assert len(trajectory.messages) >= 3
+        assert_exact(trajectory)
+        assert max(len(path.token) for path in trajectory.token_paths) <= 120
+
+
+def test_turns_and_episodes_and_the_queue_are_bounded():
+    with served(max_turns=2, max_episodes=2) as gateway:
+        client = gateway.client()
+        for _ in range(2):
+            ask(client, max_tokens=1)
+        refused(lambda: ask(client), 409, "episode_max_turns")
+        ask(gateway.client("second"))
+        error = refused(lambda: ask(gateway.client("third")), 429, "too_many_episodes")
+        assert int(error.response.headers["retry-after"]) > 0
+        assert gateway.close().ended is Ended.MAX_TURNS
+        ask(gateway.client("third"))  # there is room again
+
+
+def test_a_full_queue_asks_to_wait():
+    with endless(max_queue=2, max_batch=1) as gateway, ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(lambda n=n: ask(gateway.client(f"e{n}"))) for n in range(2)]
+        wait_until(lambda: sum(state["in_work"] for state in gateway.gateway.states()) == 2)
+        error = refused(lambda: ask(gateway.client("e3")), 429, "queue_full")
+        assert error.response.headers["retry-after"] == "1"
+        for number in range(2):
+            gateway.gateway.close(("t", f"e{number}"))
+        for future in waiting:
+            refused(future.result, 409, "episode_closed")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_ends_its_reply(stream):
+    with endless() as gateway:
+        connection = http.client.HTTPConnection(gateway.server.url.removeprefix("http://"))
+        body = json.dumps({"messages": QUESTION, "stream": stream})
+        headers = {"content-type": "application/json", "authorization": "Bearer none/t/e"}
+        connection.request("POST", "/v1/chat/completions", body, headers)
+        wait_until(lambda: any(state["in_work"] for state in gateway.gateway.states()))
+        if stream:
+            assert connection.getresponse().readline().startswith(b"data: ")
+        connection.close()
+        wait_until(lambda: not any(state["in_work"] for state in gateway.gateway.states()))
+        wait_until(lambda: not gateway.gateway._batcher._active)
+        assert ask(gateway.client(), max_tokens=3).usage.completion_tokens == 3  # asked again, it goes on
+        trajectory = gateway.close()
+        assert (trajectory.num_turns, len(trajectory.threads)) == (1, 1)
+
+
+def test_a_reply_that_takes_too_long_is_refused():
+    with endless(request_deadline_s=0.2) as gateway:
+        refused(lambda: ask(gateway.client()), 504, "deadline")
+        with pytest.raises(openai.APIError, match=r"no reply within 0\.2 s"):
+            list(ask(gateway.client("streamed"), stream=True))
+        wait_until(lambda: not gateway.gateway._batcher._active)
+
+
+def test_an_agent_that_never_finishes_meets_its_deadline():
+    with endless(episode_deadline_s=0.4) as gateway:
+        started = time.monotonic()
+        refused(lambda: ask(gateway.client()), 504, "episode_deadline")
+        assert time.monotonic() - started < 20
+        wait_until(lambda: gateway.recorded)
+        assert gateway.recorded[0].trajectory.ended is Ended.DEADLINE
+        refused(lambda: ask(gateway.client()), 409, "episode_closed")
+
+
+def test_an_agent_that_asks_for_nothing_more_is_closed():
+    with served(idle_deadline_s=0.3) as gateway:
+        ToolLoop(gateway.client(), tasks(1)[0]).run()
+        gateway.post("/episodes", {"task": "t", "episode": "never asked"})
+        wait_until(lambda: not gateway.gateway.states())
+        (rollout,) = gateway.recorded  # an episode without a word is forgotten
+        assert rollout.trajectory.ended is Ended.DEADLINE and rollout.outcome is None
+        assert_exact(rollout.trajectory)
+
+
+# --- owners in this process, and the end ------------------------------------------------------------------------
+
+
+def test_who_opens_an_episode_closes_it_and_keeps_it():
+    with served(idle_deadline_s=0.3) as gateway:
+        inside = gateway.gateway
+        attempt = Attempt(Task("agent", {"task": "mine"}), 5, 11)
+        inside.open(("mine", "e"), attempt)
+        with pytest.raises(RefusedError, match="is open already"):
+            inside.open(("mine", "e"), attempt)
+        ask(gateway.client("e", "mine"))
+        assert gateway.post("/outcome", {"episode": "e", "score": 0.75}).json() == {"task": "mine", "episode": "e"}
+        assert gateway.post("/outcome", {"episode": "e", "score": 1}).json()["error"]["code"] == "outcome_posted"
+        wait_until(lambda: inside.states()[0]["ended"] == "deadline")
+        refused(lambda: ask(gateway.client("e", "mine")), 409, "episode_deadline")
+        rollout = inside.close(("mine", "e"))
+        assert rollout.outcome == Outcome(0.75, 0.75, True)
+        trajectory = rollout.trajectory
+        assert (trajectory.id, trajectory.sample, trajectory.seed) == (FROM.trajectory_id(attempt), 5, 11)
+        assert trajectory.ended is Ended.DEADLINE and "episode" not in trajectory.extra
+        assert not gateway.recorded
+
+
+def test_what_cannot_be_kept_stays_open():
+    failures = [PrefloopError("the disk is full")]
+
+    def record(rollout, task):
+        if failures:
+            raise failures.pop()
+
+    with served() as gateway:
+        gateway.gateway._record = record
+        ask(gateway.client())
+        answer = gateway.post("/outcome", {"episode": "e", "score": 1})
+        assert answer.status_code == 500 and "the disk is full" in answer.json()["error"]["message"]
+        assert gateway.post("/outcome", {"episode": "e", "score": 1}).status_code == 200
+
+
+def test_at_the_end_replies_are_given_and_open_episodes_kept():
+    with endless() as gateway, ThreadPoolExecutor(1) as pool:
+        ask(gateway.client("said"), max_tokens=2)
+        gateway.post("/episodes", {"task": "t", "episode": "nothing asked"})
+        future = pool.submit(lambda: ask(gateway.client("working"), max_tokens=60))
+        wait_until(lambda: any(state["in_work"] for state in gateway.gateway.states()))
+        gateway.server.close()
+        assert future.result().usage.completion_tokens == 60
+        found = {rollout.trajectory.extra["episode"]: rollout.trajectory for rollout in gateway.recorded}
+        assert set(found) == {"said", "working"}
+        assert {trajectory.ended for trajectory in found.values()} == {Ended.INTERRUPTED}
+        with pytest.raises(openai.APIConnectionError):
+            ask(gateway.client("late"))
+
+
+def test_a_reply_that_outlasts_the_grace_is_given_up_at_the_end():
+    with endless(grace_s=1) as gateway, ThreadPoolExecutor(1) as pool:
+        ToolLoop(gateway.client(), tasks(1)[0], max_turns=1, max_tokens=4).run()
+        future = pool.submit(lambda: ask(gateway.client()))
+        wait_until(lambda: any(state["in_work"] for state in gateway.gateway.states()))
+        slow = threading.Event()
+        gateway.gateway._batcher._session.generate = _slowed(gateway.gateway._batcher._session.generate, slow)
+        gateway.server.close()
+        slow.set()
+        with pytest.raises((openai.APIConnectionError, openai.APIStatusError)):
+            future.result()
+        assert len(gateway.recorded) == 1
+
+
+def _slowed(generate, go):
+    def slow(*arguments):
+        go.wait(0.05)
+        return generate(*arguments)
+
+    return slow
+
+
+def test_a_sampler_that_fails_is_said_and_the_episode_goes_on():
+    class Failing:
+        def session(self):
+            raise ConnectionError("no server")
+
+    with served(batcher=ServedBatcher(Failing(), 4)) as gateway:
+        error = refused(lambda: ask(gateway.client()), 500, "policy_failed")
+        assert "no server" in str(error)
+        with pytest.raises(openai.APIStatusError, match="no server"):
+            list(ask(gateway.client(), stream=True))
+        assert isinstance(gateway, Served) and gateway.close().own_turns == ()
