@@ -18,6 +18,7 @@ def hub_of(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         ask_at(hub.url, monkeypatch)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # a storage of its own that the fake does not have
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "token"))
         monkeypatch.setattr(names, "HUB_SECONDS", 2.0)

@@ -200,6 +200,45 @@ def _listed(files: list[str]) -> str:
     return ", ".join(files[:MAX_LISTED]) + more
 
 
+# --- giving to a hub --------------------------------------------------------------------------------------------
+
+
+def check_repository(repo: str) -> None:
+    """See that something may be given to a repository: its name is whole, and there is a token.
+
+    Raises:
+        PrefloopError: it is not; naming what to do.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
+        raise PrefloopError(f"repository {repo!r} should be OWNER/NAME of the hub")
+    if _hub().get_token() is None:
+        raise PrefloopError(f"pushing to {repo} needs a token that may write: {LOG_IN}")
+
+
+def upload(folder: Path, repo: str, *, private: bool, revision: str, message: str) -> str:
+    """Give a folder's files to a model's repository, made where there is none; returns the address of the commit.
+
+    Raises:
+        PrefloopError: as `check_repository`; the hub refuses or cannot be reached, or the repository is there and
+            public though it is to be private.
+    """
+    check_repository(repo)
+    api = _hub().HfApi()
+    try:
+        with _explained(HubName(repo, revision), "model"):
+            api.create_repo(repo, private=private, exist_ok=True)
+            if private and not api.repo_info(repo, timeout=HUB_SECONDS).private:
+                raise PrefloopError(
+                    f"repository {repo} is there already and public: leave --private out, or name another"
+                )
+            if revision:
+                api.create_branch(repo, branch=revision, exist_ok=True)
+            options = {"repo_id": repo, "revision": revision or None, "commit_message": message}
+            return str(api.upload_folder(folder_path=folder, **options).commit_url)
+    except _UnreachableError as reason:
+        raise PrefloopError(f"nothing was pushed to {repo}: {reason}") from None
+
+
 # --- the hub ----------------------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ from urllib.parse import unquote, urlsplit
 TOKEN = "hf_" + "of" * 17
 LARGE = (".safetensors", ".parquet", ".bin")
 REPO = r"(?P<repo>(?!api/)[\w.-]+(?:/[\w.-]+)?)"
+REVISION = r"(?P<revision>refs/[^/]+/[^/]+|[^/]+)"
 API = r"/api/(?P<kind>models|datasets)/" + REPO
 
 
@@ -158,11 +159,16 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": name} for name in repository.commits[sha]]
         self._answer(200, {"id": repo, "sha": sha, "private": repository.private, "tags": [], "siblings": siblings})
 
-    def tree(self, kind: str, repo: str, revision: str) -> None:
+    def tree(self, kind: str, repo: str, revision: str, folder: str | None = None) -> None:
         repository = self._repository(kind, repo)
         if repository is None or (sha := self._commit(repository, revision)) is None:
             return
-        self._answer(200, [_entry(name, content) for name, content in repository.commits[sha].items()])
+        inside = f"{folder}/" if folder else ""
+        found = [_entry(name, content) for name, content in repository.commits[sha].items() if name.startswith(inside)]
+        if folder and not found:
+            self._answer(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"})
+            return
+        self._answer(200, found)
 
     def file(self, repo: str, revision: str, name: str, kind: str = "models") -> None:
         repository = self._repository(kind, repo)
@@ -270,13 +276,13 @@ def _entry(name: str, content: bytes) -> dict[str, Any]:
 ROUTES = (
     ("GET", API, _Handler.information),
     ("GET", API + r"/revision/(?P<revision>.+)", _Handler.information),
-    ("GET", API + r"/tree/(?P<revision>.+)", _Handler.tree),
+    ("GET", API + r"/tree/" + REVISION + r"(?:/(?P<folder>.+))?", _Handler.tree),
     (
         "GET",
-        r"/datasets/" + REPO + r"/resolve/(?P<revision>[^/]+|refs/[^/]+/[^/]+)/(?P<name>.+)",
+        r"/datasets/" + REPO + "/resolve/" + REVISION + "/(?P<name>.+)",
         _Handler.dataset_file,
     ),
-    ("GET", "/" + REPO + r"/resolve/(?P<revision>[^/]+|refs/[^/]+/[^/]+)/(?P<name>.+)", _Handler.file),
+    ("GET", "/" + REPO + "/resolve/" + REVISION + "/(?P<name>.+)", _Handler.file),
     ("GET", "/api/whoami-v2", _Handler.who),
     ("POST", "/api/repos/create", _Handler.create),
     ("POST", "/api/validate-yaml", _Handler.check_yaml),

@@ -317,22 +317,70 @@ def _import(store: Store, file: DataFile, **options: Any) -> None:
 
 @app.command
 def export(
-    output: Annotated[Path, Parameter(help="a .jsonl or .parquet file")],
+    what: Annotated[
+        str, Parameter(help="a .jsonl or .parquet file to write a dataset to; or a checkpoint's id or directory")
+    ],
     *,
+    output: Annotated[
+        Path | None,
+        Parameter(name=["--output", "-o"], help="of a checkpoint: a new directory; exports/NAME when left out"),
+    ] = None,
+    merge: Annotated[
+        bool, Parameter(negative=(), help="of a checkpoint: merge its adapter into the model below it")
+    ] = False,
     dataset: Annotated[str, Parameter(help="id of the dataset (or its beginning); the newest when left out")] = "",
     format: Annotated[  # noqa: A002
-        Literal["trl-preference", "trl-unpaired", "openai-chat"], Parameter(help="what the rows look like")
-    ] = "trl-preference",
+        Literal["trl-preference", "trl-unpaired", "openai-chat"] | None,
+        Parameter(help="what a dataset's rows look like; trl-preference when left out"),
+    ] = None,
     force: Annotated[bool, Parameter(negative=(), help="overwrite the file")] = False,
     store: StoreOption = None,
 ) -> None:
-    """Write a frozen dataset in a format that other tools read."""
-    from prefloop.formats import export_dataset
+    """Write a frozen dataset in a format that other tools read, or a checkpoint as a directory with its card."""
+    from prefloop.formats.exporting import SUFFIXES, TRL_PREFERENCE, export_dataset
     from prefloop.stages.looking import find_dataset
 
+    if not what.endswith(SUFFIXES):
+        if Path(what).suffix[1:].isalpha() and not Path(what).exists():
+            raise PrefloopError(f"{what} should end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+        if dataset or format or force:
+            endings = ", ".join(SUFFIXES)
+            raise PrefloopError(f"{what} does not end in {endings}: --dataset, --format and --force are of such files")
+        _export_model(what, output, merge, location_of(store))
+        return
+    if merge or output is not None:
+        raise PrefloopError(f"{what} is a file of rows: --merge and --output are of checkpoints")
     with open_store(store) as opened:
-        num_rows = export_dataset(opened, find_dataset(opened, dataset), output, format=format, force=force)
-    console.print(f"{counted(num_rows, 'row')} → {output}", highlight=False)
+        found = find_dataset(opened, dataset)
+        num_rows = export_dataset(opened, found, Path(what), format=format or TRL_PREFERENCE, force=force)
+    console.print(f"{counted(num_rows, 'row')} → {what}", highlight=False)
+
+
+def _export_model(name: str, output: Path | None, merge: bool, location: str) -> None:
+    from prefloop.stages.publishing import found_model, write_model
+
+    with found_model(name, location) as found:
+        directory = output or Path("exports") / found.label
+        write_model(found, directory, merge=merge)
+    console.print(f"{name}{', merged' if merge else ''} → {directory}", highlight=False, soft_wrap=True)
+
+
+@app.command
+def push(
+    checkpoint: Annotated[str, Parameter(help="a checkpoint's id (or its beginning), or its directory")],
+    repository: Annotated[str, Parameter(help="OWNER/NAME on the hub; made where there is none")],
+    *,
+    merge: Annotated[bool, Parameter(negative=(), help="merge its adapter into the model below it")] = False,
+    private: Annotated[bool, Parameter(negative=(), help="a repository that is made is private")] = False,
+    revision: Annotated[str, Parameter(help="the branch; main when left out")] = "",
+    store: StoreOption = None,
+) -> None:
+    """Put a checkpoint with its card into a repository of the hub."""
+    from prefloop.stages.publishing import found_model, push_model
+
+    with found_model(checkpoint, location_of(store)) as found:
+        url = push_model(found, repository, merge=merge, private=private, revision=revision)
+    console.print(f"{checkpoint} → {url}", highlight=False, soft_wrap=True)
 
 
 @app.command

@@ -21,6 +21,7 @@ from prefloop.records import Checkpoint, JSONObject, PrefloopError, content_hash
 from prefloop.stages.context import BEFORE, LOCK, claimed, run_id
 from prefloop.stages.fit_data import FitData, files_of, ready, select
 from prefloop.stages.fit_settings import FitProgress, FitSettings, reads, work_directory
+from prefloop.stages.looking import ancestors
 from prefloop.stages.selecting import sha256_of
 from prefloop.store import Store
 from prefloop.training.model_card import CARD, model_card
@@ -220,7 +221,9 @@ class _Fitting:
         from prefloop.training.checkpoint import save_atomically
 
         detail = outcome.to_dict()
-        card = model_card(self.output.name, self._settings(), start, data.detail, detail)
+        base, recipe = self._base(start), self._settings()
+        parents = ancestors(self.store, base)
+        card = model_card(self._called(), recipe, start, data.detail, detail, parents)
 
         def write(directory: Path) -> None:
             learner.trained.save(directory)
@@ -228,7 +231,6 @@ class _Fitting:
             if "reward_model" in detail:
                 self._plot(detail["reward_model"]["reliability"], directory)
 
-        base = self._base(start)
         manifest_hash = save_atomically(self.output, write)
         checkpoint = Checkpoint(
             content_hash("checkpoint", self.id, self.settings.objective, base.id, data.dataset.id),
@@ -245,10 +247,15 @@ class _Fitting:
         with self.store.transaction():
             self.store.add_checkpoint(base)
             self.store.add_checkpoint(checkpoint)
+            self.store.add_event(self.id, FIRST, "recipe", recipe)
             self.store.add_event(self.id, FIRST, "train", detail)
             self.store.add_event(self.id, FIRST, "finish", {"checkpoint_id": checkpoint.id, "wall_s": seconds})
         shutil.rmtree(self.directory / STATES, ignore_errors=True)
         return Fitted(checkpoint, start, data.detail, detail)
+
+    def _called(self) -> str:
+        """What the card's lines load: the directory from where it was trained, or its name where that is elsewhere."""
+        return self.output.name if ".." in self.output.parts else str(self.output)
 
     def _plot(self, reliability: JSONObject, directory: Path) -> None:
         """The plot of a reward model's calibration, where it can be drawn."""

@@ -9,8 +9,9 @@ from rich.table import Table
 from sqlalchemy import RowMapping
 
 from prefloop.records import Checkpoint, PrefloopError
-from prefloop.stages.context import run_id
+from prefloop.stages.context import BEFORE, run_id
 from prefloop.store import Store
+from prefloop.training.model_card import Ancestor
 
 ID_LENGTH = 12  # of an id as people see it
 
@@ -62,6 +63,23 @@ def find_checkpoint(store: Store, prefix: str) -> Checkpoint | None:
     if len(found) > 1:
         raise PrefloopError(f"{len(found)} checkpoints begin with {prefix!r}: give more of the id")
     return found[0] if found else None
+
+
+def ancestors(store: Store, checkpoint: Checkpoint) -> list[Ancestor]:
+    """A checkpoint, its parent and so on, up to the model that nothing here made."""
+    known, raters = {one.id: one for one in store.checkpoints()}, store.raters()
+    found: list[Ancestor] = []
+    one: Checkpoint | None = checkpoint
+    while one is not None:
+        run = store.run(one.run_id)
+        judged = (store.event(one.run_id, one.iteration, "judge") or {}) if one.dataset_id else {}
+        rater = raters.get(str(judged.get("rater_id")))
+        judge = f"`{rater.name}` ({rater.kind.value}, `{rater.id}`)" if rater is not None else ""
+        name = str(run["name"]) if run is not None and "iterations" in run["settings"] else ""
+        iteration = one.iteration if name else BEFORE
+        found.append(Ancestor(one.id, one.path, one.algorithm, iteration, one.dataset_id, name, judge))
+        one = known.get(one.parent_id)
+    return found
 
 
 def status_table(store: Store) -> Group:

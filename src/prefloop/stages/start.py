@@ -14,6 +14,7 @@ from prefloop.records import (
     Checkpoint,
     Dataset,
     Ended,
+    JSONObject,
     Message,
     PrefloopError,
     Split,
@@ -44,10 +45,18 @@ def start_policy(run: Run) -> str:
         run.policies.check(checkpoint.id)  # a model that is not there is said now, while the run can still be changed
     with run.store.transaction():
         files = run.environment.files()
-        start = {**circumstances(run.settings), "model": base.path, **({"files": files} if files else {})}
+        start = {**circumstances(run.settings), **_origin(base), **({"files": files} if files else {})}
         run.store.add_event(run.id, BEFORE, "start", start)
         run.store.add_event(run.id, BEFORE, "policy", {"checkpoint_id": checkpoint.id})
     return checkpoint.id
+
+
+def _origin(base: Checkpoint) -> JSONObject:
+    """The model that the run starts from, with the hash of its weights where they are here."""
+    from prefloop.training.weights import weights_hash
+
+    weights = {} if base.algorithm == SERVED else {"weights": weights_hash(base.path)}
+    return {"model": base.path, **weights}
 
 
 def _demonstrations(run: Run) -> Dataset:

@@ -6,7 +6,10 @@ Nothing in it depends on when or how fast the model was trained: the same traini
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from prefloop.losses.registry import objective
 from prefloop.records import JSONObject, counted
@@ -14,6 +17,11 @@ from prefloop.training.metrics import LAST_STEPS, mean_metrics
 
 CARD = "README.md"
 MAX_LISTED = 20
+BEFORE_LOOP = -1  # the iteration of what a run does before its loop
+RUN_TABLES = ("seed", "policy", "environment", "rollout", "judge", "curation", "guard")
+ASKED, ANSWERED = ['{"role": "user", "content": "Hello!"}'], ['{"role": "assistant", "content": "Hello."}']
+TRIES = "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))"
+SCORES = "print(model(**inputs).logits)"
 LOADERS = {
     "reward": ("AutoModelForSequenceClassification", "text-classification"),
     "process_reward": ("AutoModelForTokenClassification", "token-classification"),
@@ -30,60 +38,190 @@ COUNTS = {
 }
 
 
+CURATED = {
+    "num_tasks": "tasks",
+    "num_scored": "trajectories with a score",
+    "num_pairs": "preference pairs",
+    "num_human_pairs": "of them by people",
+    "num_unconfirmed": "not confirmed, and left out",
+}
 COUNTED = ("num_", "skipped", "learning_rate")
 """What says how a step went, not how good the model is."""
 
 
-def model_card(name: str, recipe: JSONObject, start: JSONObject, data: JSONObject, outcome: JSONObject) -> str:
-    """The card of the model `name`.
+@dataclass(frozen=True, slots=True)
+class Ancestor:
+    """A checkpoint that a model comes of: its id, its directory or hub id, what made it, and from which rows.
+
+    `run` names the run, or training, that made it; `judge` who judged its rows.
+    """
+
+    id: str
+    where: str
+    algorithm: str
+    iteration: int = BEFORE_LOOP
+    dataset_id: str = ""
+    run: str = ""
+    judge: str = ""
+
+    def __str__(self) -> str:
+        name = self.where if hub_base(self.where) else Path(self.where).name
+        if self.algorithm == "load":
+            return f"`{name}`, the model that it all began with"
+        of_run = f", iteration {self.iteration + 1} of run `{self.run}`" if self.iteration > BEFORE_LOOP else ""
+        rows = f", from dataset `{self.dataset_id}`" if self.dataset_id else ""
+        judged = f", judged by {self.judge}" if self.judge else ""
+        return f"`{name}` (checkpoint `{self.id}`): `{self.algorithm}`{of_run}{rows}{judged}"
+
+
+def hub_base(where: str) -> str:
+    """The repository of a hub's model that is named with its commit; empty for a path."""
+    repo, _, commit = where.rpartition("@")
+    return repo if re.fullmatch(r"[0-9a-f]{40}", commit) else ""
+
+
+def model_card(
+    called: str,
+    recipe: JSONObject,
+    start: JSONObject,
+    data: JSONObject,
+    outcome: JSONObject,
+    parents: Sequence[Ancestor] = (),
+    *,
+    merged: bool = False,
+) -> str:
+    """The card of a model that was trained on stored rows.
 
     Args:
-        name: of the model's directory.
+        called: what loads it: its directory, or its repository.
         recipe: every setting of the training, with its objective's knobs.
         start: the model and reference that it started from, with the hashes of their weights, device and versions.
         data: the ids of the datasets, where their rows come from, and what was done to them.
         outcome: the metrics of its steps and evaluations.
+        parents: what it comes of, the nearest first.
+        merged: an adapter that was merged into its model.
     """
     about = objective(recipe["objective"])
+    form = _Form(recipe["objective"], recipe.get("lora") is not None and not merged, parents, start["model"])
     lines = [
-        *_front_matter(recipe),
-        f"# {name}",
+        *form.front_matter(),
+        f"# {Path(called).name}",
         "",
-        f"`{start['model']}` after {counted(outcome['steps'], 'step')} of `{recipe['objective']}` ({about.summary}), "
-        f"trained by prefloop {start['versions']['prefloop']} on {counted(data['train']['num_examples'], 'row')}.",
+        f"`{_shown(start['model'])}` after {counted(outcome['steps'], 'step')} of `{recipe['objective']}` "
+        f"({about.summary}), trained by prefloop {start['versions']['prefloop']} on "
+        f"{counted(data['train']['num_examples'], 'row')}.",
         "",
-        *_use(name, recipe),
+        *_merged(merged),
+        *form.use(called, recipe),
         *_data(data),
-        *_recipe(recipe),
+        *_recipe(recipe | {key: _shown(recipe[key]) for key in ("model", "reference") if recipe.get(key)}),
         *_metrics(recipe, outcome),
-        *_lineage(start, data),
+        *_lineage(start, data, parents),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _front_matter(recipe: JSONObject) -> Iterator[str]:
-    lora = recipe.get("lora") is not None
-    yield "---"
-    yield f"base_model: {json.dumps(recipe['model'])}"
-    yield f"library_name: {'peft' if lora else 'transformers'}"
-    yield f"pipeline_tag: {LOADERS.get(recipe['objective'], POLICY)[1]}"
-    yield f"tags: {json.dumps(['prefloop', recipe['objective'], *(['lora'] if lora else [])])}"
-    yield "---"
-    yield ""
+def run_card(
+    called: str, facts: JSONObject, start: JSONObject, parents: Sequence[Ancestor] = (), *, merged: bool = False
+) -> str:
+    """The card of a checkpoint of a run.
+
+    Args:
+        called: what loads it: its directory, or its repository.
+        facts: the run's `name`, `settings` and `knobs` of its objective, the `iteration` of the checkpoint, and what
+            the events of its iteration say: `sft` or `train`, `curate`, `judges`, and the evaluations `before` the loop
+            and `after`.
+        start: what the run started from, with seed, device and versions.
+        parents: what it comes of, the nearest first.
+        merged: an adapter that was merged into its model.
+    """
+    settings, loop = facts["settings"], facts["iteration"] > BEFORE_LOOP
+    table = settings["train" if loop else "sft"]
+    algorithm = settings["train"]["algorithm"] if loop else "sft"
+    lora = settings["policy"].get("lora") is not None
+    tables = {key: settings[key] for key in RUN_TABLES if key in settings}
+    tables["policy"] = {**tables["policy"], "model": _shown(str(start.get("model", "")))}
+    recipe = {"objective": algorithm, **tables, "": {**table, **(facts["knobs"] if loop else {})}}
+    form = _Form(algorithm, lora and not merged, parents, str(start.get("model", "")))
+    environment = settings["environment"].get("name", "")
+    done = f"iteration {facts['iteration'] + 1}" if loop else "the demonstrations"
+    lines = [
+        *form.front_matter(),
+        f"# {Path(called).name}",
+        "",
+        f"The policy of run `{facts['name']}` after {done}: `{algorithm}` ({objective(algorithm).summary}) on "
+        f"the environment `{environment}`, by prefloop {start['versions']['prefloop']}.",
+        "",
+        *_merged(merged),
+        *form.use(called, {}),
+        *_run_data(facts),
+        *_recipe(recipe),
+        *_run_metrics(facts),
+        *_origin(start, parents),
+    ]
+    return "\n".join(lines) + "\n"
 
 
-def _use(name: str, recipe: JSONObject) -> list[str]:
-    loader, _ = LOADERS.get(recipe["objective"], POLICY)
-    lines = [f"from transformers import {loader}, AutoTokenizer", "", f'model = {loader}.from_pretrained("{name}")']
-    if recipe.get("num_adapters", 1) > 1:
-        lines = ["from prefloop.models.reward import load_reward_model", "", f'model = load_reward_model("{name}")']
+def bare_card(called: str, base: str, *, merged: bool) -> str:
+    """The card of a model of whose training nothing is known; `base` is the model that an adapter was merged into."""
+    form = _Form("sft", False, (), base)
+    known = f"- merged into `{_shown(base)}`" if base else "- nothing is known of how it was trained"
+    lines = [*form.front_matter(), f"# {Path(called).name}", "", *_merged(merged), *form.use(called, {})]
+    return "\n".join([*lines, "## Lineage", "", known]) + "\n"
+
+
+def _merged(merged: bool) -> list[str]:
+    said = "Its LoRA adapter was merged into the model below it, in float32, and rounded to that model's own type."
+    return [said, ""] if merged else []
+
+
+def _shown(where: str) -> str:
+    return where if hub_base(where) or not where else Path(where).name
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """In which form a model is there: which class opens it, and what the hub is told of it."""
+
+    objective: str
+    adapter: bool
+    parents: Sequence[Ancestor]
+    start: str
+
+    def front_matter(self) -> Iterator[str]:
+        base = next((repo for repo in map(hub_base, (self.start, *(one.where for one in self.parents))) if repo), "")
+        yield "---"
+        if base:  # a path of somebody's machine means nothing to the hub
+            yield f"base_model: {json.dumps(base)}"
+        yield f"library_name: {'peft' if self.adapter else 'transformers'}"
+        yield f"pipeline_tag: {LOADERS.get(self.objective, POLICY)[1]}"
+        yield f"tags: {json.dumps(['prefloop', self.objective, *(['lora'] if self.adapter else [])])}"
+        yield "---"
+        yield ""
+
+    def use(self, called: str, recipe: JSONObject) -> list[str]:
+        """Lines of Python that open the model and try it."""
+        loader, _ = LOADERS.get(self.objective, POLICY)
+        name = json.dumps(called)
+        if recipe.get("num_adapters", 1) > 1:
+            lines = ["from prefloop.models.reward import load_reward_model", "", f"model = load_reward_model({name})"]
+            return ["```python", *lines, "```", ""]
+        lines = [f"from transformers import {loader}, AutoTokenizer", "", f"model = {loader}.from_pretrained({name})"]
+        if self.adapter:
+            peft = loader.replace("Auto", "AutoPeft", 1)
+            # else peft makes a head of two labels
+            labels = f", num_labels={recipe.get('num_heads', 1)}" if self.objective in LOADERS else ""
+            lines[0] = f"from peft import {peft}\nfrom transformers import AutoTokenizer"
+            lines[2] = f"model = {peft}.from_pretrained({name}{labels})"
+        asks = "" if self.objective in LOADERS else "add_generation_prompt=True, "
+        said = [*ASKED, *([] if asks else ANSWERED)]
+        lines += [
+            f"tokenizer = AutoTokenizer.from_pretrained({name})",
+            f"chat = [{', '.join(said)}]",
+            f'inputs = tokenizer.apply_chat_template(chat, {asks}return_tensors="pt", return_dict=True)',
+            TRIES if asks else SCORES,
+        ]
         return ["```python", *lines, "```", ""]
-    if recipe.get("lora") is not None:
-        lines[0] = f"from peft import {loader.replace('Auto', 'AutoPeft', 1)}\nfrom transformers import AutoTokenizer"
-        lines[2] = lines[2].replace(loader, loader.replace("Auto", "AutoPeft", 1))
-        if recipe["objective"] in LOADERS:  # else peft makes a head of two labels
-            lines[2] = lines[2].replace('")', f'", num_labels={recipe.get("num_heads", 1)})')
-    return ["```python", *lines, f'tokenizer = AutoTokenizer.from_pretrained("{name}")', "```", ""]
 
 
 def _data(data: JSONObject) -> Iterator[str]:
@@ -132,7 +270,7 @@ def _recipe(recipe: JSONObject) -> Iterator[str]:
 def _flat(table: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
     for key, value in table.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from _flat(value, f"{prefix}{key}." if key else prefix)
         else:
             yield f"{prefix}{key}", value
 
@@ -200,15 +338,69 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
 
 
-def _lineage(start: JSONObject, data: JSONObject) -> Iterator[str]:
+def _run_data(facts: JSONObject) -> Iterator[str]:
+    """The rows of a run's last update, and who judged them."""
+    yield "## Data"
+    yield ""
+    curated, learned = facts["curate"], facts["train"] or facts["sft"]
+    rows = [(words, f"{curated[key]:,}") for key, words in CURATED.items() if key in curated]
+    if rows:
+        yield from _table(("last iteration", ""), rows)
+    if "dataset_id" in learned:
+        yield f"- dataset `{learned['dataset_id']}` of the store"
+    for judge in facts["judges"]:
+        yield f"- judged by {judge}"
+    yield ""
+
+
+def _run_metrics(facts: JSONObject) -> Iterator[str]:
+    """What the last update logged, and success on held-out tasks before the loop and with this policy."""
+    yield "## Metrics"
+    yield ""
+    learned = facts["train"] or facts["sft"]
+    yield f"Means of the last {min(LAST_STEPS, learned.get('steps', 0))} steps of the last update."
+    yield ""
+    names = sorted(name for name in learned.get("metrics", {}) if not name.startswith(COUNTED))
+    yield from _table(("metric", "training"), ((f"`{name}`", _number(learned["metrics"][name])) for name in names))
+    before, after = facts["before"], facts["after"]
+    if before and after:
+        yield f"On {after['num_tasks']} held-out tasks, with 95 % intervals:"
+        yield ""
+        rows = [("success, sampled", *(interval_text(one["sampled"]["success"]) for one in (before, after)))]
+        if before.get("greedy") and after.get("greedy"):
+            rows += [("success, greedy", *(interval_text(one["greedy"]["success"]) for one in (before, after)))]
+        key = "kl_per_trajectory"
+        rows += [("KL to the start, nats a trajectory", *(_number(one["sampled"].get(key)) for one in (before, after)))]
+        yield from _table(("", "before the loop", "this policy"), rows)
+    elif after is None:
+        yield "This policy was not evaluated on held-out tasks."
+        yield ""
+
+
+def _lineage(start: JSONObject, data: JSONObject, parents: Sequence[Ancestor]) -> Iterator[str]:
     yield "## Lineage"
     yield ""
-    yield f"- base model `{start['model']}`, weights `{start['weights']}`"
+    yield f"- base model `{_shown(start['model'])}`, weights `{start['weights']}`"
     if "reference" in start:
-        yield f"- reference `{start['reference']}`, weights `{start['reference_weights']}`"
+        yield f"- reference `{_shown(start['reference'])}`, weights `{start['reference_weights']}`"
     yield f"- training data: dataset `{data['dataset_id']}`"
     if "held_out_id" in data:
         yield f"- held-out data: dataset `{data['held_out_id']}`"
+    yield from _circumstances(start, parents)
+
+
+def _origin(start: JSONObject, parents: Sequence[Ancestor]) -> Iterator[str]:
+    yield "## Lineage"
+    yield ""
+    if "weights" in start:
+        yield f"- weights that the loop started from: `{start['weights']}`"
+    yield from _circumstances(start, parents)
+
+
+def _circumstances(start: JSONObject, parents: Sequence[Ancestor]) -> Iterator[str]:
+    if parents:
+        yield "- comes of"
+        yield from (f"  - {one}" for one in parents)
     yield f"- device `{start['device']}`, {start['num_threads']} threads"
     yield "- " + ", ".join(f"{package} {version}" for package, version in start["versions"].items())
 
