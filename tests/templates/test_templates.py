@@ -3,13 +3,15 @@
 import re
 from datetime import datetime
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
 pytest.importorskip("transformers", reason="the extra 'train' is not installed")
 
-from prefloop.chat import PathBuilder, StepFinder, render_demonstration, steps_of, stop_ids
+from prefloop.chat import AssistantParser, PathBuilder, StepFinder, render_demonstration, steps_of, stop_ids
+from prefloop.chat.calls import CALL_FORMATS, ToolFormat
 from prefloop.chat.template import TEMPLATE_DATE
 from prefloop.records import AuthorKind, Ended, Message, PrefloopError, Role, Source, Trajectory
 from templates.families import CASES, OSLO, ROME, STEMS, TOOL, family, renderer_for
@@ -28,9 +30,15 @@ REASONS = {
 }
 
 
+def page_rows(section: str) -> list[str]:
+    """The rows of a section's table."""
+    text = PAGE.read_text().split(f"## {section}\n")[1].split("\n## ")[0]
+    return [line for line in text.splitlines() if line.startswith("| `")]
+
+
 def documented() -> dict[str, dict[str, str]]:
     """What the page's table says of each template that it names."""
-    rows = (line.strip("| \n").split(" | ") for line in PAGE.read_text().splitlines() if line.startswith("| `"))
+    rows = (line.strip("| \n").split(" | ") for line in page_rows("Which templates"))
     return {
         stem: dict(zip(COLUMNS, cells, strict=True)) for head, *cells in rows for stem in re.findall("`(.+?)`", head)
     }
@@ -132,6 +140,16 @@ def test_training_templates_of_a_family_say_the_same():
             for stem in ("glm4moe", "glm4moe_training")
         )
         assert own == training, case
+
+
+def test_the_formats_of_the_page_are_those_that_are_found():
+    rows = [re.findall("`(.+?)`", line) for line in page_rows("How tool calls are read")]
+    assert {"auto", *(names[0] for names in rows)} == set(get_args(ToolFormat))
+    said = {stem: names[0] for names in rows for stem in names[1:] if stem in STEMS}
+    assert set(said.values()) == set(CALL_FORMATS)
+    for stem in STEMS:
+        found = AssistantParser(renderer_for(stem)).tool_format
+        assert found == said.get(stem.removesuffix("_training"), "text"), stem
 
 
 @pytest.mark.parametrize("stem", ["qwen2_5", "qwen3_5_think", "glm4moe"])
