@@ -32,18 +32,25 @@ class Voice:
 
     def read(self, sampled: Tokens, context: Tokens, tools: Sequence[JSONObject]) -> Message:
         """What sampled tokens say; where no tools were offered nothing is read as a call."""
-        return self._reader(bool(tools)).parse_assistant(sampled.tolist(), context.tolist(), tools)
+        said, before = sampled.tolist(), context.tolist()
+        message = self._parser.parse_assistant(said, before, tools)
+        return message if tools or not message.tool_calls else self._plain.parse_assistant(said, before)
+
+    def check_tools(self) -> None:
+        """See that calls can be read.
+
+        Raises:
+            PrefloopError: they cannot.
+        """
+        self._parser.require_calls()
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of sampled tokens, without the one that ends a turn."""
         return self.renderer.encoder.decode([token for token in tokens if token not in self._stops])
 
-    def stream(self, *, with_tools: bool) -> ContentStream:
+    def stream(self) -> ContentStream:
         """What may be shown of a reply while it is sampled."""
-        return ContentStream(self.renderer, self._reader(with_tools).tool_format)
-
-    def _reader(self, with_tools: bool) -> AssistantParser:
-        return self._parser if with_tools else self._plain
+        return ContentStream(self.renderer, self._parser.tool_format)
 
 
 @dataclass(eq=False, slots=True)
@@ -107,6 +114,8 @@ class OpenEpisode:
         """
         self.last_at = time.monotonic()
         try:
+            if tools:
+                self._voice.check_tools()
             thread = self._thread_for(messages, tools)
         except PrefloopError as error:
             raise RefusedError(400, "invalid_messages", str(error), param="messages") from None

@@ -171,7 +171,7 @@ class Reply:
         self._gateway, self._episode, self._turn = gateway, episode, turn
         self._asked, self._head = asked, head
         self._voice = gateway.voice
-        self._content = gateway.voice.stream(with_tools=bool(turn.thread.tools))
+        self._content = gateway.voice.stream()
 
     def whole(self, sampled: Sampled) -> JSONObject:
         """Record the reply; the body that is sent."""

@@ -6,9 +6,10 @@ from typing import Final
 
 from prefloop.chat import ChatRenderer
 
-# What a call may begin with. Where the format of calls is not among these, any bracket might begin one.
-OPENINGS: Final = {"text": (), "hermes": ("<tool_call>",)}
-ANY_BRACKET: Final = ("<", "{", "[")
+# What ends the text that is certainly content, by the format of calls; the empty text: nothing is certain.
+_TAG: Final = ("<tool_call>",)
+OPENINGS: Final = {"text": (), "hermes": _TAG, "xml": _TAG, "glm": _TAG, "llama3": ("<", "{", "[")}
+NOTHING_CERTAIN: Final = ("",)
 _THOUGHT: Final = "</think>"
 _UNFINISHED: Final = "\ufffd"  # a character of which some bytes are still to come
 
@@ -23,7 +24,7 @@ class ContentStream:
 
     def __init__(self, renderer: ChatRenderer, tool_format: str) -> None:
         self._thinks = _THOUGHT in renderer.template_source
-        self._openings = OPENINGS.get(tool_format, ANY_BRACKET)
+        self._openings = OPENINGS.get(tool_format, NOTHING_CERTAIN)
         self._shown = ""
 
     def feed(self, text: str) -> str:
