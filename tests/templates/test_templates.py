@@ -10,11 +10,19 @@ import pytest
 
 pytest.importorskip("transformers", reason="the extra 'train' is not installed")
 
-from prefloop.chat import AssistantParser, PathBuilder, StepFinder, render_demonstration, steps_of, stop_ids
+from prefloop.chat import (
+    AssistantParser,
+    ChatRenderer,
+    PathBuilder,
+    StepFinder,
+    render_demonstration,
+    steps_of,
+    stop_ids,
+)
 from prefloop.chat.calls import CALL_FORMATS, ToolFormat
 from prefloop.chat.template import TEMPLATE_DATE
 from prefloop.records import AuthorKind, Ended, Message, PrefloopError, Role, Source, Trajectory
-from templates.families import CASES, OSLO, ROME, STEMS, TOOL, family, renderer_for
+from templates.families import CASES, OSLO, ROME, STEMS, TOOL, family, renderer_for, tokenizer_for
 
 pytestmark = pytest.mark.skipif(not STEMS, reason="trl is not installed (extra 'oracle')")
 
@@ -164,3 +172,41 @@ def test_steps_end_with_their_calls(stem):
     assert text.endswith("</tool_call>")
     assert ("Oslo" in text.split("Both.")[1], "Rome" in text.split("Both.")[1]) == (True, False)
     assert (first.ends_turn, last.ends_turn) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("stem", "thinks", "said"),
+    [
+        ("qwen3", False, ["Sure.<|im_end|>", "Bye<|im_end|>"]),  # the prompt has the empty thought
+        ("glm4moe", False, ["\nSure.<|user|>", "\nBye<|user|>"]),
+        ("nemotron_3_nano", False, ["Sure.<|im_end|>", "Bye<|im_end|>"]),
+        ("qwen3_5_nothink", True, ["\n</think>\n\nSure.<|im_end|>", "\n</think>\n\nBye<|im_end|>"]),
+    ],
+)
+def test_variables_say_whether_a_template_thinks(stem, thinks, said):
+    renderer = ChatRenderer(tokenizer_for(stem), variables={"enable_thinking": thinks})
+    paths = render_demonstration(renderer, *CASES["several turns"], 1)
+    spoken = "".join(renderer.encoder.decode(path.token[path.loss_mask].tolist()) for path in paths)
+    assert spoken == "".join(said)
+    assert renderer.template_hash != renderer_for(stem).template_hash
+
+
+def test_a_thought_that_a_prompt_opens_in_its_own_way_is_closed_in_it():
+    """Gemma 4 opens a channel after a tool's result; an answer without reasoning closes it at once."""
+    renderer = ChatRenderer(tokenizer_for("gemma4_v5"), variables={"enable_thinking": True})
+    (path,) = render_demonstration(renderer, *CASES["a call"], 1)
+    said = renderer.encoder.decode(path.token[path.loss_mask & (path.message == 3)].tolist())
+    assert said == "\n<channel|>Bye<turn|>"
+
+
+def test_a_template_that_drops_what_a_tool_said_is_refused():
+    source = tokenizer_for("qwen2_5").chat_template.replace(
+        "{{- message.content }}\n        {{- '\\n</tool_response>' }}", ""
+    )
+    assert source != tokenizer_for("qwen2_5").chat_template
+    renderer = ChatRenderer(tokenizer_for("qwen2_5"), chat_template=source)
+    messages, tools = CASES["a call"]
+    builder = PathBuilder(renderer, messages[:1], tools)
+    builder.append_demonstrated(messages[1])
+    with pytest.raises(PrefloopError, match=r"drops the content of message 2 \(role tool\); use a template that shows"):
+        builder.extend(messages[2:3])

@@ -112,8 +112,6 @@ def _after_opened_thought(renderer: ChatRenderer, rendering: Rendering, turn: in
     prompt = renderer.pieces(rendering, turn, True)
     opened = _OPENED.search(text_of(_since(prompt, turn)))
     closing = f"</{opened[1]}>" if opened else ""
-    if opened is None or (closing != "</think>" and closing not in renderer.template_source):
-        return None
     message = _with_thought_apart(rendering.messages[turn], closing)
     history = rendering.messages[:turn]
     thinking = replace(message, reasoning_content=message.reasoning_content or _THOUGHT)
@@ -121,22 +119,31 @@ def _after_opened_thought(renderer: ChatRenderer, rendering: Rendering, turn: in
     said = _rest(renderer.pieces(shown, turn + 1, False), prompt, turn)
     if said is not None:
         return said if message.reasoning_content else _without_thought(said, turn)
-    plain = renderer.begin([*history, replace(message, reasoning_content="")], rendering.tools)
-    asking = split_after(prompt, renderer.pieces(rendering, turn, False)) or ()
-    header = _without_end(_since(prompt, turn), opened[0])
-    answer = split_after(_since(renderer.pieces(plain, turn + 1, False), turn), header)
-    if answer is None or text_of(_pieces(asking)).strip() == opened[0].strip():
-        return None  # the turn begins in another way, or the prompt says no more than that a thought begins
-    if f"<{opened[1]}>" in text_of(_pieces(answer)) or closing in text_of(_pieces(answer)):
+    if opened is None or (closing != "</think>" and closing not in renderer.template_source):
         return None
-    thought = Piece(message.reasoning_content, -1, Source.PROMPT, turn)
-    closed = _pieces(literal_pieces(renderer.encoder, opened[2] + closing + 2 * opened[2]))
-    return ((thought,) if thought.text else ()) + closed + _pieces(answer)
+    plain = renderer.begin([*history, replace(message, reasoning_content="")], rendering.tools)
+    answer = _answer(renderer, plain, turn, prompt, opened[0])
+    if answer is None or f"<{opened[1]}>" in text_of(answer) or closing in text_of(answer):
+        return None
+    thought = (Piece(message.reasoning_content, -1, Source.PROMPT, turn),) if message.reasoning_content else ()
+    return thought + _pieces(literal_pieces(renderer.encoder, opened[2] + closing + 2 * opened[2])) + answer
+
+
+def _answer(
+    renderer: ChatRenderer, plain: Rendering, turn: int, prompt: Sequence[Piece], opening: str
+) -> Pieces | None:
+    """What the turn shows after its header, the prompt's without the opening of a thought; None without a header."""
+    header = split_after(prompt, renderer.pieces(plain, turn, False)) or ()
+    if text_of(_pieces(header)).strip() == opening.strip():
+        return None
+    asked = _without_end(_since(prompt, turn), opening)
+    answer = split_after(_since(renderer.pieces(plain, turn + 1, False), turn), asked)
+    return None if answer is None else _pieces(answer)
 
 
 def _with_thought_apart(message: Message, closing: str) -> Message:
     """The message with a thought that its content holds as its reasoning."""
-    if message.reasoning_content or closing not in message.content:
+    if not closing or message.reasoning_content or closing not in message.content:
         return message
     thought, _, content = message.content.partition(closing)
     thought = thought.strip().removeprefix(closing.replace("/", ""))
