@@ -31,6 +31,6 @@ def chat(draw: random.Random) -> list[dict]:
 
 
 if __name__ == "__main__":
-    path, num = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1000
+    path, num = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 2000
     draw = random.Random(0)
     path.write_text("".join(json.dumps({"messages": chat(draw), "tools": TOOLS}) + "\n" for _ in range(num)))
