@@ -7,7 +7,7 @@ import pytest
 from gateway_runs import policy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_threads import TOOL, voice
+from test_conversations import TOOL, voice
 
 from prefloop.chat import AssistantParser
 from prefloop.chat.calls import CALL_FORMATS
