@@ -174,6 +174,19 @@ def test_a_model_whose_template_has_no_tools(tmp_path: Path):
     healthy, text = examined(tmp_path / "none.db", save_tokenizer(tmp_path / "m", template))
     assert healthy
     assert "no tools: " in text
+    assert "no reasoning: the template leaves it out" in text
+
+
+def test_a_model_whose_calls_no_format_reads(tmp_path: Path):
+    template = "{{ (tools or []) | tojson }}{% for m in messages %}{{ m.reasoning_content }}"
+    template += (
+        "{% for c in m.tool_calls or [] %}[{{ c.function.name }}]{{ c.function.arguments | tojson }}{% endfor %}"
+    )
+    template += "{{ m.content }}{{ eos_token }}{% endfor %}"
+    healthy, text = examined(tmp_path / "none.db", save_tokenizer(tmp_path / "m", template))
+    assert healthy
+    assert "a turn is its reasoning and its answer" in text
+    assert "no tool format reads them back: give the tokenizer a response_template, or set policy.tool_format" in text
 
 
 def test_a_model_whose_template_refuses_answers(tmp_path: Path):

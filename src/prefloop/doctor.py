@@ -29,11 +29,12 @@ if TYPE_CHECKING:
 EXTRAS = {
     "train": "train models and roll them out",
     "report": "HTML reports",
-    "web": "prefloop annotate",
+    "web": "prefloop annotate, and the gateway for agents",
     "parquet": "Parquet in and out",
     "anthropic": "judges over the Anthropic API",
     "openai": "judges and policies on OpenAI-compatible servers",
     "reasoning-gym": "the environments of reasoning-gym",
+    "langgraph": "the example agent that is written in it",
     "tensorboard": "metrics of training for TensorBoard",
     "trackio": "metrics of training for trackio",
     "wandb": "metrics of training for Weights & Biases",
@@ -53,6 +54,7 @@ _TOOL: JSONObject = {
 }
 _QUESTION = Message(Role.USER, "What is a heron?")
 _ANSWER = Message(Role.ASSISTANT, "A bird.")
+_THOUGHT = Message(Role.ASSISTANT, "A bird.", "Herons wade.")
 _CALL = Message(Role.ASSISTANT, tool_calls=(ToolCall("look_up", {"word": "heron"}, "call00001"),))
 _RESULT = Message(Role.TOOL, "a wading bird", tool_call_id="call00001", name="look_up")
 
@@ -203,6 +205,7 @@ def _template(name: str, load: Callable[[], Any]) -> Iterator[Finding]:
     except PrefloopError as error:
         yield Finding(False, name, str(error))
         return
+    yield _reasoning(renderer)
     yield _tools(renderer)
 
 
@@ -218,6 +221,20 @@ def _masked(renderer: ChatRenderer) -> str:
     return f"masks a demonstration: {own} of {total} tokens are the policy's own, {ends}, {shape}"
 
 
+def _reasoning(renderer: ChatRenderer) -> Finding:
+    """Whether a turn is its reasoning and its answer, or its answer alone."""
+    from prefloop.chat import render_demonstration
+
+    try:
+        (path,) = render_demonstration(renderer, [_QUESTION, _THOUGHT], name="with reasoning")
+    except PrefloopError as error:
+        return Finding(None, "", f"no reasoning: {error}")
+    said = renderer.encoder.decode(path.token[path.loss_mask].tolist())
+    if _THOUGHT.reasoning_content in said:
+        return Finding(True, "", "a turn is its reasoning and its answer")
+    return Finding(None, "", "no reasoning: the template leaves it out, a turn is its answer alone")
+
+
 def _tools(renderer: ChatRenderer) -> Finding:
     """Whether a tool call goes into the template and comes out again."""
     from prefloop.chat import AssistantParser, render_demonstration
@@ -227,10 +244,12 @@ def _tools(renderer: ChatRenderer) -> Finding:
     except PrefloopError as error:
         return Finding(None, "", f"no tools: {error}")
     parser = AssistantParser(renderer)
-    turn = path.token[(path.source == int(Source.SAMPLED)) & (path.message == 1)]
-    calls = [(call.name, call.arguments) for call in parser.parse_assistant(turn.tolist()).tool_calls]
-    if calls != [(call.name, call.arguments) for call in _CALL.tool_calls]:
-        return Finding(None, "", f"shows tool calls, but they do not read back (format {parser.tool_format})")
+    prompt = path.token[: int(path.loss_mask.argmax())]
+    turn = path.token[path.loss_mask & (path.message == 1)]
+    said = parser.parse_assistant(turn.tolist(), prompt.tolist(), [_TOOL])
+    if [(call.name, call.arguments) for call in said.tool_calls] != [(c.name, c.arguments) for c in _CALL.tool_calls]:
+        advice = "give the tokenizer a response_template, or set policy.tool_format"
+        return Finding(None, "", f"shows tool calls, but no tool format reads them back: {advice}")
     return Finding(True, "", f"tool calls go in and read back (format {parser.tool_format})")
 
 
