@@ -13,7 +13,7 @@ from repository import PACKAGE, component_of, module_name, shown, source_files, 
 ORDER = (
     "records", "config", "hub", "serving", "stats", "store", "formats", "chat", "clients", "environments", "judges",
     "curation", "feedback", "batch", "models", "rollout", "gateway", "losses", "training", "evaluation", "report",
-    "stages", "loop", "live", "web", "doctor", "cli",
+    "stages", "planning", "loop", "live", "web", "doctor", "cli",
 )  # fmt: skip
 
 HEAVY = ("torch", "transformers", "tokenizers", "peft")

@@ -12,6 +12,7 @@ from cyclopts import App, Parameter
 
 from prefloop import __version__
 from prefloop.cli.plumbing import (
+    IgnoreMemoryOption,
     IterationOption,
     RunFile,
     SetOption,
@@ -74,14 +75,22 @@ def _check_objective(arguments: Sequence[str]) -> None:
 # --- the loop and its stages ------------------------------------------------------------------------------------
 
 
+app.command("prefloop.cli.planning:plan", name="plan", help="Say what a run needs, before it starts.")
+
+
 @app.command
-def run(file: RunFile, *, store: StoreOption = None, overrides: SetOption = None) -> None:
+def run(
+    file: RunFile, *, ignore_memory: IgnoreMemoryOption = False, store: StoreOption = None, overrides: SetOption = None
+) -> None:
     """Run the whole loop of a run file, or go on with it where it was killed."""
     from prefloop.loop import run_loop
+    from prefloop.planning import check_memory
     from prefloop.report import final_table
 
     with described_run(file, store, overrides) as opened:
         finished_before = opened.found(opened.settings.iterations, "finish") is not None
+        if not (ignore_memory or finished_before):
+            check_memory(opened)
         with shown_progress(opened):
             run_loop(opened)
         console.print(final_table(opened.store, opened.id))
@@ -92,13 +101,21 @@ def run(file: RunFile, *, store: StoreOption = None, overrides: SetOption = None
 
 @app.command
 def rollout(
-    file: RunFile, *, iteration: IterationOption = None, store: StoreOption = None, overrides: SetOption = None
+    file: RunFile,
+    *,
+    iteration: IterationOption = None,
+    ignore_memory: IgnoreMemoryOption = False,
+    store: StoreOption = None,
+    overrides: SetOption = None,
 ) -> None:
     """Roll out the current policy; makes the start policy first where there is none."""
+    from prefloop.planning import check_memory
     from prefloop.stages.rollouts import rollout_stage
     from prefloop.stages.start import start_policy
 
     with open_stage(file, store, overrides) as opened:
+        if not ignore_memory:
+            check_memory(opened)
         number = iteration_of(opened, iteration, "rollout")
         start_policy(opened)
         rollout_stage(opened, number)

@@ -34,6 +34,10 @@ IterationOption = Annotated[
     int | None, Parameter(name="--iteration", help="which iteration, from 1 on; the current one when left out")
 ]
 
+IgnoreMemoryOption = Annotated[
+    bool, Parameter(name="--ignore-memory", negative=(), help="start even where the plan says that memory is too short")
+]
+
 
 def location_of(store: str | None, otherwise: str | None = None) -> str:
     """Where the store is: as the option or PREFLOOP_STORE says, else `otherwise`, else in its usual place."""

@@ -88,3 +88,11 @@ def total_cost(store: Store) -> float:
     """US dollars spent on all recorded calls, with what is reserved for those that are not answered."""
     with store.reading() as connection:
         return float(connection.execute(select(func.coalesce(func.sum(_calls.c.cost), 0.0))).scalar_one())
+
+
+def mean_tokens(store: Store) -> tuple[float, float] | None:
+    """Tokens in and out of an answered call on average; None where no server has counted any."""
+    query = select(func.avg(_calls.c.input_tokens), func.avg(_calls.c.output_tokens)).where(_calls.c.input_tokens > 0)
+    with store.reading() as connection:
+        row = connection.execute(query).one()
+    return None if row[0] is None else (float(row[0]), float(row[1]))

@@ -156,6 +156,7 @@ class _Training:
         if self.settings.patience is not None:
             self.saved.restore_best()
         self.step.optimizer.zero_grad(set_to_none=True)  # gradients would live as long as the model
+        self.step.optimizer.state.clear()  # and moments until the garbage collector comes to them
         self.step.model.eval()
         return self.result
 

@@ -1,0 +1,29 @@
+"""`prefloop plan`: what a run needs before it starts."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from prefloop.cli.plumbing import RunFile, SetOption, StoreOption, console, described_run
+
+
+def plan(
+    file: RunFile,
+    *,
+    as_json: Annotated[bool, Parameter(name="--json", negative=(), help="as JSON, in bytes and seconds")] = False,
+    store: StoreOption = None,
+    overrides: SetOption = None,
+) -> None:
+    """Say what a run needs: memory of each stage, time, tokens, the judge's cost, and what would make it fit."""
+    from prefloop.planning import plan_run
+    from prefloop.planning.table import plan_table
+
+    with described_run(file, store, overrides) as run:
+        found = plan_run(run)
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=1))
+    else:
+        console.print(plan_table(found), highlight=False)

@@ -1,0 +1,5 @@
+"""What a run needs before it starts: memory, time, tokens and money; free of torch but for the machine's rate."""
+
+from prefloop.planning.plan import Plan, check_memory, plan_run
+
+__all__ = ["Plan", "check_memory", "plan_run"]

@@ -1,0 +1,220 @@
+"""The peaks of a run's stages, what memory there is, and what would make the run fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from prefloop.losses.registry import objective
+from prefloop.planning.memory import (
+    Peak,
+    Setup,
+    arena_bytes,
+    largest,
+    load_peak,
+    sampling_peak,
+    scoring_peak,
+    update_peak,
+)
+from prefloop.planning.shapes import ModelShape
+from prefloop.planning.workload import Lengths, Workload, workload
+from prefloop.stages.settings import RunSettings
+from prefloop.training.settings import TrainingSettings
+
+SCORED_TOKENS = 16384
+"""Of a pack in which the reference scores evaluations: the default of `prefloop.training.step.with_reference`."""
+
+LEAST_TOKENS = 512  # of a pack that is advised
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a run file asks of a machine: all that peaks are a function of, the settings aside.
+
+    `judge_bytes` are those of a reward model that judges on the same machine; `tasks` as `workload` takes them.
+    """
+
+    shape: ModelShape
+    lengths: Lengths
+    tasks: tuple[int | None, int | None]
+    judge_bytes: int = 0
+
+    def workload(self, settings: RunSettings) -> Workload:
+        """The tokens of the stages under these settings."""
+        return workload(settings, self.lengths, self.shape.max_context, self.tasks)
+
+    def peaks(self, settings: RunSettings) -> list[Peak]:
+        """The peak of each stage, in order; of a policy that is sampled elsewhere, of what is done here."""
+        work, judge = self.workload(settings), self.judge_bytes
+        setup = setup_of(settings, self.shape, settings.train)
+        sampled = settings.policy.vllm is None
+        arena = arena_bytes(setup, work.rollout) if sampled else 0
+        peaks = [load_peak(setup, judge)]
+        if work.sft is not None and settings.sft is not None:
+            first = replace(setup_of(settings, self.shape, settings.sft), reference=False)
+            peaks.append(update_peak(first, "sft", work.sft, judge, 0))
+        scored = replace(setup, max_tokens=SCORED_TOKENS)
+        if sampled:
+            peaks.append(sampling_peak(setup, "evaluate", work.evaluation, judge))
+            peaks.append(sampling_peak(setup, "rollout", work.rollout, judge))
+            peaks.append(sampling_peak(setup, "guard", work.guard, judge))
+        peaks.append(scoring_peak(scored, "KL", work.guard.num_positions, judge, arena))
+        peaks.append(update_peak(setup, "train", work.update, judge, arena))
+        return peaks
+
+
+def setup_of(settings: RunSettings, shape: ModelShape, training: TrainingSettings) -> Setup:
+    """How these settings hold and train a model of this shape."""
+    policy = settings.policy
+    return Setup(
+        shape,
+        policy.dtype,
+        None if policy.lora is None else policy.lora.rank,
+        policy.device,
+        training.precision,
+        training.gradient_checkpointing,
+        training.max_tokens,
+        objective(settings.train.algorithm).reference or settings.guard.num_tasks > 0,
+    )
+
+
+# --- what there is ----------------------------------------------------------------------------------------------
+
+
+def available_memory(device: str) -> int:
+    """Bytes that a new process may take: of the device, or of this machine and what limits its processes here."""
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min([_machine(), *_limits()])
+
+
+def _machine() -> int:
+    lines = _text(Path("/proc/meminfo")).splitlines()
+    found = next((line for line in lines if line.startswith("MemAvailable:")), "")
+    return int(found.split()[1]) * 1024 if found else 1 << 62
+
+
+def _limits() -> Iterator[int]:
+    """What control groups leave, of version 2 and 1 (https://docs.kernel.org/admin-guide/cgroup-v2.html)."""
+    root = Path("/sys/fs/cgroup")
+    for line in _text(Path("/proc/self/cgroup")).splitlines():
+        _, kinds, place = line.split(":", 2)
+        folders = [root / place.lstrip("/"), root] if not kinds else []
+        if "memory" in kinds.split(","):
+            folders = [root / "memory" / place.lstrip("/"), root / "memory"]
+        names = ("memory.max", "memory.current") if not kinds else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        for folder in folders:
+            limit, used = (_text(folder / name).strip() for name in names)
+            if limit.isdigit() and used.isdigit():
+                yield max(0, int(limit) - int(used) + _cached(folder))
+
+
+def _cached(folder: Path) -> int:
+    """Of what a group uses, the files that the system drops when memory is short."""
+    pairs = (line.split() for line in _text(folder / "memory.stat").splitlines())
+    found = dict(pair for pair in pairs if len(pair) == 2)
+    return int(found.get("inactive_file", 0)) + int(found.get("active_file", 0))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+# --- what would make it fit -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """A change of the run file, as `--set` takes it, what it costs, and the peak with it and all those before."""
+
+    key: str
+    value: str
+    effect: str
+    peak: int
+
+    @property
+    def override(self) -> str:
+        """For `--set`."""
+        return f"{self.key}={self.value}"
+
+
+Lever = tuple[str, str, Callable[[RunSettings], list[str]]]
+"""A key, what it does, and the values to try, the mildest first."""
+
+LEVERS: tuple[Lever, ...] = (
+    ("rollout.tasks_per_unit", "fewer rows at once: slower rollouts", lambda s: _halved(s.rollout.tasks_per_unit, 1)),
+    (
+        "train.max_tokens",
+        "smaller packs: the same result",
+        lambda s: _halved(s.train.max_tokens, LEAST_TOKENS),
+    ),
+    (
+        "train.gradient_checkpointing",
+        "layers are computed twice: updates take a third longer",
+        lambda s: [] if s.train.gradient_checkpointing else ["true"],
+    ),
+    (
+        "policy.dtype",
+        "weights and arithmetic in bfloat16: rounded; give it an adapter, whose weights stay float32",
+        lambda s: ['"bfloat16"'] if s.policy.dtype == "float32" else [],
+    ),
+    (
+        "policy.lora.rank",
+        "an adapter is trained in place of all weights; take a learning rate ten times as high",
+        lambda s: ["32"] if s.policy.lora is None else [],
+    ),
+    ("train.batch_size", "fewer rows in a step", lambda s: _halved(s.train.batch_size, 4)),
+    ("guard.num_tasks", "a coarser guard", lambda s: _halved(s.guard.num_tasks, 32)),
+    ("rollout.samples_per_task", "fewer rollouts to choose from", lambda s: _halved(s.rollout.samples_per_task, 2)),
+    (
+        "rollout.sampling.max_new_tokens",
+        "shorter replies",
+        lambda s: _halved(s.rollout.sampling.max_new_tokens, 32),
+    ),
+)
+"""The least intrusive first: the first three change no result beyond rounding."""
+
+HELPS = 0.98
+"""Of the peak: a change that leaves more is not worth its cost."""
+
+
+def advise(need: Need, settings: RunSettings, limit: int) -> list[Advice]:
+    """Changes to the run file that together bring the largest peak below `limit` bytes, or as near as they can."""
+    found: list[Advice] = []
+    peak = largest(need.peaks(settings)).total
+    for key, effect, values in LEVERS:
+        if peak <= limit:
+            break
+        best: tuple[str, RunSettings, int] | None = None
+        for value in values(settings):
+            changed = with_value(settings, key, value)
+            now = largest(need.peaks(changed)).total
+            if now < HELPS * (best[2] if best else peak):
+                best = value, changed, now
+            if now <= limit:
+                break
+        if best is not None:
+            value, settings, peak = best
+            found.append(Advice(key, value, effect, peak))
+    return found
+
+
+def with_value(settings: RunSettings, key: str, value: str) -> RunSettings:
+    """The settings with one key set, as the run file would have it."""
+    from prefloop.config import apply_overrides, parse_settings
+
+    data = settings.model_dump(mode="json", exclude_unset=True)
+    return parse_settings(RunSettings, apply_overrides(data, [f"{key}={value}"]), "plan")
+
+
+def _halved(value: int, least: int) -> list[str]:
+    """Half, a quarter, … of a value, down to the least."""
+    steps = range(1, int(math.log2(max(1, value))) + 1)
+    return [str(value >> step) for step in steps if value >> step >= least]

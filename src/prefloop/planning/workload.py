@@ -1,0 +1,166 @@
+"""How many tokens the stages of a run go through: from its tasks' own prompts, and its rollouts if there are some."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from prefloop.environments.base import Demonstrator
+from prefloop.planning.memory import Sampling, Update
+from prefloop.records import JSONObject, Message, Source, Split
+from prefloop.stages.context import Run
+from prefloop.stages.rollouts import STAGE as ROLLOUT
+from prefloop.stages.settings import RunSettings
+from prefloop.training.settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from prefloop.chat import ChatRenderer
+
+NUM_TASKS = 16
+"""Tasks whose prompts are measured."""
+
+NUM_TRAJECTORIES = 64
+CHARACTERS_PER_TOKEN = 3.5
+"""Of prompts where there is no tokenizer to ask: English has four, tools in JSON have three."""
+
+ANSWER_TOKENS = 64
+"""Of what a tool or user says between two turns, where no rollout tells."""
+
+Count = Callable[[Sequence[Message], Sequence[JSONObject]], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Mean tokens of a trajectory: of its prompt, after it, and those among them that the policy samples.
+
+    `demonstration` is the same of a whole demonstration, 0 where there are none; `source` says where they are from.
+    """
+
+    prompt: int
+    after: int
+    sampled: int
+    demonstration: int
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What the stages of an iteration go through."""
+
+    rollout: Sampling
+    guard: Sampling
+    evaluation: Sampling
+    update: Update
+    sft: Update | None
+    num_trajectories: int
+
+
+def lengths_of(run: Run, renderer: ChatRenderer | None) -> Lengths:
+    """Tokens of the run's trajectories; `renderer` None: prompts are counted by their characters.
+
+    Raises:
+        PrefloopError: the environment cannot give tasks, or the chat template cannot show them.
+    """
+    settings, environment = run.settings, run.environment
+    tasks = list(environment.tasks(Split.TRAIN, min(NUM_TASKS, environment.num_tasks(Split.TRAIN) or NUM_TASKS)))
+    count = _characters if renderer is None else _rendered(renderer)
+    prompt = _mean([count(task.messages, task.tools) for task in tasks])
+    shown = 0
+    if settings.sft is not None and isinstance(environment, Demonstrator):
+        spoken = [environment.demonstrate(task, settings.seed)[0] for task in tasks]
+        shown = _mean([count(messages, task.tools) for messages, task in zip(spoken, tasks, strict=True)])
+    recorded = _recorded(run)
+    if recorded is not None:
+        return Lengths(*recorded, shown, "the run's own rollouts")
+    new, turns = settings.rollout.sampling.max_new_tokens, int(getattr(environment, "max_turns", 1))
+    by = "the chat template" if renderer is not None else f"{CHARACTERS_PER_TOKEN} characters a token"
+    if turns == 1:
+        return Lengths(prompt, new, new, shown, f"prompts by {by}, each reply max_new_tokens long")
+    said = f"prompts by {by}, max_turns turns of half of max_new_tokens, answers of {ANSWER_TOKENS} tokens"
+    turn = max(1, new // 2)
+    return Lengths(prompt, turns * turn + (turns - 1) * ANSWER_TOKENS, turns * turn, shown, said)
+
+
+def workload(
+    settings: RunSettings, lengths: Lengths, max_context: int, tasks: tuple[int | None, int | None]
+) -> Workload:
+    """The stages' tokens; `tasks` are how many tasks there are to train on and held out, None without end."""
+    rollout, there_are, held_out = settings.rollout, *tasks
+    prompt = min(lengths.prompt, max_context)
+    after = min(lengths.after, max_context - prompt)
+    num_tasks = min(rollout.num_tasks, there_are or rollout.num_tasks)
+    unit = min(rollout.tasks_per_unit, num_tasks)
+    guards = min(settings.guard.num_tasks, there_are or settings.guard.num_tasks)
+    evaluated = min(settings.evaluation.num_tasks, held_out or settings.evaluation.num_tasks)
+    at_once = min(rollout.tasks_per_unit, evaluated)
+
+    def alone(rows: int) -> Sampling:
+        return Sampling(rows, rows, prompt, after)
+
+    return Workload(
+        Sampling(unit * rollout.samples_per_task, unit, prompt, after),
+        alone(guards),
+        alone(at_once),
+        _update(settings, num_tasks, prompt, after, lengths),
+        None if settings.sft is None else _imitation(settings.sft, settings.sft.num_demonstrations, lengths),
+        num_tasks * rollout.samples_per_task,
+    )
+
+
+def _update(settings: RunSettings, num_tasks: int, prompt: int, after: int, lengths: Lengths) -> Update:
+    """Pairs of an iteration: at most the kept trajectories, each with another; a step shares its tasks' prompts."""
+    train, each = settings.train, settings.rollout.samples_per_task
+    num = max(1, num_tasks * min(each // 2 or 1, math.ceil(each * settings.curation.fraction)))
+    batch = min(train.batch_size, num)
+    own = lengths.sampled / max(1, lengths.after)
+    tasks = num_tasks * (1 - (1 - batch / num) ** (num / num_tasks))  # that a batch meets
+    tokens = 2 * batch * after + math.ceil(tasks) * prompt
+    return Update(tokens, int(2 * batch * after * own), train.num_steps or train.num_epochs * math.ceil(num / batch))
+
+
+def _imitation(settings: TrainingSettings, num: int, lengths: Lengths) -> Update:
+    batch = min(settings.batch_size, num)
+    tokens = batch * lengths.demonstration
+    steps = settings.num_steps or settings.num_epochs * math.ceil(num / batch)
+    return Update(tokens, max(0, tokens - batch * lengths.prompt), steps)
+
+
+def _recorded(run: Run) -> tuple[int, int, int] | None:
+    """Prompt, what follows, and what was sampled, of the newest rollouts."""
+    done = run.current_iteration()
+    found = next((event for number in range(done, -1, -1) if (event := run.found(number, ROLLOUT))), None)
+    if found is None or not found.get("num_tokens"):
+        return None
+    ids = [row.id for row in run.store.trajectories(run_id=run.id, iteration=done) if row.extra.get("stage") == ROLLOUT]
+    ids = ids or [row.id for row in run.store.trajectories(run_id=run.id, iteration=max(0, done - 1))]
+    rows = run.store.trajectories(ids[:NUM_TRAJECTORIES], with_paths=True)
+    paths = [path for row in rows for path in row.token_paths]
+    if not paths:
+        return None
+    sampled = [int((path.source == int(Source.SAMPLED)).sum()) for path in paths]
+    first = [int((path.source == int(Source.SAMPLED)).argmax()) for path in paths]
+    after = [len(path.token) - begin for path, begin in zip(paths, first, strict=True)]
+    return _mean(first), _mean(after), _mean(sampled)
+
+
+def _rendered(renderer: ChatRenderer) -> Count:
+    return lambda messages, tools: len(renderer.render_prompt(messages, tools).token)
+
+
+def _characters(messages: Sequence[Message], tools: Sequence[JSONObject]) -> int:
+    text = sum(len(message.content) + 8 for message in messages) + sum(len(json.dumps(tool)) for tool in tools)
+    called = sum(len(json.dumps(call.to_dict())) for message in messages for call in message.tool_calls)
+    return math.ceil((text + called) / CHARACTERS_PER_TOKEN)
+
+
+def _mean(numbers: Sequence[int]) -> int:
+    return math.ceil(sum(numbers) / max(1, len(numbers)))
+
+
+def tasks_there_are(run: Run) -> tuple[int | None, int | None]:
+    """How many tasks there are to train on and held out; None without end."""
+    environment = run.environment
+    return environment.num_tasks(Split.TRAIN), environment.num_tasks(Split.HELD_OUT)
