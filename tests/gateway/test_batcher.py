@@ -92,11 +92,11 @@ def test_every_job_gets_its_own_draws_whoever_comes_and_goes(max_batch):
             key=2**62 + i,
             context=rng.integers(8, 200, rng.integers(1, 60)),
             seed=2**61 + i,
-            max_new_tokens=int(rng.integers(1, 40)),
+            max_new_tokens=int(rng.integers(1, 30)),
             temperature=(1.0, 0.7)[i % 2],
             stream=i % 3 == 0,
         )
-        for i in range(40)
+        for i in range(20)
     ]
     same = 0
     with continuous(of, max_batch=max_batch) as batcher:
@@ -110,7 +110,7 @@ def test_every_job_gets_its_own_draws_whoever_comes_and_goes(max_batch):
         same += np.array_equal(waiting.result().token, alone(of, waiting.job).token)
         if waiting.job.on_tokens is not None:
             assert waiting.tokens == waiting.result().token.tolist()
-    assert same >= 36
+    assert same >= 18
     assert {waiting.result().stopped for waiting in jobs} == {"stop", "length"}
 
 

@@ -40,6 +40,7 @@ def gateway(
     token = _token(token_file)
     with open_stage(file, store, overrides) as run:
         iteration = iteration_to_serve(run)
+        run.environment.check()
         start_policy(run)
         checkpoint_id = check_checkpoint(run, checkpoint) if checkpoint else run.checkpoint_before(iteration)
         with (
