@@ -35,7 +35,7 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, re.M | re.S)
 LINES = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()]
 RUN = "prefloop run examples/your-own-agent.toml"
 TEACHING, DOING = LINES[: LINES.index(RUN)], LINES[LINES.index(RUN) :]
-QUESTION = "How many Vases are there in Oslo?"
+QUESTION = "How many Sofas are there in Cairo?"
 
 pytestmark = pytest.mark.slow
 
@@ -173,10 +173,10 @@ def test_agents_that_run_elsewhere_are_learned_from_and_not_evaluated(folder, ca
     agent = f'python examples/agents/openai_loop.py "{QUESTION}"'
     assert agent in PAGE
     rows = [json.loads(line) for line in (folder / "examples" / "agents" / "tasks.jsonl").read_text().splitlines()]
-    answer = next(row["answer"] for row in rows if row["id"] == "vases-oslo")
+    answer = next(row["answer"] for row in rows if row["id"] == "sofas-cairo")
     with serving(folder) as url:
         for episode in range(8):
-            key = f"none/vases-oslo/{episode}"
+            key = f"none/sofas-cairo/{episode}"
             printed = shell(agent, folder, OPENAI_BASE_URL=f"{url}/v1", OPENAI_API_KEY=key)
             outcome = {"score": float(printed.strip() == str(answer))}
             posted = httpx2.post(f"{url}/outcome", json=outcome, headers={"authorization": f"Bearer {key}"})
