@@ -22,6 +22,9 @@ from prefloop.records import JSONObject, PrefloopError, content_hash
 
 S = TypeVar("S", bound="Settings")
 
+BY_RECIPE: JSONObject = {"default": "by recipe"}
+"""Of a field (`json_schema_extra`): left out, its value follows from others; a file is whole without it."""
+
 MISSING = "there"  # what is expected of a key that is not
 
 

@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 from repository import ROOT, source_files, tree_of
 
-from prefloop.config import _models
+from prefloop.config import BY_RECIPE, _models
 from prefloop.losses.registry import OBJECTIVES
 from prefloop.stages.settings import RunSettings
 
@@ -32,8 +32,11 @@ def tables_of(model: type[BaseModel], path: str = "", tag: str = "") -> Iterator
             child_tag = str(child.model_fields["name"].default) if len(below) > 1 else ""
             yield from tables_of(child, inner, child_tag)
         if not below:
-            required = field.is_required()
-            keys[name] = "required" if required else shown_default(field.get_default(call_default_factory=True))
+            default = None if field.is_required() else field.get_default(call_default_factory=True)
+            by_recipe = field.json_schema_extra == BY_RECIPE
+            keys[name] = "required" if field.is_required() and not by_recipe else shown_default(default)
+            if by_recipe:
+                keys[name] = "–"
     yield (f"{path}:{tag}" if tag else path), keys
 
 

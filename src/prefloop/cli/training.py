@@ -26,12 +26,13 @@ from prefloop.cli.plumbing import (
     open_stage,
     training_store,
 )
-from prefloop.config import parse_settings
-from prefloop.losses.registry import OBJECTIVES, Objective
+from prefloop.config import BY_RECIPE, apply_overrides, parse_settings, read_run_file
+from prefloop.losses.registry import OBJECTIVES, Objective, objective
 from prefloop.losses.settings import LossSettings
 from prefloop.models.settings import LoraSettings
 from prefloop.records import DivergedError, PrefloopError
-from prefloop.stages.fit_settings import FitSettings, default_learning_rate, reads
+from prefloop.stages.fit_settings import FitSettings, reads
+from prefloop.training.recipes import learning_rate
 from prefloop.training.settings import TrainingSettings
 
 app = App(
@@ -65,6 +66,12 @@ def update(
     overrides: SetOption = None,
 ) -> None:
     """Update the policy on an iteration's dataset, guarded; or train an objective on data of your own."""
+    given = read_run_file(file)
+    if "objective" in given:
+        if dataset or iteration is not None:
+            raise PrefloopError(f"{file} is a training of its own: --iteration and --dataset are of run files")
+        _fit_file(file, apply_overrides(given, overrides or []), store)
+        return
     from prefloop.stages.curating import adopt_dataset
     from prefloop.stages.looking import find_dataset
     from prefloop.stages.start import start_policy
@@ -78,13 +85,22 @@ def update(
         train_stage(opened, number)
 
 
-def _fit(name: str, output: Path | None, store: str | None, options: dict[str, Any]) -> None:
+def _fit_file(file: Path, given: dict[str, Any], store: str | None) -> None:
+    """Train as a file says: the options of an objective's command as keys, and the table `lora`."""
+    name, output = given.pop("objective"), given.pop("output", None)
+    if not isinstance(name, str) or not isinstance(output, str | None):
+        raise PrefloopError(f"{file}: objective and output should be texts")
+    objective(name)
+    _fit(name, Path(output) if output else None, store, given, str(file))
+
+
+def _fit(name: str, output: Path | None, store: str | None, options: dict[str, Any], source: str = "") -> None:
     """Train an objective on data of your own."""
     from prefloop.live import LiveTraining
     from prefloop.stages.fit_data import files_of
     from prefloop.stages.fitting import fit
 
-    settings = _settings(name, options)
+    settings = _settings(name, options, source or f"prefloop train {name}")
     output = output or Path("runs") / name
     files_of([*settings.data, *settings.eval_data])  # before a store is made
     warnings.filterwarnings("ignore", category=FutureWarning)  # of one library to another: no user can act on it
@@ -96,16 +112,15 @@ def _fit(name: str, output: Path | None, store: str | None, options: dict[str, A
         progress.finish(fitted, output)
 
 
-def _settings(name: str, options: dict[str, Any]) -> FitSettings:
+def _settings(name: str, options: dict[str, Any], source: str) -> FitSettings:
     """The settings that options say; what was left out has its default."""
     given = {key: value for key, value in options.items() if value is not None}
     lora = {key: given.pop(f"lora_{key}") for key in LoraSettings.model_fields if f"lora_{key}" in given}
     if lora and "rank" not in lora:
         raise PrefloopError("--lora-alpha and --lora-seed are of an adapter: give --lora-rank, too")
     if lora:
-        given["lora"] = {"alpha": 2 * lora["rank"], **lora}
-    given.setdefault("learning_rate", default_learning_rate(name, lora=bool(lora)))
-    return parse_settings(FitSettings, {"objective": name, **given}, f"prefloop train {name}")
+        given["lora"] = lora
+    return parse_settings(FitSettings, {"objective": name, **given}, source)
 
 
 # --- options from settings --------------------------------------------------------------------------------------
@@ -158,15 +173,24 @@ def _field(name: str, key: str, field: FieldInfo, found: Objective) -> inspect.P
     group = MODEL if key in OF_MODEL else group
     text, annotation = field.description or "", field.annotation
     default = None if field.is_required() else field.get_default(call_default_factory=True)
-    if key == "learning_rate":
-        rates = [default_learning_rate(name, lora=lora) for lora in (False, True)]
-        text, annotation = f"{text} (default {rates[0]:g}, with LoRA {rates[1]:g})", float | None
+    if field.json_schema_extra == BY_RECIPE:
+        text, annotation, default = f"{text} ({_by_recipe(name, key)})", annotation | None, None  # type: ignore[assignment, operator]
     many = isinstance(default, list)
     parameter = Parameter(
         help=text, group=group, show=reads(name, key, has_reference=found.reference), show_default=_shown(default),
         consume_multiple=many, negative=() if many else None,
     )  # fmt: skip
     return _parameter(key, annotation, inspect.Parameter.empty if key == "model" else default, parameter)
+
+
+def _by_recipe(name: str, key: str) -> str:
+    """What a recipe says where an option is left out."""
+    if key == "learning_rate":
+        rates = [learning_rate(name, lora=lora) for lora in (False, True)]
+        return f"default {rates[0]:g}, with LoRA {rates[1]:g}"
+    usual = {"dtype": "bfloat16 below an adapter", "precision": "bfloat16", "gradient_checkpointing": "on"}
+    others = {"gradient_checkpointing": "off"}
+    return f"default on a GPU {usual[key]}, else {others.get(key, 'float32')}"
 
 
 def _shown(default: Any) -> Callable[[Any], str] | bool | None:

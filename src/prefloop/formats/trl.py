@@ -25,11 +25,12 @@ from prefloop.formats.rows import (
     shared_beginning,
     take,
 )
-from prefloop.records import JSONObject, Judgement, Message, Role, Status, StepLabel, Task
+from prefloop.records import JSONObject, Judgement, Message, Role, Status, StepLabel, Task, Trajectory
 
 STEP_SEPARATOR = "\n"
 PLAIN_TEXT = "plain_text"  # in the `extra` of a trajectory that is a text of nobody, to be learnt without a template
-_OF_MESSAGES = frozenset(("messages", "conversations", "tools"))
+_OF_MESSAGES = frozenset(("messages", "conversations", "tools", "label", "thumb"))
+_THUMBS = {"up": True, "down": False}
 _OF_TEXT = frozenset(("text", "tools"))
 _OF_COMPLETION = frozenset(("prompt", "completion", "label", "tools"))
 _OF_PREFERENCE = frozenset(("prompt", "chosen", "rejected", "margin", "probability", "tie", "tools"))
@@ -61,17 +62,41 @@ def convert_trl(row: Mapping[str, Any], line: int, context: Context) -> Bundle:
 def convert_messages(row: Mapping[str, Any], line: int, context: Context) -> Bundle:
     """The records of a chat: its prompt is what comes before the first assistant message.
 
+    Of a chat with a `thumb` (`up` or `down`) or a `label` the prompt goes up to the user's last message: what was liked
+    or not is the answer to that.
+
     Raises:
         RowProblemError: a message is malformed, or none is the assistant's.
     """
     key = "messages" if row.get("messages") is not None else "conversations"
     messages = parse_messages(row.get(key), key, context.limits)
-    own = (index for index, message in enumerate(messages) if message.role is Role.ASSISTANT)
-    start = next(own, len(messages))
-    if start == len(messages):
+    own = [index for index, message in enumerate(messages) if message.role is Role.ASSISTANT]
+    if not own:
         raise RowProblemError(key, "no message is the assistant's")
+    liked, start = _liked(row), own[0]
+    if liked is not None:
+        asked = [index for index, message in enumerate(messages[: own[-1]]) if message.role is Role.USER]
+        start = max(start, next(index for index in own if index > asked[-1])) if asked else start
     task = _task(row, context, messages[:start])
-    return Bundle([task], [context.trajectory(task, messages[start:], line, columns=other_columns(row, _OF_MESSAGES))])
+    trajectory = context.trajectory(task, messages[start:], line, columns=other_columns(row, _OF_MESSAGES))
+    return Bundle([task], [trajectory], [] if liked is None else [_label_of(trajectory, liked, context)])
+
+
+def _liked(row: Mapping[str, Any]) -> bool | None:
+    """What a chat's thumb or label says; None without one."""
+    thumb = row.get("thumb")
+    if thumb is None:
+        return None if row.get("label") is None else parse_flag(row["label"], "label")
+    if row.get("label") is not None:
+        raise RowProblemError("thumb", "there is a 'label', too: give one of them")
+    if not isinstance(thumb, str) or thumb not in _THUMBS:
+        raise RowProblemError("thumb", f'expected "up" or "down", found {json.dumps(thumb)[:40]}')
+    return _THUMBS[thumb]
+
+
+def _label_of(trajectory: Trajectory, good: bool, context: Context) -> Judgement:
+    """A label as the rater's judgement; its replicate keeps opposite labels of one completion side by side."""
+    return Judgement(trajectory.id, context.rater.id, Status.OK, float(good), float(good), 0 if good else 1)
 
 
 def _task(row: Mapping[str, Any], context: Context, messages: tuple[Message, ...]) -> Task:
@@ -94,11 +119,7 @@ def _completion(row: Mapping[str, Any], line: int, context: Context) -> Bundle:
     trajectory = context.trajectory(task, completion, line, columns=other_columns(row, _OF_COMPLETION))
     bundle = Bundle([task], [trajectory])
     if row.get("label") is not None:
-        label = parse_flag(row["label"], "label")
-        # The replicate keeps opposite labels of one completion side by side: the second must not be lost.
-        replicate = 0 if label else 1
-        value = float(label)
-        bundle.judgements = [Judgement(trajectory.id, context.rater.id, Status.OK, value, value, replicate)]
+        bundle.judgements = [_label_of(trajectory, parse_flag(row["label"], "label"), context)]
     return bundle
 
 

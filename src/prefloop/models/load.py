@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -14,15 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from prefloop.hub import fetch_model, model_name
-from prefloop.models.settings import LoraSettings
+from prefloop.models.settings import Dtype, LoraSettings
 from prefloop.records import PrefloopError
 
 ADAPTER_CONFIG = "adapter_config.json"
 REWARD_CONFIG = "reward_model.json"
 TOKENIZERS = ("*token*", "*vocab*", "*.model")
 """Names of the files that a tokenizer is read from, one of which there must be."""
-
-Dtype: TypeAlias = Literal["float32", "bfloat16"]
 
 transformers_logging.disable_progress_bar()  # prefloop shows its own
 

@@ -40,7 +40,6 @@ from prefloop.models.forward import forward, score_head
 from prefloop.models.load import (
     ADAPTER_CONFIG,
     REWARD_CONFIG,
-    Dtype,
     Policy,
     adapter_base,
     check_device,
@@ -48,7 +47,7 @@ from prefloop.models.load import (
     load_policy,
     lora_config,
 )
-from prefloop.models.settings import LoraSettings
+from prefloop.models.settings import Dtype, LoraSettings
 from prefloop.records import JSONObject, PrefloopError, TokenPath
 
 Kind = Literal["sequence", "token"]

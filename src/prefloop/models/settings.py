@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -10,7 +11,25 @@ from prefloop.chat import ChatRenderer
 from prefloop.chat.calls import ToolFormat
 from prefloop.clients.openai_sampler import ServerSettings
 from prefloop.clients.vllm import VLLMSettings
-from prefloop.config import Settings
+from prefloop.config import BY_RECIPE, Settings
+
+Dtype: TypeAlias = Literal["float32", "bfloat16"]
+
+LORA_RANK = 32
+
+
+def weights_dtype(*, lora: bool, gpu: bool) -> Dtype:
+    """The usual type of weights: those below an adapter stay as they are, so bfloat16 loses nothing of an update."""
+    return "bfloat16" if lora and gpu else "float32"
+
+
+def is_gpu(device: str) -> bool:
+    """Whether a device of torch, by its name, is no CPU; `auto` is a GPU where there is one."""
+    if device != "auto":
+        return not device.startswith("cpu")
+    import torch
+
+    return bool(torch.cuda.is_available())
 
 
 class InitialModelSettings(Settings):
@@ -45,11 +64,21 @@ class InitialModelSettings(Settings):
 
 
 class LoraSettings(Settings):
-    """A LoRA adapter on all linear layers (Hu et al. 2021, arXiv:2106.09685); `seed` draws its first weights."""
+    """A LoRA adapter on all linear layers (Hu et al. 2021, arXiv:2106.09685), without dropout.
 
-    rank: int = Field(default=32, ge=1)
-    alpha: int = Field(default=64, ge=1)
+    Updates are scaled by `alpha / rank`; left out, `alpha` is twice the rank. `seed` draws its first weights.
+    """
+
+    rank: int = Field(default=LORA_RANK, ge=1)
+    alpha: int = Field(default=2 * LORA_RANK, ge=1, json_schema_extra=BY_RECIPE)
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _twice_the_rank(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping) or not isinstance(rank := given.get("rank", LORA_RANK), int):
+            return given
+        return {"alpha": 2 * rank, **{key: value for key, value in given.items() if value is not None}}
 
 
 class PolicySettings(Settings):
@@ -64,10 +93,18 @@ class PolicySettings(Settings):
     server: ServerSettings | None = None
     lora: LoraSettings | None = None
     vllm: VLLMSettings | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = Field(default="float32", json_schema_extra=BY_RECIPE)
     device: str = "cpu"
     tool_format: ToolFormat = "auto"
     template_variables: dict[str, bool | int | float | str] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_dtype(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping) or given.get("dtype") is not None:
+            return given
+        gpu = is_gpu(str(given.get("device", "cpu")))
+        return {**given, "dtype": weights_dtype(lora=given.get("lora") is not None, gpu=gpu)}
 
     def renderer(self, tokenizer: Any) -> ChatRenderer:
         """How this policy speaks with its tokenizer: chat template, its variables, and the format of tool calls.

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from prefloop.chat.steps import SEPARATOR
-from prefloop.losses.registry import needs_reference, objective, resolve_knobs
+from prefloop.config import BY_RECIPE
+from prefloop.losses.registry import OBJECTIVES, needs_reference, objective, resolve_knobs
 from prefloop.losses.settings import LossSettings
-from prefloop.models.settings import LoraSettings
+from prefloop.models.settings import Dtype, LoraSettings, is_gpu, weights_dtype
 from prefloop.records import PrefloopError
 from prefloop.training.metrics import telling_metrics
+from prefloop.training.recipes import filled
 from prefloop.training.settings import TrainingSettings
 
-LORA_RATE = 10.0  # an adapter takes about ten times the learning rate of whole weights (TRL's guide says the same)
 MIN_SCORE = 0.5  # what a row scores that is neither labelled as good nor as bad
 WORK_SUFFIX = ".run"
 WHOLE = "all"  # the name of a training that is not of one member of an ensemble
@@ -50,10 +51,18 @@ class FitSettings(TrainingSettings, LossSettings):
     num_heads: int = Field(default=1, ge=1, description="an ensemble of this many heads on one trunk")
     num_adapters: int = Field(default=1, ge=1, description="an ensemble of this many LoRA adapters")
     separator: str = Field(default=SEPARATOR, min_length=1, description="what ends a step of text")
-    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the weights")
+    dtype: Dtype = Field(default="float32", description="of the weights", json_schema_extra=BY_RECIPE)
     device: str = Field(default="auto", description="of torch; auto: a GPU if there is one")
     seed: int = Field(default=0, ge=0, lt=2**63, description="of every random draw")
     num_threads: int | None = Field(default=None, ge=1, description="of torch, else its own choice")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follows_its_recipe(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping) or given.get("objective") not in OBJECTIVES:
+            return given
+        how = {"lora": given.get("lora") is not None, "gpu": is_gpu(str(given.get("device", "auto")))}
+        return filled({"dtype": weights_dtype(**how), **given}, given["objective"], **how)
 
     # An error that is no ValueError leaves pydantic as it is: these speak of options, not of tables.
 
@@ -134,13 +143,6 @@ def reads(name: str, key: str, *, has_reference: bool) -> bool:
         and (objective(name).records == "demonstrations" or key not in OF_THE_BEST)
         and OF_ONE.get(key, name) == name
     )
-
-
-def default_learning_rate(name: str, *, lora: bool) -> float:
-    """The learning rate of an objective where none is given: TRL's, and with LoRA ten times that."""
-    rates = {"demonstrations": 2e-5, "pairs": 1e-6, "labelled samples": 1e-6, "steps": 1e-5}
-    rate = 1e-4 if name == "reward" else rates[objective(name).records]
-    return rate * LORA_RATE if lora else rate
 
 
 def work_directory(output: Path) -> Path:

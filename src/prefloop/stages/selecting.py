@@ -122,7 +122,7 @@ def rows_of_files(
     Raises:
         PrefloopError: a file that is not there or holds no rows, or a bad row that is not to be skipped.
     """
-    rows, num_before = Rows({"records": records, "files": []}), skips.num
+    rows, num_before, opposites = Rows({"records": records, "files": []}), skips.num, _Opposites()
     names = Counter(file.name for file in {*files, *beside})
     for file in files:
         called = file.name if names[file.name] == 1 else file.called
@@ -130,6 +130,9 @@ def rows_of_files(
 
         def take(line: int, bundle: Bundle, called: str = called) -> None:
             where = f"{called}:{line}"
+            if records == "pairs" and _makes_pairs(bundle):
+                opposites.add(where, bundle)
+                return
             try:
                 rows.add(where, members_of_row(bundle, records), _unread_of_row(bundle, records))
             except RowProblemError as problem:
@@ -140,6 +143,7 @@ def rows_of_files(
             skips.add(f"{error.file}:{error.line}", f"{error.key}: {error.reason}".removeprefix(": "))
         skips.num += report.num_skipped - len(report.errors)
         rows.source["files"][-1]["format"] = report.format
+    opposites.pair(rows, skips)
     rows.num_bad = skips.num - num_before
     return rows
 
@@ -185,6 +189,46 @@ def _unread(has_margin: bool, records: Records) -> set[str]:
     """What is not read of a preference."""
     found = {"margin": has_margin, "rejected": records == "demonstrations"}
     return {name for name, there in found.items() if there}
+
+
+def _makes_pairs(bundle: Bundle) -> bool:
+    """Whether a row is a labelled answer that may be held against another: what differs is the answer alone."""
+    return bool(bundle.judgements) and not bundle.comparisons and all(t.group_seeded for t in bundle.trajectories)
+
+
+class _Opposites:
+    """Labelled answers, of which those to one prompt make pairs: each good one over each bad one, in turn."""
+
+    def __init__(self) -> None:
+        self.by_task: dict[str, tuple[list[tuple[str, Labelled]], list[tuple[str, Labelled]]]] = {}
+
+    def add(self, where: str, bundle: Bundle) -> None:
+        """Take the labelled answers of one row."""
+        good, bad = self.by_task.setdefault(bundle.tasks[0].id, ([], []))
+        for judgement in bundle.judgements:
+            label = _label(judgement)
+            (good if label.desirable else bad).append((where, label))
+
+    def pair(self, rows: Rows, skips: Skips) -> None:
+        """Add the pairs: every answer to a prompt with both kinds is in one, the fewer kind in several.
+
+        Raises:
+            PrefloopError: an answer whose prompt has no other of the opposite label, unless such rows are to be
+                skipped.
+        """
+        for task_id, (good, bad) in self.by_task.items():
+            if not good or not bad:
+                for where, label in good or bad:
+                    other = "bad" if label.desirable else "good"
+                    skips.add(where, f"no answer to its prompt is labelled as {other}: kto learns from such rows")
+                continue
+            for i in range(max(len(good), len(bad))):
+                (where, chosen), (_, rejected) = good[i % len(good)], bad[i % len(bad)]
+                if chosen.trajectory_id == rejected.trajectory_id:
+                    skips.add(where, "one answer is labelled as good and as bad")
+                    continue
+                evidence = (*chosen.evidence, *rejected.evidence)
+                rows.add(where, [Pair(task_id, chosen.trajectory_id, rejected.trajectory_id, evidence=evidence)], ())
 
 
 def _pairs(bundle: Bundle) -> list[Member]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,7 +17,9 @@ from prefloop.judges.base import JudgingSettings
 from prefloop.judges.llm import LLMJudgeSettings
 from prefloop.judges.reward_model import ProcessJudgeSettings, RewardJudgeSettings
 from prefloop.judges.rules import RuleJudgeSettings
-from prefloop.models.settings import PolicySettings
+from prefloop.losses.registry import OBJECTIVES
+from prefloop.models.settings import PolicySettings, is_gpu
+from prefloop.training.recipes import filled
 from prefloop.training.settings import GuardSettings, TrainingSettings, UpdateSettings, check_held_out
 
 
@@ -108,6 +111,17 @@ class RunSettings(Settings):
     train: UpdateSettings
     guard: GuardSettings = GuardSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _follows_recipes(cls, given: Any) -> Any:
+        """What the tables of trainings leave out is as the recipe of their objective has it."""
+        if not isinstance(given, Mapping) or not isinstance(policy := given.get("policy"), Mapping):
+            return given
+        how = {"lora": policy.get("lora") is not None, "gpu": is_gpu(str(policy.get("device", "cpu")))}
+        names = {"sft": "sft", "train": (given.get("train") or {}).get("algorithm", "dpo")}
+        there = [key for key, name in names.items() if isinstance(given.get(key), Mapping) and name in OBJECTIVES]
+        return {**given, **{key: filled(given[key], names[key], **how) for key in there}}
 
     @model_validator(mode="after")
     def _start_can_be_made(self) -> RunSettings:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from prefloop.config import Settings
+from prefloop.config import BY_RECIPE, Settings
 from prefloop.losses.registry import objective, resolve_knobs
 from prefloop.losses.settings import LossSettings
 from prefloop.records import PrefloopError, counted
@@ -31,7 +31,7 @@ class TrainingSettings(Settings):
     a · policy + (1 - a) · reference with a = `sync_reference_mixup` (Gorbatovski et al. 2024, arXiv:2404.09656).
     """
 
-    learning_rate: float = Field(gt=0, description="of AdamW")
+    learning_rate: float = Field(gt=0, description="of AdamW", json_schema_extra=BY_RECIPE)
     batch_size: int = Field(default=32, ge=1, description="rows in one optimizer step")
     num_epochs: int = Field(default=1, ge=1, description="passes over the data")
     num_steps: int | None = Field(default=None, ge=1, description="optimizer steps; overrules num_epochs")
@@ -45,9 +45,11 @@ class TrainingSettings(Settings):
     max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are clipped to it")
     max_tokens: int = Field(default=16384, ge=1, description="computed tokens in a micro-batch")
     precision: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="of the arithmetic; weights stay as they are"
+        default="float32", description="of the arithmetic; weights stay as they are", json_schema_extra=BY_RECIPE
     )
-    gradient_checkpointing: bool = Field(default=False, description="compute hidden states again in the backward pass")
+    gradient_checkpointing: bool = Field(
+        default=False, description="compute hidden states again in the backward pass", json_schema_extra=BY_RECIPE
+    )
     max_skipped: int = Field(default=3, ge=0, description="steps in a row that may be not finite")
     checkpoint_every: int = Field(default=200, ge=1, description="steps after which the state is saved")
     held_out: float = Field(default=0.0, ge=0, lt=1, description="share of the prompts whose rows are held out")
