@@ -17,6 +17,7 @@ from prefloop.chat import ChatRenderer, render_demonstration, stop_ids
 from prefloop.clients.sampling import SamplingSettings
 from prefloop.environments.booking import TOOLS, Booking, BookingSettings
 from prefloop.gateway import ContinuousBatcher, Gateway, GatewayServer, GatewaySettings
+from prefloop.gateway.episodes import Voice
 from prefloop.models.initial import initial_model, train_tokenizer
 from prefloop.models.sampler import LocalSampler
 from prefloop.models.settings import InitialModelSettings
@@ -171,9 +172,13 @@ def assert_exact(trajectory: Trajectory, temperature: float = 1.0) -> int:
         for index in np.unique(path.message[own]):
             seen[int(index)] += 1
             tokens = path.token[own[path.message[own] == index]]
-            said = trajectory.messages[index]
-            for part in [said.content, *(call.name for call in said.tool_calls)]:
-                assert part.strip() in renderer.encoder.decode(tokens.tolist())
+            thread = next(thread for thread in trajectory.threads if thread.start <= index < thread.stop)
+            said = Voice(renderer).read(tokens, path.token[: own[0]], thread.tools)
+            recorded = trajectory.messages[index]
+            assert (said.content, said.reasoning_content) == (recorded.content, recorded.reasoning_content)
+            assert [(c.name, c.arguments) for c in said.tool_calls] == [
+                (c.name, c.arguments) for c in recorded.tool_calls
+            ]
         total += len(own)
     assert sorted(seen) == list(trajectory.own_turns)
     assert set(seen.values()) <= {1}

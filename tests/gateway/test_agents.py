@@ -86,7 +86,8 @@ def test_streaming_says_the_same_as_one_reply():
     said = []
     most_pieces = 0
     for stream in (False, True):
-        with served(chunk_tokens=2) as gateway:  # a gateway anew: the same attempts, the same draws
+        # So hot that some replies begin with words. A gateway anew: the same attempts, the same draws.
+        with served(chunk_tokens=2, sampling=SamplingSettings(temperature=1.8, max_new_tokens=24)) as gateway:
             for number, prompt in enumerate(prompts):
                 client = gateway.client(str(number), f"task-{number}")
                 options = {"messages": [{"role": "user", "content": prompt}], "model": "m", "logprobs": True}
