@@ -50,6 +50,7 @@ OF_MODEL = (
     "num_heads",
     "num_adapters",
     "dtype",
+    "quantization",
     "device",
     "seed",
     "num_threads",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import logging
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +12,18 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 from prefloop.hub import fetch_model, model_name
-from prefloop.models.settings import Dtype, LoraSettings
+from prefloop.models.settings import Dtype, LoraSettings, Quantization
 from prefloop.records import PrefloopError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -24,6 +33,7 @@ TOKENIZERS = ("*token*", "*vocab*", "*.model")
 
 transformers_logging.disable_progress_bar()  # prefloop shows its own
 
+BITS_MISSING = "weights of 8 or 4 bits need bitsandbytes: pip install 'prefloop[bitsandbytes]'"
 PEFT_MISSING = "LoRA needs peft: pip install 'prefloop[train]'"
 
 
@@ -58,6 +68,7 @@ def load_policy(
     dtype: Dtype = "float32",
     lora: LoraSettings | None = None,
     device: str = "cpu",
+    quantization: Quantization | None = None,
     frozen: bool = False,
     beside: Iterable[Policy] = (),
 ) -> Policy:
@@ -66,11 +77,12 @@ def load_policy(
     A fresh adapter is a function of the model and `lora`: loaded anew, by another process too, it is the same.
     A directory that holds an adapter is loaded on top of the model that the adapter names. An adapter, or a model that
     is to be `frozen`, shares its base weights, the very tensors, with a policy `beside` it that has the same ones and
-    leaves them as they are.
+    leaves them as they are. With `quantization` its base weights have 8 or 4 bits (NF4 with a second quantisation,
+    Dettmers et al. 2023, arXiv:2305.14314), all but the embeddings and the head.
 
     Raises:
-        PrefloopError: it is not a causal language model, such as a reward model; it has no tokenizer; peft is missing;
-            as `fetch_model` and `check_device`.
+        PrefloopError: it is not a causal language model, such as a reward model; it has no tokenizer; peft or
+            bitsandbytes is missing; quantised weights would be trained; as `fetch_model` and `check_device`.
     """
     check_device(device)
     directory = fetch_model(name)
@@ -80,14 +92,16 @@ def load_policy(
         raise PrefloopError(f"model {name!r} cannot be loaded: it has no tokenizer; put its tokenizer.json there")
     adapter = (directory / ADAPTER_CONFIG).is_file()
     base = adapter_base(directory) if adapter else name
-    weights = f"{fetch_model(base).resolve()} in {dtype} on {device}"
+    weights = f"{fetch_model(base).resolve()} in {quantization or ''}{dtype} on {device}"
     more = adapter and _holds_more(directory)
     keeps_base = (adapter or lora is not None or frozen) and not more
+    if quantization is not None and not keeps_base:
+        raise _untrainable(name, quantization)
     sharing = (one for one in beside if keeps_base and one.base == weights and _keeps_base(one))
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
         sharer = next(sharing, None)
-        model: Any = _load_causal(base, name, dtype) if sharer is None else _bare(sharer)
+        model: Any = _load_causal(base, name, dtype, device, quantization) if sharer is None else _bare(sharer)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise PrefloopError(
@@ -97,19 +111,46 @@ def load_policy(
         model = load_peft().PeftModel.from_pretrained(model, directory, is_trainable=not frozen)
     elif lora is not None:
         model = _with_adapter(model, lora)
-    model = model.to(device).eval()
+    model = (model if quantization is not None else model.to(device)).eval()
     return Policy(model.requires_grad_(False) if frozen else model, tokenizer, weights, frozen, more)
 
 
-def _load_causal(base: str, name: str, dtype: Dtype) -> PreTrainedModel:
+def _load_causal(base: str, name: str, dtype: Dtype, device: str, quantization: Quantization | None) -> PreTrainedModel:
     """The language model of a directory or hub id; its configuration says of which."""
     directory = fetch_model(base)
     config = AutoConfig.from_pretrained(directory)
     if any("Classification" in one for one in config.architectures or ()):
         raise _no_policy(name)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
+    options: dict[str, Any] = {}
+    if quantization is not None:
+        options = {"device_map": {"": device}, "quantization_config": _bits(quantization, dtype)}
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype), **options)
     remember_hub(model, base)
     return model
+
+
+def _bits(quantization: Quantization, dtype: Dtype) -> BitsAndBytesConfig:
+    """How the package bitsandbytes keeps weights.
+
+    Raises:
+        PrefloopError: it is not installed.
+    """
+    try:
+        import accelerate  # noqa: F401  (transformers places quantised weights with it)
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise PrefloopError(BITS_MISSING) from None
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else each product of matrices speaks of its types
+    # It uses that product where nothing needs its gradient; a test holds all gradients against plain matrices.
+    warnings.filterwarnings("ignore", message="bitsandbytes::gemv_4bit: an autograd kernel was not registered")
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+    )
 
 
 def remember_hub(model: Any, base: str) -> None:
@@ -137,7 +178,10 @@ def _holds_more(adapter: Path) -> bool:
 
 def _bare(policy: Policy) -> Any:
     """The model below a policy's adapter as a tree of modules of its own around the very same tensors."""
-    same = {id(tensor): tensor for tensor in (*policy.model.parameters(), *policy.model.buffers())}
+    states = (getattr(module, "state", None) for module in policy.model.modules())
+    of_bits = (vars(state).values() for state in states if type(state).__name__ == "MatmulLtState")  # of 8-bit layers
+    held = (value for values in of_bits for value in values if isinstance(value, torch.Tensor))
+    same = {id(tensor): tensor for tensor in (*policy.model.parameters(), *policy.model.buffers(), *held)}
     copied = copy.deepcopy(policy.model, same)
     return copied.unload() if hasattr(copied, "peft_config") and hasattr(copied, "unload") else copied
 
@@ -146,6 +190,13 @@ def _no_policy(name: str) -> PrefloopError:
     return PrefloopError(
         f"model {name!r} cannot be loaded: it gives scores and no longer says anything; name the language model that "
         "it was trained from"
+    )
+
+
+def _untrainable(name: str, quantization: str) -> PrefloopError:
+    return PrefloopError(
+        f"model {name!r} in {quantization}: weights of a few bits cannot be trained themselves; train an adapter on "
+        "them (--lora-rank, or the table [policy.lora]), or leave quantization out"
     )
 
 

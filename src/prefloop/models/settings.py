@@ -15,6 +15,8 @@ from prefloop.config import BY_RECIPE, Settings
 
 Dtype: TypeAlias = Literal["float32", "bfloat16"]
 
+Quantization: TypeAlias = Literal["8bit", "4bit"]
+
 LORA_RANK = 32
 
 
@@ -85,7 +87,8 @@ class PolicySettings(Settings):
     """Who acts: a model by path or hub id, a tiny one made from nothing, or one behind a server.
 
     A served model has no weights here: it can be rolled out, judged, curated and exported, not trained. With `vllm`
-    a LoRA adapter on `model` is trained here and sampled by a vLLM server.
+    a LoRA adapter on `model` is trained here and sampled by a vLLM server. `quantization` keeps the weights below an
+    adapter in 8 or 4 bits (bitsandbytes).
     """
 
     model: str | None = None
@@ -94,6 +97,7 @@ class PolicySettings(Settings):
     lora: LoraSettings | None = None
     vllm: VLLMSettings | None = None
     dtype: Dtype = Field(default="float32", json_schema_extra=BY_RECIPE)
+    quantization: Quantization | None = None
     device: str = "cpu"
     tool_format: ToolFormat = "auto"
     template_variables: dict[str, bool | int | float | str] = Field(default_factory=dict)
@@ -120,6 +124,12 @@ class PolicySettings(Settings):
             raise ValueError("give exactly one of 'model' (a path or hub id) and the tables 'initial' and 'server'")
         if self.server is not None and (self.template_variables or self.tool_format != "auto"):
             raise ValueError("a server has its own chat template: leave out 'tool_format' and 'template_variables'")
+        return self
+
+    @model_validator(mode="after")
+    def _only_frozen_weights_are_rounded(self) -> PolicySettings:
+        if self.quantization is not None and self.lora is None:
+            raise ValueError("quantization needs a table 'lora': weights of a few bits cannot be trained themselves")
         return self
 
     @model_validator(mode="after")

@@ -156,6 +156,7 @@ def load_learner(settings: FitSettings) -> Learner:
     name, options = located(settings.model), _options(settings)
     kind = SCORED.get(settings.objective)
     if kind is not None:
+        del options["quantization"]
         sizes: dict[str, Any] = {"num_heads": settings.num_heads, "num_adapters": settings.num_adapters}
         reward = new_reward_model(name, kind=kind, lora=settings.lora, seed=settings.seed, **sizes, **options)
         return _with_template(Learner(reward), settings)
@@ -183,7 +184,7 @@ def _with_template(learner: Learner, settings: FitSettings) -> Learner:
 
 
 def _options(settings: FitSettings) -> dict[str, Any]:
-    return {"dtype": settings.dtype, "device": device_of(settings)}
+    return {"dtype": settings.dtype, "device": device_of(settings), "quantization": settings.quantization}
 
 
 @dataclass(slots=True)
@@ -343,6 +344,7 @@ def _with_reference(
     """
     from prefloop.models.load import Policy, load_policy
     from prefloop.training.reference import following, precision_of, stored_reference
+    from prefloop.training.weights import loaded_hash
 
     def load() -> nn.Module:
         """The reference as a model of its own."""
@@ -372,7 +374,7 @@ def _with_reference(
     def scored(examples: list[Example]) -> list[Example]:
         if not examples:
             return []
-        weights = str(start["reference_weights"])
+        weights = loaded_hash(str(start["reference_weights"]), settings.quantization)
         own_kind: Any = examples
         return stored_reference(store, first, weights, own_kind, precision=precision, max_tokens=settings.max_tokens)
 

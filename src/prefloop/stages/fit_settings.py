@@ -12,7 +12,7 @@ from prefloop.chat.steps import SEPARATOR
 from prefloop.config import BY_RECIPE
 from prefloop.losses.registry import OBJECTIVES, needs_reference, objective, resolve_knobs
 from prefloop.losses.settings import LossSettings
-from prefloop.models.settings import Dtype, LoraSettings, is_gpu, weights_dtype
+from prefloop.models.settings import Dtype, LoraSettings, Quantization, is_gpu, weights_dtype
 from prefloop.records import PrefloopError
 from prefloop.training.metrics import telling_metrics
 from prefloop.training.recipes import filled
@@ -52,6 +52,9 @@ class FitSettings(TrainingSettings, LossSettings):
     num_adapters: int = Field(default=1, ge=1, description="an ensemble of this many LoRA adapters")
     separator: str = Field(default=SEPARATOR, min_length=1, description="what ends a step of text")
     dtype: Dtype = Field(default="float32", description="of the weights", json_schema_extra=BY_RECIPE)
+    quantization: Quantization | None = Field(
+        default=None, description="of the weights below an adapter, by bitsandbytes: 8bit or 4bit"
+    )
     device: str = Field(default="auto", description="of torch; auto: a GPU if there is one")
     seed: int = Field(default=0, ge=0, lt=2**63, description="of every random draw")
     num_threads: int | None = Field(default=None, ge=1, description="of torch, else its own choice")
@@ -111,6 +114,16 @@ class FitSettings(TrainingSettings, LossSettings):
                 f"--num-heads and --num-adapters: ensembles are of reward models, not of {self.objective}; each "
                 "of their members sees a bootstrap sample of the pairs"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _quantised_weights_stay(self) -> FitSettings:
+        if self.quantization is None:
+            return self
+        if not objective(self.objective).of_policy:
+            raise PrefloopError(f"--quantization: {self.objective} trains a reward model, whose weights it takes whole")
+        if self.sync_reference_every is not None:
+            raise PrefloopError("--sync-reference-every: weights of a few bits cannot follow; leave --quantization out")
         return self
 
     @model_validator(mode="after")

@@ -137,7 +137,7 @@ class Policies:
 
     def _options(self) -> dict[str, Any]:
         settings = self._run.settings.policy
-        return {"dtype": settings.dtype, "device": settings.device}
+        return {"dtype": settings.dtype, "device": settings.device, "quantization": settings.quantization}
 
     def _whole(self, checkpoint_id: str) -> str:
         checkpoint = self._run.store.checkpoint(checkpoint_id)

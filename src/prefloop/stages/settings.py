@@ -132,6 +132,14 @@ class RunSettings(Settings):
         return self
 
     @model_validator(mode="after")
+    def _quantised_weights_stay(self) -> RunSettings:
+        if self.policy.quantization is not None and self.train.sync_reference_every is not None:
+            raise ValueError(
+                "train.sync_reference_every should be left out: with policy.quantization no reference can follow"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _noise_can_be_measured(self) -> RunSettings:
         if self.curation.margin_unit == "noise" and self.judge.num_replicates < 2:
             raise ValueError("curation.margin_unit 'noise' needs judge.num_replicates of at least 2")

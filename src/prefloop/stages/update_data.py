@@ -133,14 +133,14 @@ def _add_reference(run: Run, data: UpdateData, checkpoint_id: str, settings: Upd
     """The reference itself where it must be there, else its log-probs with the examples."""
     from prefloop.training.algorithms import KTO
     from prefloop.training.reference import following, precision_of, stored_reference
-    from prefloop.training.weights import weights_hash
+    from prefloop.training.weights import loaded_hash, weights_hash
 
     if settings.sync_reference_every is not None:
         data.reference = following(run.policies.reference(checkpoint_id))
         return
     checkpoint = run.store.checkpoint(checkpoint_id)
     assert checkpoint is not None
-    model_hash = weights_hash(checkpoint.path)
+    model_hash = loaded_hash(weights_hash(checkpoint.path), run.settings.policy.quantization)
 
     def scored(examples: Any) -> Any:
         return stored_reference(

@@ -34,6 +34,11 @@ def weights_hash(name: str) -> str:
     return content_hash("weights", digests, _base_hash(directory))
 
 
+def loaded_hash(weights: str, quantization: str | None) -> str:
+    """The hash of weights as they are in memory: those of a few bits give other log-probs."""
+    return content_hash("quantised", weights, quantization) if quantization else weights
+
+
 def _base_hash(directory: Path) -> str:
     """The hash of the model that an adapter changes; empty where there is no adapter."""
     adapter = directory / ADAPTER_CONFIG
