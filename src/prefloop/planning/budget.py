@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -98,10 +98,9 @@ def _machine() -> int:
     return int(found.split()[1]) * 1024 if found else 1 << 62
 
 
-def _limits() -> Iterator[int]:
+def _limits(root: Path = Path("/sys/fs/cgroup"), member: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
     """What control groups leave, of version 2 and 1 (https://docs.kernel.org/admin-guide/cgroup-v2.html)."""
-    root = Path("/sys/fs/cgroup")
-    for line in _text(Path("/proc/self/cgroup")).splitlines():
+    for line in _text(member).splitlines():
         _, kinds, place = line.split(":", 2)
         folders = [root / place.lstrip("/"), root] if not kinds else []
         if "memory" in kinds.split(","):
@@ -161,14 +160,14 @@ LEVERS: tuple[Lever, ...] = (
         lambda s: [] if s.train.gradient_checkpointing else ["true"],
     ),
     (
-        "policy.dtype",
-        "weights and arithmetic in bfloat16: rounded; give it an adapter, whose weights stay float32",
-        lambda s: ['"bfloat16"'] if s.policy.dtype == "float32" else [],
-    ),
-    (
         "policy.lora.rank",
         "an adapter is trained in place of all weights; take a learning rate ten times as high",
         lambda s: ["32"] if s.policy.lora is None else [],
+    ),
+    (
+        "policy.dtype",
+        "weights below the adapter in bfloat16: rounded",
+        lambda s: ['"bfloat16"'] if s.policy.dtype == "float32" else [],
     ),
     ("train.batch_size", "fewer rows in a step", lambda s: _halved(s.train.batch_size, 4)),
     ("guard.num_tasks", "a coarser guard", lambda s: _halved(s.guard.num_tasks, 32)),
@@ -186,24 +185,59 @@ HELPS = 0.98
 
 
 def advise(need: Need, settings: RunSettings, limit: int) -> list[Advice]:
-    """Changes to the run file that together bring the largest peak below `limit` bytes, or as near as they can."""
-    found: list[Advice] = []
-    peak = largest(need.peaks(settings)).total
-    for key, effect, values in LEVERS:
-        if peak <= limit:
+    """Changes to the run file that together bring the largest peak below `limit` bytes, or as near as they can.
+
+    All that help are taken, the least intrusive first, until the run fits; then those that it fits without are given
+    up again, the most intrusive first, and the others made as mild as may be.
+    """
+    chosen: dict[str, str] = {}
+    while _peak(need, settings, chosen) > limit:
+        if not any(_pull(need, settings, chosen, key, limit) for key, _, _ in LEVERS):
             break
-        best: tuple[str, RunSettings, int] | None = None
-        for value in values(settings):
-            changed = with_value(settings, key, value)
-            now = largest(need.peaks(changed)).total
-            if now < HELPS * (best[2] if best else peak):
-                best = value, changed, now
-            if now <= limit:
-                break
-        if best is not None:
-            value, settings, peak = best
-            found.append(Advice(key, value, effect, peak))
+    if _peak(need, settings, chosen) <= limit:
+        _spare(need, settings, chosen, limit)
+    found: list[Advice] = []
+    for key, effect, _ in LEVERS:
+        if key in chosen:
+            settings = with_value(settings, key, chosen[key])
+            found.append(Advice(key, chosen[key], effect, largest(need.peaks(settings)).total))
     return found
+
+
+def _pull(need: Need, settings: RunSettings, chosen: dict[str, str], key: str, limit: int) -> bool:
+    """Choose the mildest value of a key with which the run fits, else the one that helps most; whether any does."""
+    if key == "policy.dtype" and settings.policy.lora is None and "policy.lora.rank" not in chosen:
+        return False  # weights that are trained lose small updates in bfloat16
+    least, helped = _peak(need, settings, chosen), False
+    for value in _values(settings, key):
+        now = _peak(need, settings, chosen | {key: value})
+        if now < HELPS * least:
+            least, chosen[key], helped = now, value, True
+        if now <= limit:
+            break
+    return helped
+
+
+def _spare(need: Need, settings: RunSettings, chosen: dict[str, str], limit: int) -> None:
+    """Give up what is not needed to stay below the limit."""
+    for key in [key for key, _, _ in reversed(LEVERS) if key in chosen]:
+        without = {other: value for other, value in chosen.items() if other != key}
+        needed = key == "policy.lora.rank" and "policy.dtype" in chosen
+        if not needed and _peak(need, settings, without) <= limit:
+            del chosen[key]
+            continue
+        milder = (value for value in _values(settings, key) if _peak(need, settings, chosen | {key: value}) <= limit)
+        chosen[key] = next(milder, chosen[key])
+
+
+def _values(settings: RunSettings, key: str) -> list[str]:
+    return next(values for name, _, values in LEVERS if name == key)(settings)
+
+
+def _peak(need: Need, settings: RunSettings, chosen: Mapping[str, str]) -> int:
+    for key, value in chosen.items():
+        settings = with_value(settings, key, value)
+    return largest(need.peaks(settings)).total
 
 
 def with_value(settings: RunSettings, key: str, value: str) -> RunSettings:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Literal
 
 from prefloop.planning.shapes import BYTES, OUTER_NORMS, QK_NORMS, ModelShape
@@ -27,6 +28,9 @@ Precision = Literal["float32", "bfloat16", "mixed"]
 """Of the layers' arithmetic; mixed: weights in float32, arithmetic in bfloat16."""
 
 PROCESS = 440 << 20
+QUANTISED = 140 << 20
+"""More where bitsandbytes is installed, which peft imports with itself."""
+
 ON_DEVICE = 600 << 20
 """What CUDA itself takes of a GPU."""
 
@@ -44,9 +48,9 @@ KEPT: Mapping[tuple[Precision, bool], tuple[int, int, int, int, int]] = {
 NORMED_KEPT: Mapping[tuple[Precision, bool], int] = {
     ("float32", False): 8,
     ("float32", True): 4,
-    ("bfloat16", False): 6,
+    ("bfloat16", False): 7,
     ("bfloat16", True): 4,
-    ("mixed", False): 6,
+    ("mixed", False): 7,
     ("mixed", True): 4,
 }
 """The same for each unit of queries and keys where those are normalised."""
@@ -190,11 +194,12 @@ def update_peak(setup: Setup, stage: str, update: Update, others: int, arena: in
     several = update.num_tokens > setup.max_tokens
     kept, transient = _kept(setup, tokens), tokens * _backward_per_token(setup)
     loss_tokens = min(update.num_loss_tokens, tokens)
-    full = 4 * loss_tokens * shape.vocabulary
-    logits = (full if full <= LOGIT_BUDGET else 0) + 2 * _chunk_bytes(shape, loss_tokens)
+    # Beyond the budget none are kept; but packs of a step differ, and one just below it keeps most.
+    full = min(4 * loss_tokens * shape.vocabulary, LOGIT_BUDGET)
+    logits = full + 3 * _chunk_bytes(shape, loss_tokens)
     embedding = 0 if setup.rank is not None else shape.vocabulary * shape.hidden * 4
     forward = kept + logits + embedding + (trained if several else 0)
-    backward = trained + _layer(setup, tokens) + transient + embedding + (full if full <= LOGIT_BUDGET else 0)
+    backward = trained + _layer(setup, tokens) + transient + embedding + full
     # Both as if the gradients came first: what is left of the larger of the two is activations.
     gradients = trained if several or backward >= forward else min(trained, embedding)
     rest = max(forward, backward) - gradients - logits
@@ -294,7 +299,11 @@ def _peak(setup: Setup, stage: str, parts: Mapping[str, int]) -> Peak:
     on_device = setup.device.startswith("cuda")
     slack = SLACK["cuda" if on_device else "cpu"]
     scaled = {name: int(size * slack) for name, size in parts.items()}
-    return Peak(stage, {"process": ON_DEVICE if on_device else PROCESS, **scaled})
+    return Peak(stage, {"process": ON_DEVICE if on_device else _process(), **scaled})
+
+
+def _process() -> int:
+    return PROCESS + (QUANTISED if find_spec("bitsandbytes") is not None else 0)
 
 
 def largest(peaks: Iterator[Peak] | list[Peak]) -> Peak:

@@ -1,0 +1,223 @@
+"""`prefloop plan`, what it advises, and commands that refuse to start without the memory they need."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prefloop.cli import main
+from prefloop.config import parse_settings
+from prefloop.models.settings import InitialModelSettings
+from prefloop.planning import budget, plan
+from prefloop.planning.budget import Need, _limits, advise, with_value
+from prefloop.planning.memory import largest
+from prefloop.planning.shapes import initial_shape, shape_of_config
+from prefloop.planning.workload import Lengths
+from prefloop.stages.settings import RunSettings
+
+GIB = 1 << 30
+BIG = {
+    "model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+    "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
+}  # fmt: skip
+RUN = """
+name = "planned"
+iterations = 1
+num_threads = 1
+[environment]
+name = "arithmetic"
+[policy.initial]
+hidden_size = 48
+[sft]
+num_demonstrations = 100
+num_steps = 4
+learning_rate = 6e-3
+[rollout]
+num_tasks = 4
+samples_per_task = 4
+sampling = { max_new_tokens = 24 }
+[train]
+learning_rate = 1e-4
+[guard]
+num_tasks = 4
+[evaluation]
+num_tasks = 4
+"""
+JUDGE = (
+    'judge={kind="llm", llm={provider="openai", model="m", base_url="http://127.0.0.1:1/v1", input_price=2.0, '
+    "output_price=8.0, budget_usd=0.01}}"
+)
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    Path("run.toml").write_text(RUN)
+
+
+def settings(**tables):
+    data = {"name": "x", "policy": {"model": "m"}, "environment": {"name": "arithmetic"}, "train": {}}
+    data = {key: {**data[key], **tables.pop(key, {})} if isinstance(data[key], dict) else data[key] for key in data}
+    data["train"].setdefault("learning_rate", 1e-6)
+    return parse_settings(RunSettings, data | tables, "test")
+
+
+def need(prompt=200, new=256):
+    return Need(shape_of_config(BIG, "big"), Lengths(prompt, new, new, 0, "a test"), (None, None))
+
+
+# --- advice -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [24, 14, 9, 6])
+def test_advice_makes_a_run_fit_and_says_truly_what_each_step_gives(limit):
+    start, asked = settings(), need()
+    found = advise(asked, start, limit * GIB)
+    assert found
+    assert found[-1].peak <= limit * GIB
+    assert all(one.peak > limit * GIB for one in found[:-1])
+    changed = start
+    for one in found:
+        changed = with_value(changed, one.key, one.value)
+        assert largest(asked.peaks(changed)).total == one.peak
+    order = [key for key, _, _ in budget.LEVERS]
+    assert [order.index(one.key) for one in found] == sorted(order.index(one.key) for one in found)
+
+
+def test_a_run_that_fits_needs_no_advice():
+    assert advise(need(), settings(), 1000 * GIB) == []
+
+
+def test_what_cannot_fit_gets_all_the_advice_there_is():
+    found = advise(need(), settings(), 1 * GIB)
+    assert found[-1].peak > GIB
+    assert {"policy.lora.rank", "policy.dtype"} <= {one.key for one in found}
+
+
+def test_smaller_packs_come_before_an_adapter_where_they_are_enough():
+    start = settings()
+    packs = largest(need().peaks(with_value(start, "train.max_tokens", "1024"))).total
+    assert {one.key for one in advise(need(), start, packs)} == {"train.max_tokens"}
+
+
+def test_a_model_from_nothing_has_the_shape_of_its_table():
+    made = initial_shape(InitialModelSettings(hidden_size=48, num_heads=6, num_kv_heads=2, num_embeddings=5000))
+    assert (made.hidden, made.key_width, made.vocabulary) == (48, 16, 5000)
+
+
+# --- what there is ----------------------------------------------------------------------------------------------
+
+
+def test_limits_of_control_groups(tmp_path):
+    member = tmp_path / "cgroup"
+    member.write_text("4:memory:/box\n2:cpu:/box\n0::/new\n")
+    for place, limit, usage in (
+        ("memory/box", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ("new", "memory.max", "memory.current"),
+    ):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / limit).write_text("5000\n")
+        (tmp_path / place / usage).write_text("3000\n")
+    (tmp_path / "new" / "memory.stat").write_text("anon 2000\ninactive_file 600\nactive_file 300\n")
+    assert sorted(_limits(tmp_path, member)) == [2000, 2900]
+    (tmp_path / "new" / "memory.max").write_text("max\n")
+    assert list(_limits(tmp_path, member)) == [2000]
+
+
+# --- commands ---------------------------------------------------------------------------------------------------
+
+
+def test_the_plan_is_one_table_with_its_grounds(capsys):
+    assert main(["plan", "run.toml", "--set", "iterations=2", "--set", JUDGE]) == 0
+    shown = capsys.readouterr().out
+    for word in ("evaluate", "rollout", "guard", "train", "sft", "fits", "GFLOP/s", "16 calls an iteration"):
+        assert word in shown
+    assert "not enough" in shown  # the budget
+
+
+def test_the_plan_as_json_and_a_price_that_is_not_known(capsys):
+    unpriced = 'judge={kind="llm", llm={provider="openai", model="m", base_url="http://127.0.0.1:1/v1"}}'
+    assert main(["plan", "run.toml", "--json", "--set", unpriced]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"]
+    assert found["peak_bytes"] == max(stage["bytes"] for stage in found["stages"].values())
+    assert found["judge"]["num_calls"] == 16
+    assert found["judge"]["per_iteration"] is None
+    assert found["seconds"]["stages"]["train"] > 0
+
+
+def test_a_judge_costs_calls_times_tokens_times_prices(capsys):
+    assert main(["plan", "run.toml", "--json", "--set", JUDGE]) == 0
+    judge = json.loads(capsys.readouterr().out)["judge"]
+    each = (2.0 * judge["input_tokens"] + 8.0 * judge["output_tokens"]) / 1e6
+    assert judge["per_iteration"] == pytest.approx(16 * each)
+
+
+@pytest.mark.parametrize("command", ["run", "rollout"])
+def test_a_run_without_the_memory_is_refused_with_advice(command, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "available_memory", lambda device: 300 << 20)
+    assert main([command, "run.toml", "--set", "rollout.num_tasks=400", "--set", "guard.num_tasks=2000"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: run planned needs about ")
+    assert "300 MiB are free" in line
+    assert "--set guard.num_tasks=" in line
+    assert "--ignore-memory" in line
+    assert not Path("runs/planned/checkpoints").exists()
+
+
+def test_one_may_go_on_anyway(capsys, monkeypatch):
+    monkeypatch.setattr(plan, "available_memory", lambda device: 300 << 20)
+    assert main(["rollout", "run.toml", "--ignore-memory"]) == 0
+
+
+def test_a_served_policy_needs_nothing_here(capsys):
+    served = ["--set", 'policy={server={model="m", base_url="http://127.0.0.1:1/v1"}}']
+    Path("served.toml").write_text(RUN.replace("[policy.initial]\nhidden_size = 48\n", "").split("[sft]")[0])
+    rest = "[rollout]" + RUN.split("[rollout]")[1]
+    with Path("served.toml").open("a") as file:
+        file.write(rest)
+    assert main(["plan", "served.toml", *served]) == 1
+    assert "served elsewhere" in capsys.readouterr().err
+
+
+def test_the_check_before_a_start_needs_no_torch():
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from prefloop.cli.plumbing import described_run\n"
+        "from prefloop.planning import check_memory\n"
+        "with described_run(Path('run.toml'), None, None) as run: check_memory(run)\n"
+        "print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.split() == ["False", "False"], done.stderr
+
+
+# --- measured ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "lora"])
+def test_the_planned_peak_is_the_measured_one_within_15_percent(adapter, capsys):
+    shape = "hidden_size=384 intermediate_size=1024 num_layers=6 num_heads=6 num_kv_heads=2 num_embeddings=8192"
+    made = ["--set", "architecture=qwen2"] + [part for one in shape.split() for part in ("--set", one)]
+    assert main(["init-model", "model", *made]) == 0
+    text = RUN.replace("[policy.initial]\nhidden_size = 48", '[policy]\nmodel = "model"')
+    text = text.replace(text[text.index("[sft]") : text.index("[rollout]")], "")
+    text = text.replace("samples_per_task = 4", "samples_per_task = 8").replace("= 24 }", "= 64 }")
+    curated = "[judge.rules]\nnoise_sd = 0.3\n[curation]\nmargin = 0.0\nfraction = 0.5\n"
+    Path("run.toml").write_text(text.replace("[train]", f"{curated}[train]\nbatch_size = 8\n"))
+    changes = ["--set", "policy.lora.rank=32"] if adapter else []
+    capsys.readouterr()
+    assert main(["plan", "run.toml", "--json", *changes]) == 0
+    planned = json.loads(capsys.readouterr().out)["peak_bytes"]
+    command = [sys.executable, "-m", "prefloop.cli", "run", "run.toml", *changes]
+    with Path("output").open("w") as output:
+        process = subprocess.Popen(command, stdout=output, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, Path("output").read_text()
+    assert planned == pytest.approx(used.ru_maxrss * 1024, rel=0.15)
