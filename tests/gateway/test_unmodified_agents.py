@@ -49,7 +49,7 @@ def variables(**more: str) -> dict[str, str]:
 def shell(line: str, folder: Path, **more: str) -> str:
     command = ["bash", "-c", line]
     done = subprocess.run(
-        command, cwd=folder, env=variables(**more), capture_output=True, text=True, timeout=280, check=False
+        command, cwd=folder, env=variables(**more), capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -112,6 +112,7 @@ def trained(store: Store, name: str) -> dict:
     return detail
 
 
+@pytest.mark.timeout(900)  # LangGraph takes a second and a half to import, sixty times
 def test_the_page_makes_a_langgraph_agent_better(folder, monkeypatch):
     for line in DOING:
         said = shell(line, folder)
