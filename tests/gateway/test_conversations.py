@@ -234,6 +234,18 @@ def test_draws_are_functions_of_what_is_asked_and_not_of_who_asks_first():
     assert len({t.thread.key for t in forward}) == 3
 
 
+def test_every_turn_and_every_seed_of_a_request_draws_anew():
+    talk = Talk()
+    messages, seeds = [user("one")], []
+    for number in range(3):
+        turn = talk.begin(messages)
+        seeds.append(turn.seed)
+        messages += [talk.episode.finish(turn, sampled(talk.voice, "said")), user(str(number))]
+    assert len(set(seeds)) == 3
+    other = Talk()
+    assert other.episode.begin((user("one"),), (), 5, 1000).seed not in seeds
+
+
 def test_a_context_that_is_full_ends_by_length_unless_less_is_asked():
     talk = Talk(max_context=40)
     first = talk.ask([user("one")], "first")

@@ -14,7 +14,7 @@ import httpx2
 import openai
 import pytest
 from gateway_runs import FROM, SAMPLING, Served, ToolLoop, assert_exact, policy, served, tasks
-from test_batcher import sampler, wait_until
+from test_batcher import rows_of, sampler, wait_until
 
 from prefloop.clients.sampling import SamplingSettings
 from prefloop.environments.base import Outcome
@@ -173,6 +173,15 @@ def test_two_episodes_with_one_id_are_refused(gateway):
     assert gateway.post("/episodes", {"task": "two", "episode": "one"}).status_code == 409
     assert gateway.post("/outcome", {"task": "two", "episode": "one"}).json()["error"]["code"] == "episode_closed"
     assert gateway.post("/outcome", {"episode": "never"}).status_code == 404
+
+
+def test_an_episode_that_closes_gives_its_memory_back():
+    with served() as gateway:
+        for number in range(3):
+            ask(gateway.client(f"e{number}"))
+        assert rows_of(gateway.gateway._batcher) == 3
+        gateway.close("e1")
+        wait_until(lambda: rows_of(gateway.gateway._batcher) == 2)
 
 
 def test_attempts_at_a_task_are_samples_of_it(gateway):

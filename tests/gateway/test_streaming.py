@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from gateway_runs import policy
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_conversations import TOOL, voice
 
@@ -23,6 +23,7 @@ FORMATS = [*CALL_FORMATS, "text"]
 
 @pytest.mark.parametrize("thinking", [False, True])
 @pytest.mark.parametrize("tool_format", FORMATS)
+@example(parts=["\n", "Hello", "\n", "<tool_call>", '{"name": "look", "arguments": {}}', "</tool_call>"], steps=1)
 @given(parts=st.lists(PARTS, max_size=9), steps=st.integers(1, 5))
 @settings(max_examples=150, deadline=None)
 def test_what_is_shown_is_the_content_in_the_end(tool_format, thinking, parts, steps):

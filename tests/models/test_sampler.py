@@ -283,6 +283,26 @@ def test_released_rows_give_their_memory_back_and_may_return(qwen3):
     assert_same(last, sampler.session().generate(kept, [1, 2], settings, seed=99))
 
 
+def test_what_rows_share_stays_while_one_of_them_needs_it(qwen3):
+    settings, rng = SamplingSettings(max_new_tokens=5), np.random.default_rng(6)
+    sampler = LocalSampler(qwen3, STOPS)
+    session = sampler.session()
+    kept, said = [], []
+    for turn in range(4):
+        trunk = rng.integers(2, VOCAB, 40)
+        contexts = [np.concatenate([trunk, rng.integers(2, VOCAB, n)]) for n in (3, 4, 5)]
+        keys = [10 * turn + i for i in range(3)]
+        found = session.generate(contexts, keys, settings, seed=turn)
+        assert (session._engine._rows.prefix_length > 0).any()
+        session.release(keys[1:])  # one of the three goes on, and others take the slots
+        if kept:
+            longer = turn_contexts(kept, said, rng)
+            assert_logprobs(qwen3, longer, session.generate(longer, [10 * turn - 10], settings, seed=50 + turn))
+            session.release([10 * turn - 10])
+        kept, said = contexts[:1], found[:1]
+    assert len(session._engine._prefixes) == 2
+
+
 def test_draws_do_not_depend_on_the_batch(qwen3):
     settings = SamplingSettings(max_new_tokens=16)
     sampler = LocalSampler(qwen3, STOPS)
