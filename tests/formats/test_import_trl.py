@@ -6,6 +6,7 @@ import pytest
 from prefloop.formats import import_file
 from prefloop.formats.rows import Bundle
 from prefloop.records import Judgement, Message, PrefloopError, Rater, RaterKind, Role, Split, Verdict, content_hash
+from prefloop.store import Store
 
 U, A = Role.USER, Role.ASSISTANT
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -317,3 +318,49 @@ def test_ids_do_not_depend_on_the_file(store, tmp_path):
     assert trajectory.id == content_hash("import", task.id, said, None)
     (judgement,) = store.judgements()
     assert isinstance(judgement, Judgement) and judgement.score == 1.0
+
+
+# --- thumbs -----------------------------------------------------------------------------------------------------
+
+
+def thumbed(answer: str, **said: object) -> dict:
+    asked = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    asked += [{"role": "user", "content": "2 + 2?"}]
+    called = {"id": "c0", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+    asked += [{"role": "assistant", "content": "", "tool_calls": [called]}]
+    asked += [{"role": "tool", "content": "4", "tool_call_id": "c0"}]
+    return {"messages": [*asked, {"role": "assistant", "content": answer}], **said}
+
+
+@pytest.mark.parametrize(
+    ("said", "value"), [({"thumb": "up"}, 1.0), ({"thumb": "down"}, 0.0), ({"label": True}, 1.0), ({"label": 0}, 0.0)]
+)
+def test_a_thumb_is_of_the_answer_to_the_last_question(said, value, tmp_path):
+    (tmp_path / "logs.jsonl").write_text(json.dumps(thumbed("4", **said)) + "\n")
+    with Store(":memory:") as store:
+        import_file(store, tmp_path / "logs.jsonl")
+        (trajectory,), (judgement,) = store.trajectories(), store.judgements()
+    assert trajectory.num_prompt_messages == 3 and len(trajectory.completion) == 3
+    assert (judgement.trajectory_id, judgement.value, judgement.score) == (trajectory.id, value, value)
+
+
+def test_without_a_thumb_a_chat_begins_at_its_first_answer(tmp_path):
+    (tmp_path / "logs.jsonl").write_text(json.dumps(thumbed("4", thumb=None)) + "\n")
+    with Store(":memory:") as store:
+        import_file(store, tmp_path / "logs.jsonl")
+        assert store.trajectories()[0].num_prompt_messages == 1 and not store.judgements()
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"thumb": "sideways"}, r'thumb: expected "up" or "down", found "sideways"'),
+        ({"thumb": True}, r'thumb: expected "up" or "down", found true'),
+        ({"thumb": "up", "label": True}, "thumb: there is a 'label', too: give one of them"),
+        ({"label": "good"}, "label: expected true or false"),
+    ],
+)
+def test_thumbs_that_say_nothing(said, message, tmp_path):
+    (tmp_path / "logs.jsonl").write_text(json.dumps(thumbed("4", **said)) + "\n")
+    with Store(":memory:") as store, pytest.raises(PrefloopError, match=message):
+        import_file(store, tmp_path / "logs.jsonl")

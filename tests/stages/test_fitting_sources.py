@@ -43,6 +43,27 @@ def trained(store: Store, objective: str, model: Path, tmp_path: Path, **options
 # --- files ------------------------------------------------------------------------------------------------------
 
 
+def test_labelled_answers_to_one_prompt_make_pairs_in_turn(store: Store, tmp_path: Path):
+    """Two good ones and three bad ones: three pairs, each answer in one at least; alone, an answer makes none."""
+    answers = {"one": ("g0", "b0", "g1", "b1", "b2"), "two": ("g0",), "three": ("b0",)}
+    rows = [
+        {"prompt": prompt, "completion": answer, "label": answer[0] == "g"}
+        for prompt, given in answers.items()
+        for answer in given
+    ]
+    options = {"data": [write_rows(tmp_path / "rows.jsonl", rows)]}
+    selected = select(settings_of("dpo", tmp_path, **options, on_error="skip"), store)
+    said = {t.id: t.completion[0].content for t in store.trajectories()}
+    pairs = [(said[pair.chosen_id], said[pair.rejected_id]) for pair in selected.rows.members]
+    assert pairs == [("g0", "b0"), ("g1", "b1"), ("g0", "b2")]
+    assert selected.rows.names == ["rows.jsonl:1", "rows.jsonl:3", "rows.jsonl:1"]
+    assert [len(pair.evidence) for pair in selected.rows.members] == [2, 2, 2]
+    alone = "no answer to its prompt is labelled as {}: kto learns from such rows"
+    assert selected.skips.listed == [f"rows.jsonl:6: {alone.format('bad')}", f"rows.jsonl:7: {alone.format('good')}"]
+    with pytest.raises(PrefloopError, match=r"rows\.jsonl:6: no answer to its prompt is labelled as bad"):
+        select(settings_of("dpo", tmp_path, **options), store)
+
+
 def test_files_of_one_name_are_told_apart_and_where_they_lie_decides_nothing(model: Path, tmp_path: Path):
     found, (row,) = [], pair_rows(1)
     refused, empty = {**row, "prompt": 3}, {**row, "rejected": ""}  # by the import, and after it
@@ -88,7 +109,7 @@ def test_what_a_preference_says_beside_its_sides_reaches_the_example(store: Stor
         ("reward", pair_rows, {"note": 4}),
         ("sft", pair_rows, {"margin": 2, "note": 4, "rejected": 8}),
         ("kto", labelled_rows, {"margin": 2, "note": 4}),
-        ("sft", chat_rows, {"label": 4, "margin": 2, "note": 4}),
+        ("sft", chat_rows, {"margin": 2, "note": 4}),
     ],
 )
 def test_columns_that_the_objective_does_not_use_are_counted(
@@ -98,7 +119,7 @@ def test_columns_that_the_objective_does_not_use_are_counted(
     for i, row in enumerate(made):
         row |= {"margin": 1.0} if i < 2 else {"note": "seen"} if i % 2 else {}
         row |= {"note": "seen"} if i == 0 else {}
-        row |= {"label": True} if rows is chat_rows and i < 4 else {}
+        row |= {"label": True} if rows is chat_rows and i < 4 else {}  # read, so that what is bad is not imitated
     heard = Heard()
     fitted = train_rows(objective, model, tmp_path / "out", made, progress=heard, num_steps=1)
     assert fitted.data["unused"] == unused
