@@ -1,4 +1,4 @@
-"""An agent on LangGraph: a model that may call a tool, and a node that runs it. It knows nothing of who trains its model."""
+"""An agent on LangGraph: a model that may call a tool, and a node that runs it. Who trains its model it does not know."""
 
 import os
 import sys
