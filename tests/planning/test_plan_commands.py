@@ -157,7 +157,7 @@ def test_a_judge_costs_calls_times_tokens_times_prices(capsys):
     assert judge["per_iteration"] == pytest.approx(16 * each)
 
 
-@pytest.mark.parametrize("command", ["run", "rollout"])
+@pytest.mark.parametrize("command", ["run", "rollout", "train"])
 def test_a_run_without_the_memory_is_refused_with_advice(command, capsys, monkeypatch):
     monkeypatch.setattr(plan, "available_memory", lambda device: 300 << 20)
     assert main([command, "run.toml", "--set", "rollout.num_tasks=400", "--set", "guard.num_tasks=2000"]) == 1

@@ -181,3 +181,12 @@ def test_a_forward_takes_the_operations_that_torch_counts():
     attention = 4 * 3 * setup.shape.query_width * tokens  # torch counts all scores, not those below the diagonal alone
     ours = tokens * (timing._forward(setup, 0.0) + attention + 2 * 70 * 96)
     assert ours == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_only_layers_are_rounded_to_few_bits():
+    plain, rounded = (
+        setup_for("llama", "bfloat16", RANK),
+        replace(setup_for("llama", "bfloat16", RANK), quantization="4bit"),
+    )
+    body = plain.shape.num_body_parameters
+    assert plain.base_bytes - rounded.base_bytes == 2 * body - int(0.516 * body)

@@ -17,6 +17,7 @@ from cyclopts import App, Group, Parameter
 from pydantic.fields import FieldInfo
 
 from prefloop.cli.plumbing import (
+    IgnoreMemoryOption,
     IterationOption,
     RunFile,
     SetOption,
@@ -63,10 +64,12 @@ def update(
     *,
     dataset: Annotated[str, Parameter(help="id (or its beginning) of a dataset of the store to train on instead")] = "",
     iteration: IterationOption = None,
+    ignore_memory: IgnoreMemoryOption = False,
     store: StoreOption = None,
     overrides: SetOption = None,
 ) -> None:
     """Update the policy on an iteration's dataset, guarded; or train an objective on data of your own."""
+    from prefloop.planning import check_memory
     given = read_run_file(file)
     if "objective" in given:
         if dataset or iteration is not None:
@@ -79,6 +82,8 @@ def update(
     from prefloop.stages.updating import train_stage
 
     with open_stage(file, store, overrides) as opened:
+        if not ignore_memory:
+            check_memory(opened)
         start_policy(opened)
         number = iteration_of(opened, iteration, "train")
         if dataset:

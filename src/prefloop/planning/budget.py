@@ -77,6 +77,7 @@ def setup_of(settings: RunSettings, shape: ModelShape, training: TrainingSetting
         training.gradient_checkpointing,
         training.max_tokens,
         objective(settings.train.algorithm).reference or settings.guard.num_tasks > 0,
+        policy.quantization,
     )
 
 
@@ -169,6 +170,11 @@ LEVERS: tuple[Lever, ...] = (
         "weights below the adapter in bfloat16: rounded",
         lambda s: ['"bfloat16"'] if s.policy.dtype == "float32" else [],
     ),
+    (
+        "policy.quantization",
+        "weights below the adapter in 4 bits (NF4): rounded more, slower, and needs bitsandbytes",
+        lambda s: ['"4bit"'] if s.policy.quantization != "4bit" else [],
+    ),
     ("train.batch_size", "fewer rows in a step", lambda s: _halved(s.train.batch_size, 4)),
     ("guard.num_tasks", "a coarser guard", lambda s: _halved(s.guard.num_tasks, 32)),
     ("rollout.samples_per_task", "fewer rollouts to choose from", lambda s: _halved(s.rollout.samples_per_task, 2)),
@@ -180,6 +186,7 @@ LEVERS: tuple[Lever, ...] = (
 )
 """The least intrusive first: the first three change no result beyond rounding."""
 
+BELOW_ADAPTERS = {"policy.dtype", "policy.quantization"}
 HELPS = 0.98
 """Of the peak: a change that leaves more is not worth its cost."""
 
@@ -206,8 +213,8 @@ def advise(need: Need, settings: RunSettings, limit: int) -> list[Advice]:
 
 def _pull(need: Need, settings: RunSettings, chosen: dict[str, str], key: str, limit: int) -> bool:
     """Choose the mildest value of a key with which the run fits, else the one that helps most; whether any does."""
-    if key == "policy.dtype" and settings.policy.lora is None and "policy.lora.rank" not in chosen:
-        return False  # weights that are trained lose small updates in bfloat16
+    if key in BELOW_ADAPTERS and settings.policy.lora is None and "policy.lora.rank" not in chosen:
+        return False  # weights that are trained lose small updates in bfloat16, and cannot have fewer bits
     least, helped = _peak(need, settings, chosen), False
     for value in _values(settings, key):
         now = _peak(need, settings, chosen | {key: value})
@@ -222,7 +229,7 @@ def _spare(need: Need, settings: RunSettings, chosen: dict[str, str], limit: int
     """Give up what is not needed to stay below the limit."""
     for key in [key for key, _, _ in reversed(LEVERS) if key in chosen]:
         without = {other: value for other, value in chosen.items() if other != key}
-        needed = key == "policy.lora.rank" and "policy.dtype" in chosen
+        needed = key == "policy.lora.rank" and BELOW_ADAPTERS & chosen.keys()
         if not needed and _peak(need, settings, without) <= limit:
             del chosen[key]
             continue

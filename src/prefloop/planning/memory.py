@@ -64,6 +64,9 @@ OUTER_KEPT: Mapping[tuple[Precision, bool], int] = {
     ("mixed", True): 8,
 }
 
+QUANTISED_BYTES = {"8bit": 1.0, "4bit": 0.516}
+"""Of a weight: NF4 with a scale of 8 bits for 64 weights and one of 32 for 256 of those (arXiv:2305.14314)."""
+
 LOGIT_BUDGET, CHUNK_TOKENS, CHUNK_LOGITS = 1 << 29, 512, 1 << 24  # as in prefloop.models.forward
 FEED_FORWARD_CHUNK = 2048  # as in prefloop.models.sparing
 PREFILL_TOKENS, GRANULE, KEPT_ARENA = 4096, 64, 1 << 30  # as in prefloop.models.cached_engine and kv_cache
@@ -81,6 +84,7 @@ class Setup:
     checkpointing: bool
     max_tokens: int
     reference: bool = True
+    quantization: str | None = None
 
     @property
     def arithmetic(self) -> Precision:
@@ -91,8 +95,12 @@ class Setup:
 
     @property
     def base_bytes(self) -> int:
-        """Of the model without an adapter."""
-        return self.shape.num_parameters * BYTES[self.dtype]
+        """Of the model without an adapter; embeddings and norms are never rounded to few bits."""
+        shape = self.shape
+        if self.quantization is None:
+            return shape.num_parameters * BYTES[self.dtype]
+        rounded = int(shape.num_body_parameters * QUANTISED_BYTES[self.quantization])
+        return rounded + (shape.num_parameters - shape.num_body_parameters) * BYTES[self.dtype]
 
     @property
     def adapter_bytes(self) -> int:
