@@ -1,4 +1,4 @@
-"""An agent on LangGraph: a model that may call a tool, and a node that runs it. Who trains its model it does not know."""
+"""An agent on LangGraph: a model that may call a tool, and a node that runs it; who trains its model it knows not."""
 
 import os
 import sys
