@@ -31,6 +31,7 @@ EXTRAS = {
     "report": "HTML reports",
     "web": "prefloop annotate, and the gateway for agents",
     "parquet": "Parquet in and out",
+    "bitsandbytes": "weights of 8 or 4 bits below an adapter",
     "anthropic": "judges over the Anthropic API",
     "openai": "judges and policies on OpenAI-compatible servers",
     "reasoning-gym": "the environments of reasoning-gym",
