@@ -10,11 +10,17 @@ from parity_cases import CASES, Case
 from packed_examples import thinking_runs
 from prefloop.batch.pieces import pack_pieces
 from prefloop.losses.registry import objective
+from prefloop.models import sparing
 from prefloop.training.step import StepSettings, TrainingStep, with_reference
 
 TOLERANCE = 1e-9
 BUDGETS = {"every path fits": 60, "some paths do not": 30, "no path does": 1}
-NUM_TURNS = 6
+NUM_TURNS = 5
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(sparing, "CHUNK_TOKENS", 16)
 
 
 def step_of(model, reference, case, max_tokens):
@@ -29,7 +35,7 @@ def examples_of(case):
 
 
 def runs(case):
-    return thinking_runs(objective(case.objective).records, 3, NUM_TURNS)
+    return thinking_runs(objective(case.objective).records, 2, NUM_TURNS)
 
 
 def gradient_of(model, reference, case, max_tokens, examples):
@@ -58,14 +64,13 @@ def test_every_objective_cut_equals_itself_whole(case, exact_model, use_layout):
     examples = examples_of(case)
     use_layout("forest")
     whole = gradient_of(model, reference, case, 100_000, examples)
-    for budget in BUDGETS.values():
+    for budget in (60, 30):
         assert_equal(gradient_of(model, reference, case, budget, examples), whole)
-    for examined in (100_000, 30):
-        evaluated = step_of(model, reference, case, examined).evaluate(examples)
-        assert evaluated["loss"] == pytest.approx(whole[0]["loss"], rel=TOLERANCE)
+    evaluated = step_of(model, reference, case, 30).evaluate(examples)
+    assert evaluated["loss"] == pytest.approx(whole[0]["loss"], rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("kind", ["gpt_neox", "gemma2", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["gpt_neox", "gemma2", "gemma3_text", "olmo2", "qwen3_moe"])
 @pytest.mark.parametrize("case", [Case("dpo"), Case("sft")], ids=lambda case: case.id)
 def test_rows_windows_and_experts_are_cut_alike(kind, case, exact_model, use_layout):
     settings = {"sliding_window": 9} if kind == "gemma2" else {}
