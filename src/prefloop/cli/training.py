@@ -70,6 +70,7 @@ def update(
 ) -> None:
     """Update the policy on an iteration's dataset, guarded; or train an objective on data of your own."""
     from prefloop.planning import check_memory
+
     given = read_run_file(file)
     if "objective" in given:
         if dataset or iteration is not None:
