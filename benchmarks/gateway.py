@@ -6,10 +6,11 @@ agents of another process on keep-alive connections, in OpenAI's format. Model, 
 and tool times are the same, both sides are run in turn, and a latency is from the agent's messages to the reply in
 its hands. Every reply is as long as its budget, so that both sides sample the same number of tokens.
 
-* tools: a tool takes 50 ms on average (exponential), as a fast one does: agents come and go.
-* waves: no tool time at all: whoever has a reply asks again at once, and 32 requests are always in work. Then
-  every millisecond that the gateway takes from the CPU is added to all of them.
-* streamed: as tools, with streaming; the latency is to the last piece.
+* tools: a tool takes half a second on average (exponential): agents come and go, and the sampler keeps up.
+* streamed: the same with streaming; the latency is to the last piece.
+* busy: a tool takes 50 ms, and the sampler is what all wait for: whatever the gateway takes from its CPU counts for
+  every call in work.
+* waves: no tool time at all, the worst there is: 32 calls are always in work and end together.
 
     python benchmarks/gateway.py [--json PATH] [--only PATTERN] [--quick] [--seed N]
 """
@@ -34,7 +35,7 @@ NUM_AGENTS = 32
 NUM_SAMPLED = 24  # tokens of a reply
 TOOL_WORDS = 24  # of a tool's result
 PROMPT_WORDS = 60
-MEAN_TOOL_S = {"tools": 0.05, "waves": 0.0, "streamed": 0.05}
+MEAN_TOOL_S = {"tools": 0.5, "streamed": 0.5, "busy": 0.05, "waves": 0.0}
 Messages = list[dict[str, Any]]
 
 
@@ -235,7 +236,8 @@ def measure(regime: str, options: Any) -> Any:
     rows: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
     try:
         for number in range(rounds + 1):
-            for side, run in sides.items():
+            order = list(sides.items())
+            for side, run in order if number % 2 else order[::-1]:
                 latencies = np.array(run(Plan(regime, turns, options.seed + number))) * 1000
                 if number:  # the first round warms up
                     rows[side].append((float(np.median(latencies)), float(np.percentile(latencies, 99))))
