@@ -27,10 +27,13 @@ SAMPLED, GREEDY = "evaluate_sampled", "evaluate_greedy"
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """A policy's success (None where nothing is verified) and its KL to the start policy, on its own samples."""
+    """A policy's success (None where nothing is verified) and its KL to the start policy, on its own samples.
+
+    The KL is None where it said too little: its prompts were as long as it can read.
+    """
 
     success: Interval | None
-    kl: KLSummary
+    kl: KLSummary | None
 
 
 def guard_evaluation(run: Run, policy: Policy) -> Evaluated:
@@ -83,22 +86,25 @@ def _evaluate(run: Run, checkpoint_id: str, tasks: Sequence[Task], iteration: in
     sampling = _sampling(run, 1.0 if stage == SAMPLED else 0.0)
     trajectories = roll_out_in_units(run, checkpoint_id, tasks, 1, sampling, iteration, stage)
     ids = [t.id for t in trajectories]
-    has_tokens = any(trajectory.token_paths for trajectory in trajectories)
-    kl = _kl_to_start(run, trajectories) if stage == SAMPLED and has_tokens else None
+    kl = _kl_to_start(run, trajectories) if stage == SAMPLED else None
     verdicts = list(run.verdicts(ids).values())
     if verdicts:
         return success_summary(trajectories, verdicts, kl=kl)
     judge(run, trajectories)
     found = run.store.judgements(trajectory_ids=ids, rater_id=run.judge.rater.id)
     scores = [judgement.score for judgement in found if judgement.score is not None]
-    kl_found = kl.to_dict() if kl is not None else {"kl_per_token": None, "kl_per_trajectory": None}
     return {
         "success": None,
         "metrics": {"turns": sum(t.num_turns for t in trajectories) / len(trajectories)},
         "mean_judge_score": sum(scores) / len(scores) if scores else None,
         "num_unverified": len(trajectories),
-        **kl_found,
+        **kl_detail(kl),
     }
+
+
+def kl_detail(kl: KLSummary | None) -> JSONObject:
+    """What an event says of a KL, measured or not."""
+    return {"kl_per_token": None, "kl_per_trajectory": None} if kl is None else kl.to_dict()
 
 
 def compare_start_and_end(run: Run, start: tuple[int, str], end: tuple[int, str]) -> JSONObject | None:
@@ -118,13 +124,18 @@ def _sampling(run: Run, temperature: float) -> SamplingSettings:
     return SamplingSettings(temperature=temperature, max_new_tokens=run.settings.rollout.sampling.max_new_tokens)
 
 
-def _kl_to_start(run: Run, trajectories: Sequence[Trajectory]) -> KLSummary:
-    """KL to the start policy; the trajectories were sampled at temperature 1 without truncation."""
+def _kl_to_start(run: Run, trajectories: Sequence[Trajectory]) -> KLSummary | None:
+    """KL to the start policy; the trajectories were sampled at temperature 1 without truncation.
+
+    None where fewer than two of them hold tokens that it sampled.
+    """
     from prefloop.batch.examples import Demonstration
     from prefloop.training.step import with_reference
 
-    start = run.policies.reference(run.checkpoint_before(0))
     written = [t for t in trajectories if any((path.source == Source.SAMPLED).any() for path in t.token_paths)]
+    if len(written) < 2:
+        return None
+    start = run.policies.reference(run.checkpoint_before(0))
     scored = with_reference(start, [Demonstration(t.token_paths, name=t.id) for t in written])
     own, reference = [], []
     for example in scored:

@@ -13,7 +13,7 @@ from prefloop.records import Checkpoint, Dataset, DivergedError, JSONObject, Pre
 from prefloop.rollout import derived_seed
 from prefloop.stages.context import BEFORE, Run
 from prefloop.stages.curating import dataset_of
-from prefloop.stages.evaluating import Evaluated, guard_evaluation
+from prefloop.stages.evaluating import Evaluated, guard_evaluation, kl_detail
 from prefloop.stages.selecting import Rows
 from prefloop.stages.update_data import UpdateData, rows_to_learn, update_data, why_nothing_to_learn
 from prefloop.stats.intervals import Interval
@@ -45,7 +45,7 @@ class _Attempt:
     def to_dict(self) -> JSONObject:
         return {
             "learning_rate": self.learning_rate,
-            "kl": self.evaluated.kl.per_trajectory if self.evaluated else None,
+            "kl": self.evaluated.kl.per_trajectory if self.evaluated and self.evaluated.kl else None,
             "success": _plain(self.evaluated.success) if self.evaluated else None,
             **self.decision.to_dict(),
             "skipped": [asdict(skipped) for skipped in self.result.skipped],
@@ -188,6 +188,8 @@ def _states(run: Run, iteration: int) -> Path:
 
 def _decide(run: Run, before: Interval | None, evaluated: Evaluated) -> Decision:
     guard = run.settings.guard
+    if evaluated.kl is None:
+        return Decision(False, "on the guard tasks it said nothing: their prompts are as long as the model can read")
     decisions = [kl_guard(evaluated.kl.per_trajectory, guard.max_kl)]
     if before is not None and evaluated.success is not None:
         decisions.insert(0, evaluation_guard(before, evaluated.success, guard.max_drop))
@@ -212,7 +214,7 @@ def _guard_detail(run: Run, checkpoint_id: str, evaluated: Evaluated | None) -> 
     return {
         "checkpoint_id": checkpoint_id,
         "num_tasks": run.settings.guard.num_tasks,
-        "sampled": {"success": _plain(evaluated.success), **evaluated.kl.to_dict()},
+        "sampled": {"success": _plain(evaluated.success), **kl_detail(evaluated.kl)},
     }
 
 
