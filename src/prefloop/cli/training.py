@@ -73,8 +73,10 @@ def update(
 
     given = read_run_file(file)
     if "objective" in given:
-        if dataset or iteration is not None:
-            raise PrefloopError(f"{file} is a training of its own: --iteration and --dataset are of run files")
+        if dataset or iteration is not None or ignore_memory:
+            raise PrefloopError(
+                f"{file} is a training of its own: --iteration, --dataset and --ignore-memory are of run files"
+            )
         _fit_file(file, apply_overrides(given, overrides or []), store)
         return
     from prefloop.stages.curating import adopt_dataset
