@@ -34,8 +34,8 @@ def examples_of(case):
     return case.rows(4, 3) if case.rows and not objective(case.objective).couples else runs(case)
 
 
-def runs(case):
-    return thinking_runs(objective(case.objective).records, 2, NUM_TURNS)
+def runs(case, num=2):
+    return thinking_runs(objective(case.objective).records, num, NUM_TURNS)
 
 
 def gradient_of(model, reference, case, max_tokens, examples):
@@ -100,7 +100,7 @@ def test_references_are_scored_in_pieces(budget, exact_model, use_layout):
 def test_no_forward_is_larger_than_the_budget_or_the_longest_path(case, exact_model, use_layout, monkeypatch):
     model, reference = exact_model(head=case.head)
     use_layout("forest")
-    examples = runs(case)
+    examples = runs(case, 4)
     longest = max(len(path.token) for example in examples for sample in example.samples for path in sample)
     sizes = []
     model.base_model.register_forward_pre_hook(
@@ -121,7 +121,7 @@ def test_no_forward_is_larger_than_the_budget_or_the_longest_path(case, exact_mo
 def test_where_only_the_end_is_read_only_its_path_is_computed(exact_model, use_layout):
     model, _ = exact_model(head="score")
     use_layout("forest")
-    case, examples = Case("reward"), runs(Case("reward"))
+    case, examples = Case("reward"), runs(Case("reward"), 4)
     whole, cut = (gradient_of(model, None, case, budget, examples)[0] for budget in (100_000, 40))
     assert cut["num_computed"] < 0.7 * whole["num_computed"]
 
