@@ -2,7 +2,7 @@
 
 Where the numbers come from:
 
-- **process**: an interpreter with torch, transformers, peft and the store open, measured (torch 2.13 for CPUs).
+- **process**: an interpreter with the libraries loaded and the store open, measured (torch 2.13 for CPUs).
 - **weights**: what the files hold, in the dtype of the policy. An adapter's are float32 whatever the base is, as peft
   makes them. A frozen reference shares the base weights with a policy that has an adapter, else it is a second model.
 - **gradients** and **optimizer**: the trained weights once, and twice for AdamW's moments.
@@ -27,9 +27,8 @@ from prefloop.planning.shapes import BYTES, OUTER_NORMS, QK_NORMS, ModelShape
 Precision = Literal["float32", "bfloat16", "mixed"]
 """Of the layers' arithmetic; mixed: weights in float32, arithmetic in bfloat16."""
 
-PROCESS = 440 << 20
-QUANTISED = 140 << 20
-"""More where bitsandbytes is installed, which peft imports with itself."""
+PROCESS, ADAPTING, QUANTISING = 440 << 20, 30 << 20, 110 << 20
+"""Of the libraries; more with peft, which only adapters need, and more where that finds bitsandbytes installed."""
 
 ON_DEVICE = 600 << 20
 """What CUDA itself takes of a GPU."""
@@ -307,11 +306,13 @@ def _peak(setup: Setup, stage: str, parts: Mapping[str, int]) -> Peak:
     on_device = setup.device.startswith("cuda")
     slack = SLACK["cuda" if on_device else "cpu"]
     scaled = {name: int(size * slack) for name, size in parts.items()}
-    return Peak(stage, {"process": ON_DEVICE if on_device else _process(), **scaled})
+    return Peak(stage, {"process": ON_DEVICE if on_device else _process(setup), **scaled})
 
 
-def _process() -> int:
-    return PROCESS + (QUANTISED if find_spec("bitsandbytes") is not None else 0)
+def _process(setup: Setup) -> int:
+    if setup.rank is None:
+        return PROCESS
+    return PROCESS + ADAPTING + (QUANTISING if find_spec("bitsandbytes") is not None else 0)
 
 
 def largest(peaks: Iterator[Peak] | list[Peak]) -> Peak:
