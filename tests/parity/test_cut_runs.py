@@ -35,7 +35,7 @@ def examples_of(case):
 
 
 def runs(case, num=2):
-    return thinking_runs(objective(case.objective).records, num, NUM_TURNS)
+    return thinking_runs(objective(case.objective).records, num, NUM_TURNS, seed=1)
 
 
 def gradient_of(model, reference, case, max_tokens, examples):
