@@ -44,7 +44,7 @@ RUN: dict[str, Any] = {
     "rollout": {"num_tasks": 4, "samples_per_task": 8, "sampling": {"max_new_tokens": 64}},
     "judge": {"rules": {"noise_sd": 0.3}},
     "curation": {"margin": 0.0, "fraction": 0.5},
-    "train": {"learning_rate": 1e-6, "batch_size": 8, "num_epochs": 1},
+    "train": {"learning_rate": 1e-6, "batch_size": 8, "num_steps": 4},
     "guard": {"num_tasks": 4, "max_kl": 1e6, "max_drop": 1.0},
     "evaluation": {"num_tasks": 4, "greedy": False},
 }

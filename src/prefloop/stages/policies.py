@@ -54,7 +54,6 @@ class Policies:
         self._reference: tuple[str, Policy] | None = None
         self._served = _served_voices(run, self._release)
         torch.set_num_threads(run.settings.num_threads)
-        map_large_blocks()
         torch.use_deterministic_algorithms(True, warn_only=run.settings.policy.device != "cpu")
 
     def get(self, checkpoint_id: str) -> Policy:
@@ -66,6 +65,7 @@ class Policies:
             self._loaded[checkpoint_id] = load_policy(
                 path, lora=self._run.settings.policy.lora, beside=beside, **self._options()
             )
+            map_large_blocks(self._loaded[checkpoint_id].model)
         return self._loaded[checkpoint_id]
 
     def take(self, checkpoint_id: str) -> Policy:

@@ -106,7 +106,7 @@ def train(
         TrainingDivergedError: too many steps in a row were not finite, or with patience the held-out metric.
     """
     _check(algorithm, reference, examples, held_out, settings)
-    map_large_blocks()
+    map_large_blocks(model)
     num_steps = count_steps(settings, len(examples))
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
