@@ -2,6 +2,8 @@
 
 import builtins
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -120,6 +122,37 @@ def test_what_quantised_weights_cannot_do(model: Path, tmp_path: Path, monkeypat
         given = ["--model", "m", "--data", "x", "--quantization", "8bit"]
         assert main(["train", *options, *given]) == 1
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        (
+            {"hidden_size": 96},
+            r"the width in of its layer model\.layers\.0\.self_attn\.q_proj is 96, .* of 64 alone",
+        ),
+        (
+            {"hidden_size": 64, "intermediate_size": 80},
+            r"width out of its layer \S*gate_proj is 80, .* of 32 alone",
+        ),
+    ],
+)
+def test_widths_that_4_bits_cannot_have_on_a_cpu(shape: dict, said: str, tmp_path: Path):
+    """On some CPUs alone, and when it computes: it is said on all of them, and before."""
+    pytest.importorskip("bitsandbytes")
+    odd = tiny_model(tmp_path, **shape)
+    with pytest.raises(PrefloopError, match=said) as raised:
+        load_policy(str(odd), lora=LORA, quantization="4bit")
+    assert "give quantization 8bit" in str(raised.value)
+    policy = load_policy(str(odd), lora=LORA, quantization="8bit")
+    assert logits(policy, torch.arange(20, 60)[None]).isfinite().all()
+
+
+def test_a_package_that_is_not_used_says_nothing(model: Path):
+    pytest.importorskip("bitsandbytes")
+    code = f"from prefloop.models.load import *; load_policy({str(model)!r}, lora=LoraSettings(rank=2))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "gemm_4bit_forward" not in done.stderr
 
 
 def test_without_the_package_the_error_says_what_installs_it(model: Path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -44,6 +45,7 @@ app = App(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; an error is one line on standard error and exit code 1."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of one library to another: no user can act on it
     try:
         _check_objective(sys.argv[1:] if arguments is None else arguments)
         app(arguments, result_action="return_value", exit_on_error=True)

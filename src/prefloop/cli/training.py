@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -112,7 +111,6 @@ def _fit(name: str, output: Path | None, store: str | None, options: dict[str, A
     settings = _settings(name, options, source or f"prefloop train {name}")
     output = output or Path("runs") / name
     files_of([*settings.data, *settings.eval_data])  # before a store is made
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of one library to another: no user can act on it
     with training_store(store, output, own=bool(settings.data)) as opened, LiveTraining(console) as progress:
         try:
             fitted = fit(settings, opened, output, progress)

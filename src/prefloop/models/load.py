@@ -32,9 +32,14 @@ TOKENIZERS = ("*token*", "*vocab*", "*.model")
 """Names of the files that a tokenizer is read from, one of which there must be."""
 
 transformers_logging.disable_progress_bar()  # prefloop shows its own
+# It speaks of what it lacks when peft looks whether it is there, and then at each product of matrices of its types.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 BITS_MISSING = "weights of 8 or 4 bits need bitsandbytes: pip install 'prefloop[bitsandbytes]'"
 PEFT_MISSING = "LoRA needs peft: pip install 'prefloop[train]'"
+
+WIDTHS = (64, 32)
+"""What the widths in and out of a layer of 4 bits must be multiples of on a CPU, where bitsandbytes packs them anew."""
 
 
 @dataclass(slots=True, weakref_slot=True)
@@ -82,7 +87,8 @@ def load_policy(
 
     Raises:
         PrefloopError: it is not a causal language model, such as a reward model; it has no tokenizer; peft or
-            bitsandbytes is missing; quantised weights would be trained; as `fetch_model` and `check_device`.
+            bitsandbytes is missing; quantised weights would be trained, or are of a width that bitsandbytes cannot
+            take; as `fetch_model` and `check_device`.
     """
     check_device(device)
     directory = fetch_model(name)
@@ -125,8 +131,29 @@ def _load_causal(base: str, name: str, dtype: Dtype, device: str, quantization: 
     if quantization is not None:
         options = {"device_map": {"": device}, "quantization_config": _bits(quantization, dtype)}
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype), **options)
+    if quantization == "4bit" and device.startswith("cpu"):
+        _check_widths(model, name)
     remember_hub(model, base)
     return model
+
+
+def _check_widths(model: PreTrainedModel, name: str) -> None:
+    """See that bitsandbytes can compute every layer of 4 bits on a CPU.
+
+    Raises:
+        PrefloopError: a layer's width is no multiple of `WIDTHS`.
+    """
+    for layer, module in model.named_modules():
+        if type(module).__name__ != "Linear4bit":
+            continue
+        widths = (module.in_features, module.out_features)
+        for side, width, multiple in zip(("in", "out"), widths, WIDTHS, strict=True):
+            if width % multiple:
+                raise PrefloopError(
+                    f"model {name!r} in 4bit: the width {side} of its layer {layer} is {width}, and on a CPU "
+                    f"bitsandbytes takes multiples of {multiple} alone: give quantization 8bit or a GPU, or leave "
+                    "quantization out"
+                )
 
 
 def _bits(quantization: Quantization, dtype: Dtype) -> BitsAndBytesConfig:
@@ -140,7 +167,6 @@ def _bits(quantization: Quantization, dtype: Dtype) -> BitsAndBytesConfig:
         import bitsandbytes  # noqa: F401
     except ImportError:
         raise PrefloopError(BITS_MISSING) from None
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else each product of matrices speaks of its types
     # It uses that product where nothing needs its gradient; a test holds all gradients against plain matrices.
     warnings.filterwarnings("ignore", message="bitsandbytes::gemv_4bit: an autograd kernel was not registered")
     if quantization == "8bit":
