@@ -124,6 +124,8 @@ def test_from_chat_logs_with_thumbs_to_an_adapter(tiny: Path, tmp_path: Path, mo
     monkeypatch.chdir(ROOT)  # its data lie beside it
     sets = [f"model={tiny}", f"output={tmp_path / 'out'}", "num_threads=1", "device=cpu"]
     assert main(["train", str(example), *(part for one in sets for part in ("--set", one))]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "bad rows that were left out: 2, named in the model's README.md: no answer to its prompt is labelled" in told
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     card = (tmp_path / "out" / "README.md").read_text()
     for words in (

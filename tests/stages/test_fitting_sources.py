@@ -64,6 +64,37 @@ def test_labelled_answers_to_one_prompt_make_pairs_in_turn(store: Store, tmp_pat
         select(settings_of("dpo", tmp_path, **options), store)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (4, 2, 0, 3, 1), (3, 1, 4, 2, 0)])
+def test_an_answer_with_both_labels_is_a_contradiction_in_any_order(store: Store, tmp_path: Path, order: tuple):
+    """A is liked and disliked, B only liked, C only disliked: B over C alone is left."""
+    given = [("A", True), ("B", True), ("C", False), ("A", False), ("A", True)]
+    rows = [{"prompt": "one", "completion": given[i][0], "label": given[i][1]} for i in order]
+    options = {"data": [write_rows(tmp_path / "rows.jsonl", rows)]}
+    selected = select(settings_of("dpo", tmp_path, **options, on_error="skip"), store)
+    said = {t.id: t.completion[0].content for t in store.trajectories()}
+    assert [(said[pair.chosen_id], said[pair.rejected_id]) for pair in selected.rows.members] == [("B", "C")]
+    reason = "its answer is labelled as good in one row and as bad in another"
+    places = [f"rows.jsonl:{line}" for line, i in enumerate(order, 1) if given[i][0] == "A"]
+    assert sorted(selected.skips.listed) == [f"{place}: {reason}" for place in places]
+    assert selected.skips.reasons == {reason: 3}
+    with pytest.raises(PrefloopError, match=reason):
+        select(settings_of("dpo", tmp_path, **options), store)
+
+
+@pytest.mark.parametrize("held_out", [0, 0.2])
+def test_where_nothing_is_left_the_reasons_are_told(store: Store, tmp_path: Path, held_out: float):
+    said = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    rows = [{"messages": [{"role": "system", "content": str(i)}, *said], "thumb": "up"} for i in range(3)]
+    options = {"data": [write_rows(tmp_path / "logs.jsonl", [*rows, {"messages": said}])], "held_out": held_out}
+    with pytest.raises(PrefloopError) as raised:
+        select(settings_of("dpo", tmp_path, **options, on_error="skip"), store)
+    assert str(raised.value) == (
+        "none of the 4 rows is left to train on: 4 were bad, 0 too long. The bad ones: no answer to its prompt is "
+        "labelled as bad: kto learns from such rows (3 rows); it holds no preference: this objective learns from "
+        "'chosen' and 'rejected', or from answers with a 'thumb' or 'label' (1 row)"
+    )
+
+
 def test_files_of_one_name_are_told_apart_and_where_they_lie_decides_nothing(model: Path, tmp_path: Path):
     found, (row,) = [], pair_rows(1)
     refused, empty = {**row, "prompt": 3}, {**row, "rejected": ""}  # by the import, and after it

@@ -16,8 +16,8 @@ from prefloop.environments.commands import Ran
 from prefloop.gateway import Batcher, Gateway, GatewayServer, GatewaySettings
 from prefloop.records import Ended, PrefloopError
 from prefloop.rollout import Attempt, Provenance, Rollout
+from prefloop.stages.context import AGENT_LOGS
 
-LOGS = "agents"  # in a run's directory
 MAX_KEPT = 20_000  # characters of an agent's output that are kept with its trajectory
 NEVER_ASKED = "it ended without asking the policy: does it take its address from OPENAI_BASE_URL and OPENAI_API_KEY?"
 GRADED = (Ended.DONE, Ended.LENGTH, Ended.MAX_TURNS)  # ends that the policy brought about
@@ -61,7 +61,7 @@ class AgentRunner:
             first = made[0][0].trajectory.extra["error"]
             raise PrefloopError(
                 f"agent or grader of {len(made)} attempts failed before the policy could succeed or fail; the first: "
-                f"{first}; what failed agents printed is in {self.directory / LOGS}"
+                f"{first}; what failed agents printed is in {self.directory / AGENT_LOGS}"
             )
         return [rollout for rollout, _ in made]
 
@@ -109,7 +109,7 @@ class AgentRunner:
         return Rollout(trajectory, outcome), False
 
     def _keep_log(self, episode: str, ran: Ran) -> None:
-        path = self.directory / LOGS / f"{episode}.log"
+        path = self.directory / AGENT_LOGS / f"{episode}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{ran.failure}\n--- output ---\n{ran.output}\n--- errors ---\n{ran.errors}\n", "utf-8")
 

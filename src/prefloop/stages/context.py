@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefloop.clients.vllm import VLLMSettings
 from prefloop.environments import make_environment
+from prefloop.environments.agent import RUN_LIMITS
 from prefloop.environments.base import Outcome, TaskSource
 from prefloop.judges.base import Judge
 from prefloop.judges.llm import LLMJudge
@@ -40,8 +41,19 @@ if TYPE_CHECKING:
     from prefloop.training.writers import MetricsWriter
 
 LOCK = "lock"  # of a run's directory
-CIRCUMSTANTIAL: dict[str, Any] = {"store": True, "directory": True, "policy": {"vllm": set(VLLMSettings.model_fields)}}
-"""Settings that may change while a run goes on: where things are, and how a server that samples is reached."""
+AGENT_LOGS = "agents"  # in it: what agents and graders that failed had printed
+PAYING = {"retry", "concurrency", "budget_usd", "input_price", "output_price", "key_variable"}  # of a judge's calls
+CIRCUMSTANTIAL: dict[str, Any] = {
+    "store": True,
+    "directory": True,
+    "policy": {"vllm": set(VLLMSettings.model_fields), "server": {"retry"}},
+    "environment": RUN_LIMITS,
+    "gateway": {"port", "max_queue", "max_episodes", "max_body_bytes", "request_deadline_s"},
+    "judge": {"failure_budget": True, "group_size": True, "llm": PAYING},
+}
+"""Settings that may change while a run goes on, since no result depends on them: where things are, how servers are
+reached, and how long and how often something is tried. Deadlines of episodes are not among them: an episode that ends
+at one is graded."""
 
 BEFORE = -1  # the "iteration" of what comes before the loop
 
@@ -85,7 +97,7 @@ class Run:
     @cached_property
     def verifier(self) -> Rater:
         """The test rater that verifies outcomes."""
-        specification = self.settings.environment.model_dump(mode="json")
+        specification = self.settings.environment.model_dump(mode="json", exclude=RUN_LIMITS)
         if files := self.environment.files():
             specification["files"] = files
         return Rater(RaterKind.TEST, f"{self.environment.name}:verified", specification)

@@ -28,7 +28,7 @@ from prefloop.records import (
     TokenPath,
     Trajectory,
 )
-from prefloop.stages.selecting import Corpus, Member, Rows, Skips
+from prefloop.stages.selecting import Corpus, Member, Rows, Skips, nothing_left
 from prefloop.training.kl_samples import has_several_turns
 
 if TYPE_CHECKING:
@@ -112,17 +112,10 @@ def prepare(
         except (RowProblemError, PrefloopError) as problem:
             skips.add(name, str(problem))
     preparing.check_lengths()
-    _check_some(preparing.found, rows.num_bad)
-    return preparing.found
-
-
-def _check_some(found: Prepared, num_bad_before: int) -> None:
+    found = preparing.found
     if not found.examples:
-        num = num_bad_before + found.num_rows
-        raise PrefloopError(
-            f"none of the {num} rows is left to train on: {num - found.num_dropped} were bad, {found.num_dropped} too "
-            "long"
-        )
+        raise nothing_left(rows.num_bad + found.num_rows - found.num_dropped, found.num_dropped, skips)
+    return found
 
 
 @dataclass(slots=True)

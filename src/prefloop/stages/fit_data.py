@@ -20,13 +20,16 @@ from prefloop.stages.selecting import (
     Rows,
     Skips,
     count_shared,
+    nothing_left,
     read_corpus,
     rows_of_dataset,
     rows_of_files,
     rows_of_top_k,
     split_rows,
+    told_reasons,
 )
 from prefloop.store import Store
+from prefloop.training.model_card import CARD
 
 DEALS = "kto deals each row's completion to another row"
 
@@ -86,7 +89,10 @@ class FitData:
             listed = ", ".join(f"{name} (of {counted(num, 'row')})" for name, num in self.detail["unused"].items())
             yield f"not used by {self.detail['objective']}: {listed}"
         if self.detail["num_skipped"]:
-            yield f"bad rows that were left out: {self.detail['num_skipped']}"
+            yield (
+                f"bad rows that were left out: {self.detail['num_skipped']}, named in the model's {CARD}: "
+                f"{told_reasons(self.detail['skip_reasons'])}"
+            )
         if self.detail.get("num_shared_prompts"):
             yield f"held-out rows whose prompt is also trained on: {self.detail['num_shared_prompts']}"
 
@@ -95,7 +101,7 @@ def select(settings: FitSettings, store: Store) -> Selected:
     """The rows that the settings name, from files (imported into the store) or from the store.
 
     Raises:
-        PrefloopError: a file, dataset or rater that is not there, or a bad row that is not to be skipped.
+        PrefloopError: a file, dataset or rater that is not there, a bad row that is not to be skipped, or none is left.
     """
     about, skips = objective(settings.objective), Skips(settings.on_error)
     records = about.records
@@ -109,6 +115,8 @@ def select(settings: FitSettings, store: Store) -> Selected:
     unused = rows.unread + (held_out.unread if held_out else Counter())
     if about.margins:
         del unused["margin"]
+    if not rows.members:
+        raise nothing_left(rows.num_bad, 0, skips)
     if settings.held_out:
         rows, held_out = split_rows(rows, corpus, settings.held_out)
     return Selected(rows, held_out, corpus, skips, unused)
@@ -170,7 +178,11 @@ def ready(
         detail["num_shared_prompts"] = count_shared(selected.corpus, selected.rows, selected.held_out)
         held = prepared.examples
     detail |= {"num_skipped": skips.num, "skipped": skips.listed, "max_length": limit.max_length}
-    detail |= {"objective": settings.objective, "unused": dict(sorted(selected.unused.items()))}
+    detail |= {
+        "skip_reasons": dict(skips.reasons),
+        "objective": settings.objective,
+        "unused": dict(sorted(selected.unused.items())),
+    }
     detail |= {"truncate": limit.truncate, "source": selected.rows.source}
     return FitData(train.examples, held, datasets, detail, kind_of_steps(steps.labels.values()) if steps else None)
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from prefloop.evaluation.success import is_success
 from prefloop.judges import judge_all, judge_items
-from prefloop.records import Judgement, Status, Trajectory
+from prefloop.records import Judgement, PrefloopError, Status, Trajectory
 from prefloop.stages.context import Run
+from prefloop.stages.left_out import counted_reasons, nothing_to_judge, reasons_left_out
 from prefloop.stages.rollouts import iteration_rollouts
 from prefloop.stats.intervals import proportion
 
@@ -16,27 +17,31 @@ STAGE = "judge"
 
 
 def judge_stage(run: Run, iteration: int) -> None:
-    """Judge every rollout of an iteration that this judge has not judged yet.
+    """Judge every rollout of an iteration that can be judged and that this judge has not judged yet.
 
     Raises:
-        PrefloopError: the iteration is not rolled out yet, or the judge fails.
+        PrefloopError: the iteration is not rolled out yet, nothing of it can be judged, or the judge fails.
     """
     if run.found(iteration, STAGE) is not None:
         return
     run.require(iteration, "rollout")
     trajectories = iteration_rollouts(run, iteration)
     with run.recorded(iteration, STAGE, len(trajectories)) as detail:
+        left_out = reasons_left_out(run, trajectories)
+        judged = [t for t in trajectories if t.id not in left_out]
         for replicate in range(run.settings.judge.num_replicates):
             judge(run, trajectories, replicate)
         rater_id = run.judge.rater.id
         ids = [t.id for t in trajectories]
-        judgements = run.store.judgements(trajectory_ids=ids, rater_id=rater_id)
+        judgements = run.store.judgements(trajectory_ids=[t.id for t in judged], rater_id=rater_id)
         first = [j for j in judgements if j.replicate == 0]
         verdicts = list(run.verdicts(ids).values())
         detail |= {
             "judge": run.judge.rater.name,
             "rater_id": rater_id,
             "num": len(first),
+            "num_left_out": len(left_out),
+            "left_out": counted_reasons(left_out),
             "statuses": dict(sorted(Counter(j.status.value for j in first).items())),
             "mean_score": _mean(first),
             "mean_verified_score": _mean(verdicts),
@@ -46,10 +51,18 @@ def judge_stage(run: Run, iteration: int) -> None:
 
 
 def judge(run: Run, trajectories: Sequence[Trajectory], replicate: int = 0) -> None:
-    """Judge trajectories; the judgements are in the store when this returns."""
+    """Judge those of the trajectories that can be; the judgements are in the store when this returns.
+
+    Raises:
+        PrefloopError: none of them can be, or the judge fails.
+    """
+    left_out = reasons_left_out(run, trajectories)
+    judged = [trajectory for trajectory in trajectories if trajectory.id not in left_out]
+    if left_out and not judged:
+        raise PrefloopError(nothing_to_judge(run, trajectories, left_out))
     judge_all(
         run.judge,
-        judge_items(run.store, trajectories, run.verifier),
+        judge_items(run.store, judged, run.verifier),
         run.store,
         run.settings.judge,
         replicate=replicate,

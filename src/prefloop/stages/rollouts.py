@@ -12,6 +12,7 @@ from prefloop.gateway.episodes import EPISODE
 from prefloop.records import AuthorKind, Ended, PrefloopError, Source, Split, Task, Trajectory
 from prefloop.rollout import Attempt, Provenance, RemoteSpeaker, Rollout, open_episodes, roll_out, unit_seed
 from prefloop.stages.context import Run
+from prefloop.stages.left_out import check_served
 
 STAGE = "rollout"
 
@@ -22,7 +23,7 @@ def rollout_stage(run: Run, iteration: int) -> None:
     Where agents have had episodes of this iteration through the gateway, these are its rollouts.
 
     Raises:
-        PrefloopError: the agent runs elsewhere and has had no episode, or as the environment.
+        PrefloopError: the agent runs elsewhere and has had no episode that can be judged, or as the environment.
     """
     if run.found(iteration, STAGE) is not None:
         return
@@ -30,6 +31,7 @@ def rollout_stage(run: Run, iteration: int) -> None:
     checkpoint_id = run.checkpoint_before(iteration)
     served = served_rollouts(run, iteration)
     if served:
+        check_served(run, served, iteration)
         with run.recorded(iteration, STAGE, len(served)) as detail:
             detail |= {"checkpoint_id": checkpoint_id, **rollout_summary(served)}
         return

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -32,22 +32,28 @@ from prefloop.records import (
     Task,
     Trajectory,
     Verdict,
+    counted,
 )
 from prefloop.stages.looking import ID_LENGTH
 from prefloop.store import Store
 
 Member: TypeAlias = Pair | Labelled | str
 OnError = Literal["stop", "skip"]
+NUM_REASONS = 3  # of many
 DESIRABLE_FROM = 0.5  # the score from which a judged trajectory counts as good
 
 
 @dataclass(slots=True)
 class Skips:
-    """Rows that were left out, of which the first 1000 are listed, or the error that the first of them is."""
+    """Rows that were left out, or the error that the first of them is.
+
+    The first 1000 are `listed`, and counted by their `reasons`.
+    """
 
     on_error: OnError
     num: int = 0
     listed: list[str] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)
 
     def add(self, where: str, reason: str) -> None:
         """Leave a row out.
@@ -60,6 +66,20 @@ class Skips:
         self.num += 1
         if len(self.listed) < MAX_LISTED_ERRORS:
             self.listed.append(f"{where}: {reason}")
+            self.reasons[reason] += 1
+
+
+def told_reasons(reasons: Mapping[str, int]) -> str:
+    """Why rows were left out: the most frequent reasons, each with the number of its rows."""
+    told = [f"{reason} ({counted(num, 'row')})" for reason, num in Counter(reasons).most_common(NUM_REASONS)]
+    return "; ".join([*told, *([f"{len(reasons) - NUM_REASONS} more reasons"] if len(reasons) > NUM_REASONS else [])])
+
+
+def nothing_left(num_bad: int, num_too_long: int, skips: Skips) -> PrefloopError:
+    """The error of a training to which no row is left, with the reasons."""
+    why = f". The bad ones: {told_reasons(skips.reasons)}" if skips.reasons else ""
+    what = f"none of the {num_bad + num_too_long} rows is left to train on"
+    return PrefloopError(f"{what}: {num_bad} were bad, {num_too_long} too long{why}")
 
 
 @dataclass(slots=True)
@@ -212,11 +232,19 @@ class _Opposites:
     def pair(self, rows: Rows, skips: Skips) -> None:
         """Add the pairs: every answer to a prompt with both kinds is in one, the fewer kind in several.
 
+        An answer with labels of both kinds is in none, whatever the order of its rows.
+
         Raises:
-            PrefloopError: an answer whose prompt has no other of the opposite label, unless such rows are to be
-                skipped.
+            PrefloopError: such an answer, or one whose prompt has no other of the opposite label, unless such rows are
+                to be skipped.
         """
         for task_id, (good, bad) in self.by_task.items():
+            liked, disliked = ({label.trajectory_id for _, label in side} for side in (good, bad))
+            for where, label in (*good, *bad):
+                if label.trajectory_id in liked & disliked:
+                    skips.add(where, "its answer is labelled as good in one row and as bad in another")
+            good = [one for one in good if one[1].trajectory_id not in disliked]
+            bad = [one for one in bad if one[1].trajectory_id not in liked]
             if not good or not bad:
                 for where, label in good or bad:
                     other = "bad" if label.desirable else "good"
@@ -224,16 +252,17 @@ class _Opposites:
                 continue
             for i in range(max(len(good), len(bad))):
                 (where, chosen), (_, rejected) = good[i % len(good)], bad[i % len(bad)]
-                if chosen.trajectory_id == rejected.trajectory_id:
-                    skips.add(where, "one answer is labelled as good and as bad")
-                    continue
                 evidence = (*chosen.evidence, *rejected.evidence)
                 rows.add(where, [Pair(task_id, chosen.trajectory_id, rejected.trajectory_id, evidence=evidence)], ())
 
 
 def _pairs(bundle: Bundle) -> list[Member]:
     if not bundle.comparisons:
-        raise RowProblemError("", "it holds no preference: this objective learns from 'chosen' and 'rejected'")
+        raise RowProblemError(
+            "",
+            "it holds no preference: this objective learns from 'chosen' and 'rejected', or from answers with a "
+            "'thumb' or 'label'",
+        )
     task_id = bundle.tasks[0].id
     return [pair_of(comparison, task_id) for comparison in bundle.comparisons]
 
@@ -257,7 +286,7 @@ def _labelled(bundle: Bundle) -> list[Member]:
     if bundle.comparisons:
         return [label for pair in _pairs(bundle) if isinstance(pair, Pair) for label in labels_of(pair)]
     if not bundle.judgements:
-        raise RowProblemError("", "it holds no label: this objective learns from 'completion' and 'label'")
+        raise RowProblemError("", "it holds no label: this objective learns from answers with a 'label' or 'thumb'")
     return [_label(judgement) for judgement in bundle.judgements]
 
 
