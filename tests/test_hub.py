@@ -176,6 +176,18 @@ def test_models_that_cannot_be_had(name: str, message: str, hub: Hub, model: Pat
     assert "\n" not in str(caught.value)
 
 
+def test_a_cache_that_is_broken_is_not_taken_for_a_hub_out_of_reach(
+    hub: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "file").write_text("no directory")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    with pytest.raises(PrefloopError) as caught:
+        fetch_model("org/tiny")
+    line = str(caught.value)
+    assert line.startswith("model 'org/tiny' cannot be loaded: ") and "\n" not in line
+    assert "Not a directory" in line and "cannot be reached" not in line and "HF_HOME names another" in line
+
+
 def test_a_private_model_with_a_token(hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch):
     hub.add("org/private", model, private=True)
     monkeypatch.setenv("HF_TOKEN", TOKEN)

@@ -6,6 +6,7 @@ the cache is used, with a notice. `HF_ENDPOINT` names another hub, `HF_HUB_OFFLI
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,10 @@ HUB_SECONDS = 10.0
 CLIENTS = ("httpx", "httpx2", "requests")
 """Packages whose errors say that the hub cannot be reached, whichever of them huggingface_hub uses."""
 
+OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+"""What a disk may say without naming a file."""
+
+REFUSED = (401, 403)
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 PLACES: Mapping[Kind, str] = {"model": "directory", "dataset": "file"}
 MAX_LISTED = 20
@@ -35,7 +40,8 @@ FIRST_FILES = [".gitattributes", "README.md", "config.json"]
 """Of a repository, so that the cache knows what its revision stands for."""
 
 CONFIGS = ("config.json", "adapter_config.json")
-MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+MODEL_FILES = [*SMALL_FILES, "*.safetensors"]
 PICKLED = ["pytorch_model*.bin", "adapter_model.bin"]
 OTHER_FORMATS = ["onnx/*", "openvino/*", "coreml/*", "original/*", "metal/*", "gguf/*", "consolidated*"]
 """Where repositories keep the same weights once more, for other programs."""
@@ -106,8 +112,10 @@ def pinned_model(name: str) -> str:
     return name if found is None else found.at(_pin(found, "model").commit)
 
 
-def fetch_model(name: str) -> Path:
+def fetch_model(name: str, *, weights: bool = True) -> Path:
     """The directory of a model: its own, or where the cache keeps the repository's files.
+
+    Without `weights` those are fetched no more than they were: enough to know the model's shape and tokenizer.
 
     Raises:
         PrefloopError: there is no such directory or repository, or it is not here and the hub cannot be reached.
@@ -326,8 +334,8 @@ def _not_here(name: HubName, kind: Kind, reason: str) -> PrefloopError:
 
 @contextmanager
 def _explained(name: HubName, kind: Kind) -> Iterator[None]:
-    """Turn the hub's errors into one line, those of a hub that is out of reach into `_UnreachableError`."""
-    from huggingface_hub import errors
+    """Turn errors of the hub and the cache into one line, those of a hub out of reach into `_UnreachableError`."""
+    from huggingface_hub import constants, errors
 
     what = f"{kind} {str(name)!r} cannot be loaded"
     try:
@@ -341,6 +349,14 @@ def _explained(name: HubName, kind: Kind) -> Iterator[None]:
     except errors.RevisionNotFoundError:
         raise PrefloopError(f"{what}: {name.repo} has no revision {name.revision!r}") from None
     except Exception as error:
+        if isinstance(error, OSError) and (error.filename is not None or error.errno in OF_DISKS):
+            where = error.filename or constants.HF_HUB_CACHE
+            raise PrefloopError(
+                f"{what}: {where}: {error.strerror}; the hub's files are kept in {constants.HF_HUB_CACHE}, and HF_HOME "
+                "names another place"
+            ) from None
         if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in CLIENTS:
             raise
-        raise _UnreachableError(next(iter(str(error).splitlines()), "") or type(error).__name__) from None
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        refused = getattr(getattr(error, "response", None), "status_code", None) in REFUSED
+        raise _UnreachableError(f"{reason.rstrip('.')}; {LOG_IN}" if refused else reason) from None

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -194,6 +195,29 @@ def test_a_run_is_pushed_and_loaded_back(looped, hub, monkeypatch, capsys, tmp_p
     assert (ours - theirs).abs().max() < 1e-4
 
 
+def test_an_adapter_whose_model_is_gone_is_not_pushed(trained: Path, hub, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    adapter = tmp_path / "adapter"
+    shutil.copytree(trained / "whole", adapter)
+    (adapter / "MANIFEST.json").unlink()
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for base in (str(tmp_path / "gone"), "gone", "org/none"):
+        (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": base}))
+        assert main(["push", str(adapter), "ann/mine"]) == 1
+        line = capsys.readouterr().err
+        assert f"is an adapter of {base}, which " in line and "base_model_name_or_path" in line, line
+        assert len(line.splitlines()) == 1 and ("models", "ann/mine") not in hub.repositories
+
+
+def test_the_card_of_a_merged_adapter_of_no_store_says_what_it_is(trained: Path, monkeypatch, tmp_path):
+    shutil.copytree(trained / "whole", tmp_path / "alone")
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "alone", "--merge", "-o", "merged"]) == 0
+    card = Path("merged/README.md").read_text()
+    assert 'tags: ["prefloop"]' in card
+    assert "\n# merged\n\nA model whose LoRA adapter was merged into the model below it, in float32" in card
+
+
 def test_what_only_this_machine_has_is_not_pushed(trained: Path, hub, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert main(["push", str(trained / "whole"), "ann/mine"]) == 1
@@ -210,6 +234,7 @@ def test_what_only_this_machine_has_is_not_pushed(trained: Path, hub, monkeypatc
     hub.down = False
     assert main(["push", str(trained / "whole"), "ann/mine", "--merge"]) == 1
     assert "nothing was pushed to ann/mine: " in (line := capsys.readouterr().err) and len(line.splitlines()) == 1
+    assert "401" in line and "log in with `hf auth login`, or set HF_TOKEN" in line
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefloop.config import parse_settings
-from prefloop.hub import check_repository, fetch_model, model_name, upload
+from prefloop.hub import check_repository, fetch_model, model_name, pinned_model, upload
 from prefloop.losses.registry import resolve_knobs
 from prefloop.records import Checkpoint, JSONObject, PrefloopError
 from prefloop.stages.context import BEFORE
@@ -180,19 +180,37 @@ def push_model(found: Found, repo: str, *, merge: bool, private: bool, revision:
     """Put a checkpoint with its card into a repository of the hub; returns the address of the commit.
 
     Raises:
-        PrefloopError: as `check_repository`, `write_model` and `upload`; the adapter's model is a path of this machine.
+        PrefloopError: as `check_repository`, `write_model` and `upload`; the adapter's model is not on the hub.
     """
     check_repository(repo)
     if merge:
         check_merge(found)
-    elif (found.directory / "adapter_config.json").is_file() and Path(_base_of(found.directory)).exists():
-        raise PrefloopError(
-            f"{found.name} is an adapter of {_base_of(found.directory)}, which is only here: give --merge, or train "
-            "the adapter on a model of the hub"
-        )
+    elif (found.directory / "adapter_config.json").is_file():
+        _check_base(found)
     with tempfile.TemporaryDirectory(prefix="prefloop-push-") as folder:
         directory = Path(folder) / "model"
         write_model(found, directory, merge=merge, called=repo)
         (directory / MANIFEST).unlink()
         message = f"{found.name}, merged" if merge else found.name
         return upload(directory, repo, private=private, revision=revision, message=message)
+
+
+def _check_base(found: Found) -> None:
+    """See that others can have the model below an adapter.
+
+    Raises:
+        PrefloopError: it is a path of this machine, or cannot be had at all.
+    """
+    base = _base_of(found.directory)
+    what = f"{found.name} is an adapter of {base}, which"
+    if Path(base).exists():
+        raise PrefloopError(f"{what} is only here: give --merge, or train the adapter on a model of the hub")
+    try:
+        if model_name(base) is None:
+            raise PrefloopError("there is no such directory")
+        pinned_model(base)
+    except PrefloopError as error:
+        raise PrefloopError(
+            f"{what} others cannot load ({error}): name its model on the hub as base_model_name_or_path in "
+            f"{found.directory / 'adapter_config.json'}"
+        ) from None

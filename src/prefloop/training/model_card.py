@@ -45,6 +45,7 @@ CURATED = {
     "num_human_pairs": "of them by people",
     "num_unconfirmed": "not confirmed, and left out",
 }
+MERGED = "{} LoRA adapter was merged into the model below it, in float32, and rounded to that model's own type."
 COUNTED = ("num_", "skipped", "learning_rate")
 """What says how a step went, not how good the model is."""
 
@@ -164,15 +165,15 @@ def run_card(
 
 def bare_card(called: str, base: str, *, merged: bool) -> str:
     """The card of a model of whose training nothing is known; `base` is the model that an adapter was merged into."""
-    form = _Form("sft", False, (), base)
+    form = _Form("", False, (), base)
+    said = [MERGED.format("A model whose"), ""] if merged else []
     known = f"- merged into `{_shown(base)}`" if base else "- nothing is known of how it was trained"
-    lines = [*form.front_matter(), f"# {Path(called).name}", "", *_merged(merged), *form.use(called, {})]
+    lines = [*form.front_matter(), f"# {Path(called).name}", "", *said, *form.use(called, {})]
     return "\n".join([*lines, "## Lineage", "", known]) + "\n"
 
 
 def _merged(merged: bool) -> list[str]:
-    said = "Its LoRA adapter was merged into the model below it, in float32, and rounded to that model's own type."
-    return [said, ""] if merged else []
+    return [MERGED.format("Its"), ""] if merged else []
 
 
 def _shown(where: str) -> str:
@@ -181,7 +182,10 @@ def _shown(where: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """In which form a model is there: which class opens it, and what the hub is told of it."""
+    """In which form a model is there: which class opens it, and what the hub is told of it.
+
+    `objective` is empty where nobody knows how it was trained.
+    """
 
     objective: str
     adapter: bool
@@ -195,7 +199,7 @@ class _Form:
             yield f"base_model: {json.dumps(base)}"
         yield f"library_name: {'peft' if self.adapter else 'transformers'}"
         yield f"pipeline_tag: {LOADERS.get(self.objective, POLICY)[1]}"
-        yield f"tags: {json.dumps(['prefloop', self.objective, *(['lora'] if self.adapter else [])])}"
+        yield f"tags: {json.dumps(['prefloop', *filter(None, [self.objective]), *(['lora'] if self.adapter else [])])}"
         yield "---"
         yield ""
 
