@@ -141,15 +141,26 @@ def _found(stage: str, detail: JSONObject) -> str:
         case "rollout":
             return f"{detail['num']} trajectories of {detail['mean_turns']:.1f} turns"
         case "judge":
-            return f"mean score {_number(detail['mean_score'])}, statuses {detail['statuses']}"
+            return f"mean score {_number(detail['mean_score'])}, statuses {detail['statuses']}{_left_out(detail)}"
         case "curate":
-            return f"{counted(detail['num_pairs'], 'pair')} of {counted(detail['num_scored'], 'scored attempt')}"
+            silent = detail.get("num_without_turns")
+            left_out = f"; left out: {silent} in which nothing was said" if silent else ""
+            return (
+                f"{counted(detail['num_pairs'], 'pair')} of {counted(detail['num_scored'], 'scored attempt')}{left_out}"
+            )
         case "train":
             reasons = [attempt["reason"] for attempt in detail["attempts"]] or [detail.get("reason", "")]
             tried = "; rolled back; ".join(reasons) + ("; rolled back" if detail["rolled_back"] else "")
             return "; ".join([tried, *detail.get("warnings", [])])
         case _:
             return "done"
+
+
+def _left_out(detail: JSONObject) -> str:
+    if not detail.get("num_left_out"):
+        return ""
+    reasons = ", ".join(f"{number} {reason}" for reason, number in detail["left_out"].items())
+    return f"; not judged: {reasons}"
 
 
 def _evaluation(detail: JSONObject, which: str) -> str:

@@ -253,3 +253,17 @@ def test_the_dataset_knows_its_recipe_and_demonstrations_are_the_kept():
     assert (curated.dataset.run_id, curated.dataset.iteration) == ("r", 3)
     assert curated.demonstrations.trajectory_ids == curated.kept_ids
     assert curated.demonstrations.id != curated.dataset.id
+
+
+def test_an_attempt_in_which_nothing_was_said_is_left_out_and_counted():
+    trajectories, judgements = group("t", [0.9, 0.1, 0.0])
+    silent = replace(trajectories[2], messages=trajectories[2].messages[:1])
+    found = curate(
+        [*trajectories[:2], silent],
+        judgements,
+        CurationSettings(fraction=0.5),
+        comparisons=[vote("t2", "t0", Verdict.A)],
+    )
+    assert (found.report["num_without_turns"], found.report["num_scored"], found.report["num_unscored"]) == (1, 2, 0)
+    named = {i for dataset in (found.dataset, found.demonstrations, found.labelled) for i in dataset.all_trajectory_ids}
+    assert named == {"t0", "t1"}

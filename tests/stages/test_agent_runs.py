@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,11 +11,15 @@ import pytest
 from tiny_runs import tiny_settings
 
 from prefloop.config import parse_settings
+from prefloop.curation import curate
+from prefloop.environments.base import Outcome
 from prefloop.live import _line
-from prefloop.records import PrefloopError
-from prefloop.stages.context import BEFORE, Run, opened
+from prefloop.records import AuthorKind, Ended, Message, PrefloopError, Role, Split, Trajectory
+from prefloop.rollout import Rollout
+from prefloop.stages.context import AGENT_LOGS, BEFORE, Run, opened
 from prefloop.stages.evaluating import evaluate_stage
-from prefloop.stages.rollouts import rollout_stage
+from prefloop.stages.judging import judge_stage
+from prefloop.stages.rollouts import rollout_stage, save_rollouts
 from prefloop.stages.settings import RunSettings
 from prefloop.stages.start import start_policy
 from prefloop.stages.talking import _episode
@@ -82,3 +87,99 @@ def test_an_agent_has_no_demonstrator(model, tmp_path, monkeypatch):
         )
         with pytest.raises(PrefloopError, match="environment agent has no demonstrator: leave out the table"):
             start_policy(Run(changed, run.store))
+
+
+# --- episodes that nobody graded --------------------------------------------------------------------------------
+
+GRADES = ("graded", "not graded", "error", "deadline", "interrupted", "nothing said")
+
+
+def episodes(run: Run, kinds: list[str], **extra: object) -> list[Trajectory]:
+    """Rollouts of iteration 1, saved: one for each of these words."""
+    tasks = run.environment.tasks(Split.TRAIN, len(kinds))
+    made = []
+    for task, kind in zip(tasks, kinds, strict=True):
+        ended = Ended(kind) if kind in list(Ended) else Ended.DONE
+        said = () if kind == "nothing said" else (Message(Role.ASSISTANT, f"{kind}."),)
+        trajectory = Trajectory(
+            f"episode-{len(made)}", task.id, (*task.messages, *said), len(task.messages), ended,
+            AuthorKind.CHECKPOINT, run.checkpoint_before(0), run.id, 0, extra={"stage": "rollout", **extra},
+        )  # fmt: skip
+        graded = kind in ("graded", "nothing said")
+        made.append(Rollout(trajectory, Outcome(0.5, 0.5, True) if graded else None))
+    save_rollouts(run, made, tasks)
+    return [rollout.trajectory for rollout in made]
+
+
+def test_what_was_broken_from_outside_is_no_failure_of_the_judge(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with agent_run(model, command=["python"]) as run:
+        trajectories = episodes(run, [*GRADES, "graded"])
+        run.store.add_event(run.id, 0, "rollout", {})
+        judge_stage(run, 0)
+        found = run.found(0, "judge")
+        assert (found["num"], found["statuses"], found["num_left_out"]) == (2, {"ok": 2}, 5)
+        left_out = dict.fromkeys(("deadline", "error", "interrupted", "not graded", "nothing said"), 1)
+        assert found["left_out"] == left_out
+        assert _line(0, "judge", found).endswith(
+            "not judged: 1 deadline, 1 error, 1 interrupted, 1 not graded, 1 nothing said"
+        )
+        judgements = run.store.judgements(rater_id=run.judge.rater.id)
+        assert {j.trajectory_id for j in judgements} == {"episode-0", "episode-6"}  # nothing else has a judgement
+        report = curate(trajectories, judgements, run.settings.curation).report
+        assert (report["num_scored"], report["num_unscored"], report["num_without_turns"]) == (2, 4, 1)
+
+
+def test_where_nothing_is_left_to_judge_the_way_out_is_said(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with agent_run(model, command=["python"]) as run:
+        episodes(run, ["error", "interrupted"], error="exited with 1: no such city")
+        run.store.add_event(run.id, 0, "rollout", {})
+        logs = run.directory / AGENT_LOGS
+        logs.mkdir(parents=True)
+        for number in range(2):
+            (logs / f"episode-{number}.log").write_text("Traceback")
+        with pytest.raises(PrefloopError) as caught:
+            judge_stage(run, 0)
+        said = str(caught.value)
+        assert "none of 2 trajectories can be judged (1 error, 1 interrupted)" in said
+        assert re.search(r"(episode-\d): exited with 1: no such city \(what was printed is in \S+/\1\.log\)", said)
+        assert "give the run file another name" in said
+
+
+def test_episodes_that_were_all_interrupted_are_not_yet_the_iterations_rollouts(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with agent_run(model) as run:
+        episodes(run, ["interrupted", "deadline"], episode="e")
+        with pytest.raises(
+            PrefloopError, match=r"none of the 2 recorded episodes of iteration 1 can be judged .*/outcome"
+        ):
+            rollout_stage(run, 0)
+        assert run.found(0, "rollout") is None  # more can be had
+
+
+@pytest.mark.parametrize(
+    ("table", "changes"),
+    [
+        ("judge", {"failure_budget": 0.5, "group_size": 3}),
+        ("environment", {"max_parallel": 2, "grader_deadline_s": 5.0}),
+        ("gateway", {"port": 1, "max_queue": 3, "max_episodes": 4, "max_body_bytes": 9999, "request_deadline_s": 1.0}),
+    ],
+)
+def test_limits_on_which_no_result_depends_may_change(model, tmp_path, monkeypatch, table, changes):
+    monkeypatch.chdir(tmp_path)
+    with agent_run(model, command=["python"]) as run:
+        other = run.settings.model_copy(update={table: getattr(run.settings, table).model_copy(update=changes)})
+        again = Run(other, run.store)
+        with opened(again):
+            assert again.verifier.id == run.verifier.id  # what was graded stays graded
+            assert again.judge.rater.id == run.judge.rater.id
+
+
+@pytest.mark.parametrize(("table", "change"), [("gateway", {"episode_deadline_s": 1.0}), ("judge", {"kind": "llm"})])
+def test_what_a_result_depends_on_may_not(model, tmp_path, monkeypatch, table, change):
+    monkeypatch.chdir(tmp_path)
+    with agent_run(model, command=["python"]) as run:
+        other = run.settings.model_copy(update={table: getattr(run.settings, table).model_copy(update=change)})
+        with pytest.raises(PrefloopError, match=f"other settings .{table}"), opened(Run(other, run.store)):
+            pass

@@ -54,7 +54,8 @@ def curate(
     """Keep the best trajectories, make preference pairs, and label what is good and what is bad.
 
     Args:
-        trajectories: the candidates; identical completions of a task count once.
+        trajectories: the candidates; identical completions of a task count once, and one in which nothing was said
+            is none: there is nothing to learn from it.
         judgements: read where they are by `rater_id` (may be left out when there is one rater only) and hold a score.
         settings: the knobs.
         rater_id: whose scores count.
@@ -71,7 +72,9 @@ def curate(
         PrefloopError: several raters and none named; a margin in noise or a confirmation without replicates to
             measure it from; `confirm` without `rejudge`; a vote on trajectories of two tasks.
     """
-    pool = make_pool(trajectories, judgements, rater_id=rater_id, num_replicates=num_replicates, seed=seed)
+    candidates = list(trajectories)
+    answered = [trajectory for trajectory in candidates if trajectory.num_turns]
+    pool = make_pool(answered, judgements, rater_id=rater_id, num_replicates=num_replicates, seed=seed)
     kept = keep(pool.scored, settings, seed)
     judged = judge_pairs(pool, kept, settings, rejudge, seed)
     standing = comparisons if settings.prefer_people else ()
@@ -83,6 +86,7 @@ def curate(
     report = {
         "dataset_id": dataset.id,
         **_counts(pool, pairs),
+        "num_without_turns": len(candidates) - len(answered),
         **_selection(pool, kept),
         **_judge_report(pool, judged),
         "num_human_pairs": len(votes.pairs),

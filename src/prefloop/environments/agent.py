@@ -33,6 +33,7 @@ from prefloop.records.strict_json import strict_loads
 MAX_TASK_BYTES = 100_000  # an environment variable holds no more than 128 KiB
 MAX_ID = 200
 ANSWER = "answer"  # the key of a task that its agent is not given
+RUN_LIMITS = {"max_parallel", "grader_deadline_s"}  # settings that bound running and say nothing of what is run
 PROMPT, TASK_ID = "{prompt}", "{id}"
 
 

@@ -87,6 +87,7 @@ def _context(store: Store, record: RunRecord) -> dict[str, Any]:
         "figures": figures(record, judged),
         "kind_names": NAMES,
         "missing": record.missing(),
+        "not_judged": _not_judged(record),
         "policies": _policies(record),
         "record": record,
         "rows": final_rows(record),
@@ -107,6 +108,11 @@ def _context(store: Store, record: RunRecord) -> dict[str, Any]:
 def _statuses(record: RunRecord) -> Counter[str]:
     """How many judgements of the whole run ended in each status."""
     return sum((Counter(turn.judge.get("statuses", {})) for turn in record.iterations), Counter())
+
+
+def _not_judged(record: RunRecord) -> Counter[str]:
+    """How many trajectories of the whole run were no case for the judge, by reason."""
+    return sum((Counter(turn.judge.get("left_out", {})) for turn in record.iterations), Counter())
 
 
 def _policies(record: RunRecord) -> list[JSONObject]:
