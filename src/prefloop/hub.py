@@ -39,7 +39,8 @@ MAX_LISTED = 20
 FIRST_FILES = [".gitattributes", "README.md", "config.json"]
 """Of a repository, so that the cache knows what its revision stands for."""
 
-CONFIGS = ("config.json", "adapter_config.json")
+ADAPTER_CONFIG = "adapter_config.json"
+CONFIGS = ("config.json", ADAPTER_CONFIG)
 SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 MODEL_FILES = [*SMALL_FILES, "*.safetensors"]
 PICKLED = ["pytorch_model*.bin", "adapter_model.bin"]
@@ -120,6 +121,8 @@ def fetch_model(name: str, *, weights: bool = True) -> Path:
     Raises:
         PrefloopError: there is no such directory or repository, or it is not here and the hub cannot be reached.
     """
+    if not name:
+        raise PrefloopError("model '' cannot be loaded: its name is empty; name a directory or a hub id")
     if Path(name).is_dir():
         return Path(name)
     if Path(name).is_file():
@@ -136,6 +139,19 @@ def fetch_model(name: str, *, weights: bool = True) -> Path:
     if not any((directory / config).is_file() for config in CONFIGS):
         raise PrefloopError(f"model {name!r} cannot be loaded: {found.repo} of the hub has no config.json")
     return directory
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a model's name means an adapter; False, too, where it cannot be had, as loading it is going to say."""
+    if Path(name).exists():
+        return (Path(name) / ADAPTER_CONFIG).is_file()
+    found = model_name(name)
+    if found is None:
+        return False
+    try:
+        return (_download(found, "model", _pin(found, "model"), [ADAPTER_CONFIG]) / ADAPTER_CONFIG).is_file()
+    except PrefloopError:
+        return False
 
 
 # --- data -------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from prefloop.cli import main
-from prefloop.config import parse_settings
+from prefloop.config import parse_settings, read_run_file
 from prefloop.models.settings import InitialModelSettings
 from prefloop.planning import budget, plan
 from prefloop.planning.budget import Need, _limits, advise, with_value
@@ -18,6 +18,7 @@ from prefloop.planning.workload import Lengths
 from prefloop.stages.settings import RunSettings
 
 GIB = 1 << 30
+EXAMPLES = Path(__file__).parents[2] / "examples"
 BIG = {
     "model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
     "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
@@ -69,6 +70,39 @@ def need(prompt=200, new=256):
     return Need(shape_of_config(BIG, "big"), Lengths(prompt, new, new, 0, "a test"), (None, None))
 
 
+@pytest.mark.parametrize(("example", "gib"), [("qwen3-0.6b-lora", 16), ("qwen3-4b-lora", 24)])
+def test_the_examples_fit_the_gpus_that_they_name(example, gib):
+    read = parse_settings(RunSettings, read_run_file(EXAMPLES / f"{example}.toml"), example)
+    hidden, wide, layers, heads = (1024, 3072, 28, 16) if gib == 16 else (2560, 9728, 36, 32)
+    config = {
+        "model_type": "qwen3", "hidden_size": hidden, "intermediate_size": wide, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+        "tie_word_embeddings": True, "max_position_embeddings": 40960,
+    }  # fmt: skip
+    asked = Need(shape_of_config(config, example), Lengths(400, 1280, 896, 900, "a test"), (None, None))
+    assert largest(asked.peaks(read)).total < 0.93 * gib * GIB  # what a card of that name leaves to programs
+
+
+def test_a_plan_for_a_device_that_is_not_here(capsys):
+    assert main(["plan", "run.toml", "--set", "policy.device=cuda"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "device 'cuda' cannot be used here" in line
+    assert main(["run", "run.toml", "--set", "policy.device=cuda"]) == 1
+    assert "device 'cuda' cannot be used here" in capsys.readouterr().err
+    assert main(["plan", "run.toml", "--set", "policy.device=cuda", "--memory", "24", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["available_bytes"] == 24 * GIB and found["fits"] and found["seconds"] is None
+    assert main(["plan", "run.toml", "--memory", "0"]) == 1
+    assert "--memory 0: expected GiB" in capsys.readouterr().err
+
+
+def test_a_training_of_its_own_is_no_run(capsys):
+    Path("pairs.toml").write_text('objective = "dpo"\nmodel = "m"\ndata = ["d.jsonl"]\n')
+    for command in ("plan", "run", "rollout"):
+        assert main([command, "pairs.toml"]) == 1
+        assert "pairs.toml is a training of its own, not a run: `prefloop train pairs.toml`" in capsys.readouterr().err
+
+
 # --- advice -----------------------------------------------------------------------------------------------------
 
 
@@ -85,6 +119,39 @@ def test_advice_makes_a_run_fit_and_says_truly_what_each_step_gives(limit):
         assert largest(asked.peaks(changed)).total == one.peak
     order = [key for key, _, _ in budget.LEVERS]
     assert [order.index(one.key) for one in found] == sorted(order.index(one.key) for one in found)
+
+
+def test_stages_that_tie_are_brought_down_together():
+    """Rollout and guard need the same: no lever lowers the larger of them alone."""
+    both = settings(
+        policy={"dtype": "bfloat16", "lora": {"rank": 32}}, rollout={"tasks_per_unit": 64, "samples_per_task": 4},
+        guard={"num_tasks": 256},
+    )  # fmt: skip
+    asked = need(prompt=400, new=1280)
+    rollout, guard = (peak for peak in asked.peaks(both) if peak.stage in ("rollout", "guard"))
+    limit = int(0.6 * min(rollout.total, guard.total))
+    assert advise(asked, both, limit)[-1].peak <= limit
+
+
+def test_imitation_is_made_smaller_too():
+    large = settings(sft={"num_demonstrations": 1000, "batch_size": 64, "max_tokens": 16384, "learning_rate": 1e-5})
+    asked = Need(shape_of_config(BIG, "big"), Lengths(20, 20, 20, 900, "a test"), (None, None))
+    peaks = {peak.stage: peak.total for peak in asked.peaks(large)}
+    assert largest(asked.peaks(large)).stage == "sft"
+    assert "sft.max_tokens" in [one.key for one in advise(asked, large, int(0.8 * peaks["sft"]))]
+
+
+def test_guards_are_sampled_here_where_vllm_samples_the_rollouts():
+    served = settings(policy={"lora": {"rank": 8}, "vllm": {}})
+    assert [peak.stage for peak in need().peaks(served)] == ["load", "guard", "KL", "train"]
+
+
+def test_a_reference_that_follows_has_weights_of_its_own():
+    shared = settings(policy={"lora": {"rank": 8}})
+    follows = settings(policy={"lora": {"rank": 8}}, train={"sync_reference_every": 10})
+    last = [need().peaks(one)[-1].parts["reference"] for one in (shared, follows)]
+    weights = 4 * shape_of_config(BIG, "big").num_parameters
+    assert last[0] == 0 and weights <= last[1] <= 1.05 * weights
 
 
 def test_a_run_that_fits_needs_no_advice():
@@ -163,7 +230,7 @@ def test_a_run_without_the_memory_is_refused_with_advice(command, capsys, monkey
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: run planned needs about ")
     assert "300 MiB are free" in line
-    assert "--set guard.num_tasks=" in line
+    assert "--set train.max_tokens=" in line
     assert "--ignore-memory" in line
     assert not Path("runs/planned/checkpoints").exists()
 

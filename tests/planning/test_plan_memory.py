@@ -62,6 +62,18 @@ def test_parameters_are_those_of_the_model_and_its_adapter(kind, tied, tmp_path)
     assert found.num_adapter_parameters(RANK) == trained
 
 
+def test_all_experts_are_held_and_few_are_passed():
+    config = {
+        "model_type": "qwen3_moe", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "vocab_size": 64, "moe_intermediate_size": 48, "num_experts": 8, "num_experts_per_tok": 2,
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+    found = shape_of_config(config, "a test")
+    assert found.feed_forward == 96
+    attention = 4 * 32 * 32 + 2 * 16 + 2 * 32  # projections, norms of queries and keys, norms of the layer
+    assert found.num_parameters == 2 * (attention + 3 * 32 * 48 * 8) + 32 + 64 * 32
+
+
 def kept_per_token(model, mixed):
     """Bytes that the forward keeps for the backward pass, weights and their copies aside."""
     batch = pack([Demonstration((path([*range(3, 43), 43 + i, *range(3, 20)], 40),)) for i in range(4)])

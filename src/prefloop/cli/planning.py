@@ -8,21 +8,29 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from prefloop.cli.plumbing import RunFile, SetOption, StoreOption, console, described_run
+from prefloop.records import PrefloopError
 
 
 def plan(
     file: RunFile,
     *,
+    memory: Annotated[
+        float | None,
+        Parameter(help="plan for a device with so many GiB, which need not be here; time is then not known"),
+    ] = None,
     as_json: Annotated[bool, Parameter(name="--json", negative=(), help="as JSON, in bytes and seconds")] = False,
     store: StoreOption = None,
     overrides: SetOption = None,
 ) -> None:
     """Say what a run needs: memory of each stage, time, tokens, the judge's cost, and what would make it fit."""
     from prefloop.planning import plan_run
+    from prefloop.planning.plan import GIB
     from prefloop.planning.table import plan_table
 
+    if memory is not None and not memory > 0:
+        raise PrefloopError(f"--memory {memory:g}: expected GiB, more than 0")
     with described_run(file, store, overrides) as run:
-        found = plan_run(run)
+        found = plan_run(run, None if memory is None else int(memory * GIB))
     if as_json:
         print(json.dumps(found.to_dict(), indent=1))
     else:

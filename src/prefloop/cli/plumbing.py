@@ -87,6 +87,8 @@ def described_run(file: Path, store: str | None, overrides: list[str] | None) ->
     from prefloop.store import Store
 
     data = apply_overrides(read_run_file(file), overrides or [])
+    if "objective" in data:
+        raise PrefloopError(f"{file} is a training of its own, not a run: `prefloop train {file}`")
     settings = parse_settings(RunSettings, data, str(file))
     default = str(Path(settings.directory) / Path(DEFAULT_STORE).name)
     with Store(location_of(store, settings.store or default)) as opened:

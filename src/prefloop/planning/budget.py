@@ -59,7 +59,7 @@ class Need:
         if sampled:
             peaks.append(sampling_peak(setup, "evaluate", work.evaluation, judge))
             peaks.append(sampling_peak(setup, "rollout", work.rollout, judge))
-            peaks.append(sampling_peak(setup, "guard", work.guard, judge))
+        peaks.append(sampling_peak(setup, "guard", work.guard, judge))
         peaks.append(scoring_peak(scored, "KL", work.guard.num_positions, judge, arena))
         peaks.append(update_peak(setup, "train", work.update, judge, arena))
         return peaks
@@ -78,6 +78,7 @@ def setup_of(settings: RunSettings, shape: ModelShape, training: TrainingSetting
         training.max_tokens,
         objective(settings.train.algorithm).reference or settings.guard.num_tasks > 0,
         policy.quantization,
+        training.sync_reference_every is not None,
     )
 
 
@@ -85,10 +86,17 @@ def setup_of(settings: RunSettings, shape: ModelShape, training: TrainingSetting
 
 
 def available_memory(device: str) -> int:
-    """Bytes that a new process may take: of the device, or of this machine and what limits its processes here."""
+    """Bytes that a new process may take: of the device, or of this machine and what limits its processes here.
+
+    Raises:
+        PrefloopError: there is no such device here.
+    """
     if device.startswith("cuda"):
         import torch
 
+        from prefloop.models.load import check_device
+
+        check_device(device)
         return int(torch.cuda.mem_get_info(device)[0])
     return min([_machine(), *_limits()])
 
@@ -156,9 +164,19 @@ LEVERS: tuple[Lever, ...] = (
         lambda s: _halved(s.train.max_tokens, LEAST_TOKENS),
     ),
     (
+        "sft.max_tokens",
+        "smaller packs: the same result",
+        lambda s: [] if s.sft is None else _halved(s.sft.max_tokens, LEAST_TOKENS),
+    ),
+    (
         "train.gradient_checkpointing",
         "layers are computed twice: updates take a third longer",
         lambda s: [] if s.train.gradient_checkpointing else ["true"],
+    ),
+    (
+        "sft.gradient_checkpointing",
+        "layers are computed twice: it takes a third longer",
+        lambda s: [] if s.sft is None or s.sft.gradient_checkpointing else ["true"],
     ),
     (
         "policy.lora.rank",
@@ -184,11 +202,11 @@ LEVERS: tuple[Lever, ...] = (
         lambda s: _halved(s.rollout.sampling.max_new_tokens, 32),
     ),
 )
-"""The least intrusive first: the first three change no result beyond rounding."""
+"""The least intrusive first: the first five change no result beyond rounding."""
 
 BELOW_ADAPTERS = {"policy.dtype", "policy.quantization"}
 HELPS = 0.98
-"""Of the peak: a change that leaves more is not worth its cost."""
+"""Of what all stages have beyond the limit: a change that leaves more is not worth its cost."""
 
 
 def advise(need: Need, settings: RunSettings, limit: int) -> list[Advice]:
@@ -198,10 +216,10 @@ def advise(need: Need, settings: RunSettings, limit: int) -> list[Advice]:
     up again, the most intrusive first, and the others made as mild as may be.
     """
     chosen: dict[str, str] = {}
-    while _peak(need, settings, chosen) > limit:
+    while _excess(need, settings, chosen, limit):
         if not any(_pull(need, settings, chosen, key, limit) for key, _, _ in LEVERS):
             break
-    if _peak(need, settings, chosen) <= limit:
+    if not _excess(need, settings, chosen, limit):
         _spare(need, settings, chosen, limit)
     found: list[Advice] = []
     for key, effect, _ in LEVERS:
@@ -215,12 +233,12 @@ def _pull(need: Need, settings: RunSettings, chosen: dict[str, str], key: str, l
     """Choose the mildest value of a key with which the run fits, else the one that helps most; whether any does."""
     if key in BELOW_ADAPTERS and settings.policy.lora is None and "policy.lora.rank" not in chosen:
         return False  # weights that are trained lose small updates in bfloat16, and cannot have fewer bits
-    least, helped = _peak(need, settings, chosen), False
+    least, helped = _excess(need, settings, chosen, limit), False
     for value in _values(settings, key):
-        now = _peak(need, settings, chosen | {key: value})
+        now = _excess(need, settings, chosen | {key: value}, limit)
         if now < HELPS * least:
             least, chosen[key], helped = now, value, True
-        if now <= limit:
+        if not now:
             break
     return helped
 
@@ -230,10 +248,12 @@ def _spare(need: Need, settings: RunSettings, chosen: dict[str, str], limit: int
     for key in [key for key, _, _ in reversed(LEVERS) if key in chosen]:
         without = {other: value for other, value in chosen.items() if other != key}
         needed = key == "policy.lora.rank" and BELOW_ADAPTERS & chosen.keys()
-        if not needed and _peak(need, settings, without) <= limit:
+        if not needed and not _excess(need, settings, without, limit):
             del chosen[key]
             continue
-        milder = (value for value in _values(settings, key) if _peak(need, settings, chosen | {key: value}) <= limit)
+        milder = (
+            value for value in _values(settings, key) if not _excess(need, settings, chosen | {key: value}, limit)
+        )
         chosen[key] = next(milder, chosen[key])
 
 
@@ -241,10 +261,11 @@ def _values(settings: RunSettings, key: str) -> list[str]:
     return next(values for name, _, values in LEVERS if name == key)(settings)
 
 
-def _peak(need: Need, settings: RunSettings, chosen: Mapping[str, str]) -> int:
+def _excess(need: Need, settings: RunSettings, chosen: Mapping[str, str], limit: int) -> int:
+    """Bytes beyond the limit, of all stages together: a lever may help one of several that are too large."""
     for key, value in chosen.items():
         settings = with_value(settings, key, value)
-    return largest(need.peaks(settings)).total
+    return sum(max(0, peak.total - limit) for peak in need.peaks(settings))
 
 
 def with_value(settings: RunSettings, key: str, value: str) -> RunSettings:

@@ -73,7 +73,11 @@ PREFILL_TOKENS, GRANULE, KEPT_ARENA = 4096, 64, 1 << 30  # as in prefloop.models
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """How a policy is held and trained. `rank` None: all weights are trained; `reference`: the objective has one."""
+    """How a policy is held and trained.
+
+    `rank` None: all weights are trained; `reference`: the objective has one; `follows`: it follows the policy, with
+    weights of its own.
+    """
 
     shape: ModelShape
     dtype: str
@@ -84,6 +88,7 @@ class Setup:
     max_tokens: int
     reference: bool = True
     quantization: str | None = None
+    follows: bool = False
 
     @property
     def arithmetic(self) -> Precision:
@@ -256,7 +261,8 @@ def _granules(positions: int) -> int:
 
 
 def _models(setup: Setup) -> dict[str, int]:
-    reference = setup.base_bytes if setup.rank is None else (setup.adapter_bytes if setup.shape.adapted else 0)
+    shared = setup.adapter_bytes if setup.shape.adapted else 0
+    reference = setup.base_bytes if setup.rank is None or setup.follows else shared
     return {
         "weights": setup.base_bytes + setup.adapter_bytes,
         "reference": reference if setup.reference else 0,

@@ -66,18 +66,24 @@ class Plan:
         }
 
 
-def plan_run(run: Run) -> Plan:
+def plan_run(run: Run, memory: int | None = None) -> Plan:
     """The whole plan: prompts are rendered by the model's own chat template, and the machine's rate is measured.
 
+    With `memory`, in bytes, it is for a device that has so much and need not be here: nothing is then known of time.
+
     Raises:
-        PrefloopError: the policy is served and needs nothing here, its model is not there, or its tokenizer fails.
+        PrefloopError: the policy is served and needs nothing here, its model is not there, its tokenizer fails, or its
+            device is not here.
     """
     need = _need(run, _renderer(run))
     settings = run.settings
     setup, work = setup_of(settings, need.shape, settings.train), need.workload(settings)
+    judge = judge_cost(run, need.lengths, work)
+    if memory is not None:
+        return _plan(run, need, memory, None, None, judge)
+    available = available_memory(settings.policy.device)
     rates = measure_rates(setup, work.rollout.num_rows, settings.num_threads)
-    seconds = seconds_of(settings, setup, work, rates)
-    return _plan(run, need, rates, seconds, judge_cost(run, need.lengths, work))
+    return _plan(run, need, available, rates, seconds_of(settings, setup, work, rates), judge)
 
 
 def check_memory(run: Run) -> None:
@@ -88,7 +94,7 @@ def check_memory(run: Run) -> None:
     """
     if run.settings.policy.server is not None:
         return
-    plan = _plan(run, _need(run, None), None, None, None)
+    plan = _plan(run, _need(run, None), available_memory(run.settings.policy.device), None, None, None)
     if plan.fits:
         return
     changes = " ".join(f"--set {one.override}" for one in plan.advice)
@@ -111,9 +117,11 @@ def size(num_bytes: int) -> str:
     return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else f"{num_bytes / (1 << 20):.0f} MiB"
 
 
-def _plan(run: Run, need: Need, rates: Rates | None, seconds: Seconds | None, judge: JudgeCost | None) -> Plan:
+def _plan(
+    run: Run, need: Need, available: int, rates: Rates | None, seconds: Seconds | None, judge: JudgeCost | None
+) -> Plan:
     settings = run.settings
-    peaks, available = need.peaks(settings), available_memory(settings.policy.device)
+    peaks = need.peaks(settings)
     advice = advise(need, settings, available) if largest(peaks).total > available else []
     setup, work = setup_of(settings, need.shape, settings.train), need.workload(settings)
     return Plan(settings.name, setup, need.lengths, work, peaks, available, advice, rates, seconds, judge)
@@ -130,7 +138,7 @@ def _shape(settings: RunSettings) -> ModelShape:
         return initial_shape(policy.initial)
     if policy.model is None:
         raise PrefloopError(f"run {settings.name}: its policy is served elsewhere; there is nothing to plan here")
-    return shape_of(fetch_model(policy.model))
+    return shape_of(fetch_model(policy.model, weights=False))
 
 
 def _judge_bytes(judge: JudgeSettings, device: str) -> int:
@@ -138,7 +146,7 @@ def _judge_bytes(judge: JudgeSettings, device: str) -> int:
     found = {"reward": judge.reward, "process": judge.process}.get(judge.kind)
     if found is None or found.device != device:
         return 0
-    directory = fetch_model(found.model)
+    directory = fetch_model(found.model, weights=False)
     members = [path.parent for path in sorted(directory.glob("*/adapter_config.json"))][:1]
     shape = shape_of(members[0] if members and not (directory / "config.json").is_file() else directory)
     return shape.num_parameters * BYTES[found.dtype]
@@ -151,7 +159,7 @@ def _renderer(run: Run) -> ChatRenderer | None:
         return None
     from transformers import AutoTokenizer
 
-    directory: Path = fetch_model(policy.model)
+    directory: Path = fetch_model(policy.model, weights=False)
     try:
         return policy.renderer(AutoTokenizer.from_pretrained(directory))
     except (OSError, ValueError) as error:

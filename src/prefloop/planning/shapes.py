@@ -87,8 +87,10 @@ def shape_of(directory: Path) -> ModelShape:
     if adapter.is_file():
         from prefloop.hub import fetch_model
 
-        base = shape_of(fetch_model(str(_json(adapter).get("base_model_name_or_path", ""))))
-        return replace(base, adapted=True)
+        said = _json(adapter)
+        base, revision = str(said.get("base_model_name_or_path", "")), said.get("revision")
+        named = f"{base}@{revision}" if revision and not Path(base).is_dir() else base
+        return replace(shape_of(fetch_model(named)), adapted=True)
     config = _json(directory / "config.json")
     sizes = [_stored(file) for file in sorted(directory.glob("*.safetensors"))]
     shape = shape_of_config(config, str(directory))
@@ -112,13 +114,14 @@ def shape_of_config(config: JSONObject, where: str) -> ModelShape:
     if not all((*found.values(), heads, vocabulary)):
         raise PrefloopError(f"{where}: its config.json does not say hidden size, layers, heads and vocabulary")
     hidden = found["hidden"]
-    experts = int(text.get("num_experts_per_tok") or 1)
-    wide = int(text.get("moe_intermediate_size") or text.get("intermediate_size") or 4 * hidden) * experts
+    used = int(text.get("num_experts_per_tok") or 1)  # of all experts those that a token passes
+    experts = int(text.get("num_experts") or text.get("num_local_experts") or used)
+    wide = int(text.get("moe_intermediate_size") or text.get("intermediate_size") or 4 * hidden)
     shape = ModelShape(
         model_type=str(text.get("model_type", "")),
         num_layers=found["layers"],
         hidden=hidden,
-        feed_forward=wide,
+        feed_forward=wide * used,
         num_heads=heads,
         num_kv_heads=int(text.get("num_key_value_heads") or heads),
         head_dim=int(text.get("head_dim") or hidden // heads),
@@ -127,14 +130,14 @@ def shape_of_config(config: JSONObject, where: str) -> ModelShape:
         max_context=int(text.get("max_position_embeddings") or 1 << 30),
         tied=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))),
     )
-    return replace(shape, num_parameters=_num_parameters(shape))
+    return replace(shape, num_parameters=_num_parameters(shape, wide * experts))
 
 
-def _num_parameters(shape: ModelShape) -> int:
-    """Embeddings, projections, feed-forwards of three products, and norms."""
+def _num_parameters(shape: ModelShape, feed_forward: int) -> int:
+    """Embeddings, projections, feed-forwards of three products (of all experts together so wide), and norms."""
     hidden, query, key = shape.hidden, shape.query_width, shape.key_width
     bias = query + 2 * key if shape.model_type == "qwen2" else 0
-    layer = 2 * hidden * query + 2 * hidden * key + 3 * hidden * shape.feed_forward + 2 * hidden + bias
+    layer = 2 * hidden * query + 2 * hidden * key + 3 * hidden * feed_forward + 2 * hidden + bias
     if shape.model_type in QK_NORMS:
         layer += 2 * shape.head_dim
     return shape.num_layers * layer + hidden + shape.vocabulary * hidden * (1 if shape.tied else 2)

@@ -76,14 +76,15 @@ def _rate(setup: Setup, num_rows: int, dtype: object) -> float:
 def seconds_of(settings: RunSettings, setup: Setup, work: Workload, rates: Rates) -> Seconds:
     """The time of the stages of an iteration, evaluations before and after the loop apart."""
     units = work.num_trajectories / max(1, work.rollout.num_rows)
-    guard = _sampled(setup, work.guard, rates) + _scored(setup, work.guard.num_positions, rates)
+    guards = work.num_guards / max(1, work.guard.num_rows)
+    guard = guards * (_sampled(setup, work.guard, rates) + _scored(setup, work.guard.num_positions, rates))
     update = work.update.num_steps * _trained(setup, work.update, rates)
     scored = _scored(setup, work.update.num_tokens, rates) if setup.reference else 0.0
     stages = {"rollout": units * _sampled(setup, work.rollout, rates), "train": update + scored, "guard": guard}
-    if settings.policy.vllm is not None or settings.policy.server is not None:
-        stages["rollout"] = stages["guard"] = 0.0
+    if settings.policy.vllm is not None:
+        stages["rollout"] = 0.0
     times = 2 * (2 if settings.evaluation.greedy else 1) * settings.evaluation.num_tasks / work.evaluation.num_rows
-    once = {"evaluate": times * _sampled(setup, work.evaluation, rates)}
+    once = {"evaluate": 0.0 if settings.policy.vllm is not None else times * _sampled(setup, work.evaluation, rates)}
     if work.sft is not None:
         once["sft"] = work.sft.num_steps * _trained(setup, work.sft, rates)
     return Seconds(stages, once)

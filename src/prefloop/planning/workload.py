@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from prefloop.environments.agent import Agent
 from prefloop.environments.base import Demonstrator
 from prefloop.planning.memory import Sampling, Update
-from prefloop.records import JSONObject, Message, Source, Split
+from prefloop.records import JSONObject, Message, Split
 from prefloop.stages.context import Run
 from prefloop.stages.rollouts import STAGE as ROLLOUT
 from prefloop.stages.settings import RunSettings
@@ -56,6 +57,7 @@ class Workload:
     update: Update
     sft: Update | None
     num_trajectories: int
+    num_guards: int
 
 
 def lengths_of(run: Run, renderer: ChatRenderer | None) -> Lengths:
@@ -75,7 +77,8 @@ def lengths_of(run: Run, renderer: ChatRenderer | None) -> Lengths:
     recorded = _recorded(run)
     if recorded is not None:
         return Lengths(*recorded, shown, "the run's own rollouts")
-    new, turns = settings.rollout.sampling.max_new_tokens, int(getattr(environment, "max_turns", 1))
+    new = settings.rollout.sampling.max_new_tokens
+    turns = settings.gateway.max_turns if isinstance(environment, Agent) else int(getattr(environment, "max_turns", 1))
     by = "the chat template" if renderer is not None else f"{CHARACTERS_PER_TOKEN} characters a token"
     if turns == 1:
         return Lengths(prompt, new, new, shown, f"prompts by {by}, each reply max_new_tokens long")
@@ -94,6 +97,7 @@ def workload(
     num_tasks = min(rollout.num_tasks, there_are or rollout.num_tasks)
     unit = min(rollout.tasks_per_unit, num_tasks)
     guards = min(settings.guard.num_tasks, there_are or settings.guard.num_tasks)
+    guards_at_once = min(guards, rollout.rows_per_unit)
     evaluated = min(settings.evaluation.num_tasks, held_out or settings.evaluation.num_tasks)
     at_once = min(rollout.tasks_per_unit, evaluated)
 
@@ -102,11 +106,12 @@ def workload(
 
     return Workload(
         Sampling(unit * rollout.samples_per_task, unit, prompt, after),
-        alone(guards),
+        alone(guards_at_once),
         alone(at_once),
         _update(settings, num_tasks, prompt, after, lengths),
         None if settings.sft is None else _imitation(settings.sft, settings.sft.num_demonstrations, lengths),
         num_tasks * rollout.samples_per_task,
+        guards,
     )
 
 
@@ -137,13 +142,18 @@ def _recorded(run: Run) -> tuple[int, int, int] | None:
     ids = [row.id for row in run.store.trajectories(run_id=run.id, iteration=done) if row.extra.get("stage") == ROLLOUT]
     ids = ids or [row.id for row in run.store.trajectories(run_id=run.id, iteration=max(0, done - 1))]
     rows = run.store.trajectories(ids[:NUM_TRAJECTORIES], with_paths=True)
-    paths = [path for row in rows for path in row.token_paths]
-    if not paths:
+    rows = [row for row in rows if row.token_paths]
+    if not rows:
         return None
-    sampled = [int((path.source == int(Source.SAMPLED)).sum()) for path in paths]
-    first = [int((path.source == int(Source.SAMPLED)).argmax()) for path in paths]
-    after = [len(path.token) - begin for path, begin in zip(paths, first, strict=True)]
-    return _mean(first), _mean(after), _mean(sampled)
+    sampled = [sum(int(path.loss_mask.sum()) for path in row.token_paths) for row in rows]
+    prompt = [int(row.token_paths[0].loss_mask.argmax()) for row in rows]
+    # Of several contexts one at a time is in the cache: the longest tells what a row needs.
+    longest = [max(len(path.token) for path in row.token_paths) for row in rows]
+    return (
+        _mean(prompt),
+        _mean([max(0, whole - begin) for whole, begin in zip(longest, prompt, strict=True)]),
+        _mean(sampled),
+    )
 
 
 def _rendered(renderer: ChatRenderer) -> Count:

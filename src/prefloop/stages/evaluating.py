@@ -42,7 +42,12 @@ def guard_evaluation(run: Run, policy: Policy) -> Evaluated:
     attempts = [Attempt(task, 0, run.settings.seed) for task in tasks]
     sampling = _sampling(run, temperature=1.0)
     provenance = Provenance(AuthorKind.CHECKPOINT, "", run.id, BEFORE, "guard")
-    rollouts = run.policies.roll_out(policy, attempts, sampling, provenance)
+    at_once = run.settings.rollout.rows_per_unit
+    rollouts = [
+        rollout
+        for start in range(0, len(attempts), at_once)
+        for rollout in run.policies.roll_out(policy, attempts[start : start + at_once], sampling, provenance)
+    ]
     verified = [rollout.outcome.success for rollout in rollouts if rollout.outcome is not None]
     kl = _kl_to_start(run, [rollout.trajectory for rollout in rollouts])
     return Evaluated(proportion(verified) if verified else None, kl)

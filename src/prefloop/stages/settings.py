@@ -18,7 +18,7 @@ from prefloop.judges.llm import LLMJudgeSettings
 from prefloop.judges.reward_model import ProcessJudgeSettings, RewardJudgeSettings
 from prefloop.judges.rules import RuleJudgeSettings
 from prefloop.losses.registry import OBJECTIVES
-from prefloop.models.settings import PolicySettings, is_gpu
+from prefloop.models.settings import PolicySettings, is_gpu, trains_adapter
 from prefloop.training.recipes import filled
 from prefloop.training.settings import GuardSettings, TrainingSettings, UpdateSettings, check_held_out
 
@@ -65,6 +65,11 @@ class RolloutSettings(Settings):
     samples_per_task: int = Field(default=8, ge=1)
     tasks_per_unit: int = Field(default=48, ge=1)
     sampling: SamplingSettings = SamplingSettings()
+
+    @property
+    def rows_per_unit(self) -> int:
+        """How many trajectories are rolled out at once."""
+        return self.tasks_per_unit * self.samples_per_task
 
 
 class ValuingSettings(Settings):
@@ -118,7 +123,7 @@ class RunSettings(Settings):
         """What the tables of trainings leave out is as the recipe of their objective has it."""
         if not isinstance(given, Mapping) or not isinstance(policy := given.get("policy"), Mapping):
             return given
-        how = {"lora": policy.get("lora") is not None, "gpu": is_gpu(str(policy.get("device", "cpu")))}
+        how = {"lora": trains_adapter(policy), "gpu": is_gpu(str(policy.get("device", "cpu")))}
         names = {"sft": "sft", "train": (given.get("train") or {}).get("algorithm", "dpo")}
         there = [key for key, name in names.items() if isinstance(given.get(key), Mapping) and name in OBJECTIVES]
         return {**given, **{key: filled(given[key], names[key], **how) for key in there}}
