@@ -22,6 +22,7 @@ from rich.progress import (
 from rich.table import Table
 
 from prefloop.records import JSONObject, counted
+from prefloop.report.words import not_graded
 from prefloop.stages.context import BEFORE
 from prefloop.stages.context import Progress as Quiet
 from prefloop.stages.fit_settings import WHOLE, FitProgress
@@ -172,7 +173,9 @@ def _evaluation(detail: JSONObject, which: str) -> str:
     success = sampled["success"]
     interval = f"[{_percent(success['low'])}, {_percent(success['high'])}]"
     greedily = f", {_percent(greedy['success']['value'])} greedily" if greedy.get("success") else ""
-    return f"{which}: {_percent(success['value'])} {interval} of {success['n']} held-out tasks succeed{greedily}"
+    ungraded = not_graded(sampled.get("num_unverified"), detail["num_tasks"])
+    share = f"{_percent(success['value'])} {interval} of {success['n']} held-out tasks succeed{greedily}"
+    return "; ".join(filter(None, (f"{which}: {share}", ungraded)))
 
 
 def _percent(value: float | None) -> str:

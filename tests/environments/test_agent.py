@@ -82,6 +82,23 @@ def test_the_same_question_is_not_trained_on_and_evaluated(tmp_path):
         agent(tmp_path, rows).num_tasks(Split.TRAIN)
 
 
+def test_tasks_that_their_name_alone_tells_apart(tmp_path):
+    rows = [{"id": f"swe-{n}", "answer": n} for n in range(50)]
+    found = agent(tmp_path, rows)
+    assert 2 <= found.num_tasks(Split.HELD_OUT) <= 20 and found.num_tasks(Split.TRAIN) >= 30
+    assert len({found.task(row["id"]).cluster for row in rows}) == 50
+    said = [{**row, "split": "held_out" if n % 2 else "train"} for n, row in enumerate(rows)]
+    assert agent(tmp_path, said).num_tasks(Split.HELD_OUT) == 25
+
+
+def test_the_text_of_a_prompt_decides_the_split_whatever_else_a_row_holds(tmp_path):
+    for n in range(5):
+        rows = [{"id": f"{n}-{m}", "prompt": f"Question {n}?", "hint": m} for m in range(50)]
+        found = agent(tmp_path, rows, held_out=0.5)
+        assert sorted(found.num_tasks(split) for split in Split) == [0, 50]
+        assert len({found.task(row["id"]).cluster for row in rows}) == 1
+
+
 def test_a_file_of_tasks_that_is_not_there_or_empty(tmp_path):
     with pytest.raises(PrefloopError, match="there is no file"):
         Agent(AgentSettings(tasks=str(tmp_path / "none.jsonl"))).num_tasks(Split.TRAIN)
@@ -142,6 +159,9 @@ def test_a_prompt_that_the_command_asks_for_must_be_there(tmp_path):
     found = agent(tmp_path, [{"id": "bare"}], command=python("", "{prompt}"))
     with pytest.raises(PrefloopError, match="task 'bare' has no prompt"):
         found.act(found.task("bare"), 0, ACCESS, 5)
+    with pytest.raises(PrefloopError, match="task 'bare' has no prompt"):
+        found.check()
+    agent(tmp_path, [{"id": "bare"}], command=python("", "{id}")).check()
 
 
 def test_an_agent_that_never_finishes_ends_with_its_children(tmp_path):
@@ -181,6 +201,13 @@ def test_one_that_will_not_end_is_made_to(monkeypatch):
 def test_what_is_printed_without_end_is_bounded():
     ran = run_command(python("while True: print('x' * 999)"), child_environment([]), deadline_s=20)
     assert ran.limit == "printed" and len(ran.output) <= MAX_PRINTED
+
+
+def test_too_much_is_too_much_however_quickly_it_was_printed(monkeypatch):
+    monkeypatch.setattr("prefloop.environments.commands.SHORTEST_WAIT_S", 0.8)  # one look, after the end
+    monkeypatch.setattr("prefloop.environments.commands.LONGEST_WAIT_S", 0.8)
+    ran = run_command(python(f"print('x' * {3 * MAX_PRINTED}); print(1)"), child_environment([]), deadline_s=20)
+    assert (ran.exit_code, ran.failure[:28]) == (None, "printed more than 1,048,576 ")
 
 
 def test_a_crash_says_its_last_line(tmp_path):

@@ -111,9 +111,11 @@ print(ask({"role": "system", "content": "You sum up."}, question)["content"])
     assert_exact(trajectory)
 
 
-def test_an_agent_that_never_finishes_ends_at_its_deadline(tmp_path):
-    for rollout in roll_out(tmp_path, "ask(question); time.sleep(60)", episode_deadline_s=1.5):
-        assert rollout.trajectory.ended is Ended.DEADLINE and rollout.outcome is None
+def test_an_agent_that_never_finishes_ends_at_its_deadline_and_is_graded(tmp_path):
+    grader = "import json, sys; print(json.dumps({'score': 0.25 * (json.load(sys.stdin)['ended'] == 'deadline')}))"
+    for rollout in roll_out(tmp_path, "ask(question); time.sleep(60)", grader=grader, episode_deadline_s=1.5):
+        assert rollout.trajectory.ended is Ended.DEADLINE
+        assert rollout.outcome is not None and rollout.outcome.score == 0.25  # the grader is told how it ended
         assert rollout.trajectory.extra["error"] == "was ended at its deadline"
         assert rollout.trajectory.num_turns == 1
 
@@ -171,12 +173,13 @@ def test_a_grader_that_fails_is_an_error_of_its_episode(tmp_path):
     [
         ("import not_installed", GRADE, "exited with 1: ModuleNotFoundError: No module named 'not_installed'"),
         ("print('hello')", GRADE, "it ended without asking the policy: does it take its address from OPENAI_BASE_URL"),
+        ("time.sleep(60)", GRADE, "was ended at its deadline"),  # before anything was asked: not the policy's doing
         ("ask(question)", "raise ValueError('broken')", "the grader exited with 1: ValueError: broken"),
     ],
 )
 def test_nothing_is_kept_where_agent_or_grader_is_broken(tmp_path, program, grader, said):
     with pytest.raises(PrefloopError, match="of 2 attempts failed before the policy could succeed or fail") as caught:
-        roll_out(tmp_path, program, grader=grader)
+        roll_out(tmp_path, program, grader=grader, **({"episode_deadline_s": 1.0} if "sleep" in program else {}))
     assert said in str(caught.value)
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 from rich.console import Console
 from synthetic_run import JUDGE, RUN, SyntheticRun
 
+from prefloop.live import _line
 from prefloop.records import Comparison, Rater, RaterKind, Status, Verdict
 from prefloop.report import final_table
 from prefloop.report.record import read_run
@@ -130,3 +131,19 @@ def test_where_nothing_is_verified_only_the_judge_is_quoted(store):
         "Nothing is verified here; the training judge's mean score went from 0.400 to 0.700"
     )
     assert found.tone == "open"
+
+
+def test_what_was_not_graded_is_said_wherever_success_is(store):
+    success = {"value": 1.0, "low": 0.439, "high": 1.0, "n": 3}
+    record = _run(success, success, None, store, num_unverified=3)
+    for event in (record.start_evaluation, record.end_evaluation):
+        event["num_tasks"] = 6
+    found = verdict(record)
+    assert found.headline.startswith("Success on 3 held-out tasks")
+    assert found.details[0] == (
+        "Success is of graded episodes alone: "
+        "3 of 6 were not graded (start policy); 3 of 6 were not graded (end policy)."
+    )
+    row = final_rows(record)[0]
+    assert row.start == row.end == "100.0 % [43.9, 100.0]; 3 of 6 were not graded"
+    assert _line(0, "evaluate", record.end_evaluation).endswith("of 3 held-out tasks succeed; 3 of 6 were not graded")

@@ -121,9 +121,11 @@ class Agent(TaskSource):
         """See that the tasks can be read and the commands be found.
 
         Raises:
-            PrefloopError: they cannot.
+            PrefloopError: they cannot, or the command asks for the prompt of a task that has none.
         """
-        _ = self._all
+        bare = next((task for task in self._all.values() if task.specification.get("prompt") is None), None)
+        if bare is not None and self.settings.command is not None:
+            _filled(self.settings.command, bare.specification)
         for key in ("command", "grader"):
             command = getattr(self.settings, key)
             if command and shutil.which(command[0]) is None:
@@ -238,8 +240,9 @@ def _task(row: Any, held_out: float) -> tuple[str, str, Task]:
         raise RowProblemError(
             "", f"the agent would be given {size:,} bytes, more than {MAX_TASK_BYTES:,}: name a file in the row instead"
         )
-    asked = canonical_json({key: value for key, value in given.items() if key != "id"})
-    split, cluster = place_prompt((Message(Role.USER, asked),), held_out)
+    told = {key: value for key, value in given.items() if key != "id"} or given  # the name alone may be the task
+    asked = canonical_json(told)
+    split, cluster = place_prompt(messages or (Message(Role.USER, asked),), held_out)
     specification = {key: value for key, value in row.items() if key != "split"}
     own = Split(said) if said is not None else split
     return str(name), asked, Task(Agent.name, specification, messages=messages, split=own, cluster=cluster)

@@ -28,7 +28,7 @@ PASSED_ON = (
 Limit = Literal["deadline", "printed", "stopped"]
 BEYOND: dict[Limit, str] = {
     "deadline": "was ended at its deadline",
-    "printed": f"was ended after it had printed {MAX_PRINTED:,} bytes",
+    "printed": f"printed more than {MAX_PRINTED:,} bytes",
     "stopped": "was ended from outside",
 }
 
@@ -108,17 +108,21 @@ def run_command(
 
 
 def _wait(process: subprocess.Popen[bytes], printed: Sequence[IO[bytes]], end: float, stop: Event) -> Limit | None:
-    """Wait until a command has exited; the limit at which it must be ended, None where it has exited by itself."""
+    """Wait until a command has exited; the limit that it is beyond, None where it has kept to all of them."""
     wait = SHORTEST_WAIT_S
     while process.poll() is None:
-        if any(os.fstat(file.fileno()).st_size > MAX_PRINTED for file in printed):
+        if _too_much(printed):
             return "printed"
         if time.monotonic() >= end:
             return "deadline"
         if stop.wait(wait):
             return "stopped"
         wait = min(2 * wait, LONGEST_WAIT_S)
-    return None
+    return "printed" if _too_much(printed) else None  # one that was quicker than a look at it
+
+
+def _too_much(printed: Sequence[IO[bytes]]) -> bool:
+    return any(os.fstat(file.fileno()).st_size > MAX_PRINTED for file in printed)
 
 
 def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:

@@ -44,7 +44,7 @@ def verdict(record: RunRecord) -> Verdict:
         return Verdict(headline, "open", _details(record))
     moved = _direction(start, end, record.finish.get("paired"))
     values = f"{words.share_with_interval(start)} to {words.share_with_interval(end)}"
-    tasks = f"{record.end_evaluation.get('num_tasks', end['n']):,} held-out tasks"
+    tasks = f"{end['n']:,} held-out tasks"
     if moved == "same":
         return Verdict(f"Success on {tasks} did not change measurably: {values}.", "open", _details(record))
     tone = "good" if moved == "rose" else "bad"
@@ -96,8 +96,23 @@ def _direction(start: Mapping[str, Any], end: Mapping[str, Any], paired: Mapping
 
 
 def _details(record: RunRecord) -> tuple[str, ...]:
-    found = [_paired_words(record.finish.get("paired")), _kl_words(record), _rollback_words(record)]
+    found = [_ungraded_words(record), _paired_words(record.finish.get("paired"))]
+    found += [_kl_words(record), _rollback_words(record)]
     return tuple(text for text in found if text)
+
+
+def _ungraded_words(record: RunRecord) -> str:
+    """Success is of graded episodes alone: agents that crash must not go unnoticed."""
+    both = (("start", record.start_evaluation), ("end", record.end_evaluation))
+    found = [f"{_not_graded(evaluation)} ({which} policy)" for which, evaluation in both if _not_graded(evaluation)]
+    return f"Success is of graded episodes alone: {'; '.join(found)}." if found else ""
+
+
+def _not_graded(evaluation: JSONObject, how: str = "sampled") -> str:
+    if not (success := _success(evaluation, how)):
+        return ""
+    num = int((evaluation.get(how) or {}).get("num_unverified") or 0)
+    return words.not_graded(num, num + success["n"])
 
 
 def _paired_words(paired: Mapping[str, Any] | None) -> str:
@@ -161,7 +176,11 @@ def _success_row(name: str, start: JSONObject, end: JSONObject, how: str, paired
     moved = _direction(before, after, paired) if before and after else "same"
     note = f"n = {after['n']:,}" if after else ""
     better = {"rose": True, "fell": False, "same": None}[moved]
-    return Row(name, words.share_with_interval(before), words.share_with_interval(after), note, better)
+    shown = [
+        "; ".join(filter(None, (words.share_with_interval(_success(evaluation, how)), _not_graded(evaluation, how))))
+        for evaluation in (start, end)
+    ]
+    return Row(name, shown[0], shown[1], note, better)
 
 
 def _kl_row(name: str, end: JSONObject, key: str) -> Row:

@@ -26,6 +26,11 @@ def share_with_interval(interval: Mapping[str, Any] | None) -> str:
     return f"{percent(interval['value'])} [{100 * interval['low']:.1f}, {100 * interval['high']:.1f}]"
 
 
+def not_graded(num: int | None, total: int) -> str:
+    """How many of all episodes have no verdict: "3 of 6 were not graded"; empty where none is so."""
+    return f"{num:,} of {total:,} {'was' if num == 1 else 'were'} not graded" if num else ""
+
+
 def points_with_interval(interval: Mapping[str, Any]) -> str:
     """A difference of shares in percentage points: "+56.4 points [51.7, 60.7]"."""
     value, low, high = (f"{100 * interval[key]:+.1f}".replace("-", "−") for key in ("value", "low", "high"))

@@ -20,7 +20,8 @@ from prefloop.stages.context import AGENT_LOGS
 
 MAX_KEPT = 20_000  # characters of an agent's output that are kept with its trajectory
 NEVER_ASKED = "it ended without asking the policy: does it take its address from OPENAI_BASE_URL and OPENAI_API_KEY?"
-GRADED = (Ended.DONE, Ended.LENGTH, Ended.MAX_TURNS)  # ends that the policy brought about
+# Ends that the policy brought about, or may have: one that loops until its deadline must look worse for it.
+GRADED = (Ended.DONE, Ended.LENGTH, Ended.MAX_TURNS, Ended.DEADLINE)
 
 Made = tuple[Rollout, bool]  # and whether agent or grader was broken, whatever the policy did
 
@@ -97,7 +98,8 @@ class AgentRunner:
     def _graded(self, attempt: Attempt, rollout: Rollout, output: str) -> Made:
         """The rollout with what the grader says of it; what the agent itself had posted counts without a grader."""
         trajectory = rollout.trajectory
-        if trajectory.ended not in GRADED:
+        unheard = trajectory.ended is Ended.DEADLINE and not trajectory.num_turns
+        if trajectory.ended not in GRADED or unheard:
             return Rollout(trajectory, None), not trajectory.num_turns
         if self.agent.settings.grader is None:
             return rollout, False
