@@ -10,7 +10,7 @@ from huggingface_hub import constants
 
 from fakes.hub import TOKEN, Hub
 from hub_fixture import ask_again, ask_at, hub_of
-from prefloop.hub import choose_files, data_files, data_name, fetch_model, model_name, pinned_model
+from prefloop.hub import choose_files, data_files, data_name, fetch_model, is_adapter, model_name, pinned_model
 from prefloop.models.load import load_policy
 from prefloop.models.settings import LoraSettings
 from prefloop.records import PrefloopError
@@ -97,6 +97,14 @@ def test_an_adapter_names_the_repository_and_the_commit_below_it(hub: Hub, model
     assert all(a.equal(b) for a, b in zip(again.model.parameters(), policy.model.parameters(), strict=True))
 
 
+def test_whether_a_name_means_an_adapter(hub: Hub, model: Path, tmp_path: Path):
+    hub.add("org/adapter", {"adapter_config.json": b"{}", "adapter_model.safetensors": b"large"})
+    assert [is_adapter(name) for name in ("org/adapter", "org/tiny", str(model), "org/none", "")] == [True] + 4 * [
+        False
+    ]
+    assert not any(one.name == "adapter_model.safetensors" for one in Path(constants.HF_HUB_CACHE).rglob("*"))
+
+
 def test_only_files_of_a_model_are_fetched_and_only_once(hub: Hub, model: Path):
     hub.add("org/tiny", {"onnx/model.onnx": b"1", "pytorch_model.bin": b"2", "train.py": b"3", "original/x.json": b"4"})
     directory = fetch_model("org/tiny")
@@ -165,6 +173,7 @@ def test_a_download_that_was_cut_off_is_not_taken_for_a_model(hub: Hub, model: P
         ("org/tiny@v9", "org/tiny has no revision 'v9'"),
         ("org/empty", "org/empty of the hub has no config.json"),
         ("org/na me", "there is no such directory$"),
+        ("", "its name is empty"),
     ],
 )
 def test_models_that_cannot_be_had(name: str, message: str, hub: Hub, model: Path):

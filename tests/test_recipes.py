@@ -1,5 +1,6 @@
 """Recipes: the page says what the code does, run files and `prefloop train` follow it, and the examples run."""
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -125,7 +126,8 @@ def test_from_chat_logs_with_thumbs_to_an_adapter(tiny: Path, tmp_path: Path, mo
     sets = [f"model={tiny}", f"output={tmp_path / 'out'}", "num_threads=1", "device=cpu"]
     assert main(["train", str(example), *(part for one in sets for part in ("--set", one))]) == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert "bad rows that were left out: 2, named in the model's README.md: no answer to its prompt is labelled" in told
+    assert "bad rows that were left out: 2, named in the model's README.md: " in told
+    assert told.count("(1 row)") == 2 and "no answer to its prompt is labelled as" in told
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     card = (tmp_path / "out" / "README.md").read_text()
     for words in (
@@ -142,6 +144,57 @@ def test_from_chat_logs_with_thumbs_to_an_adapter(tiny: Path, tmp_path: Path, mo
     assert all((liked[pair.chosen_id], liked[pair.rejected_id]) == (1.0, 0.0) for pair in dataset.pairs)
 
 
+def test_an_adapter_as_the_model_has_the_recipe_of_an_adapter(tmp_path: Path):
+    """It is what is trained on, but for a reward model, into which it is merged."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for device in ("cpu", "cuda:0"):
+        policy = {"model": str(tmp_path), "device": device}
+        run = parse_settings(RunSettings, miniature(policy=policy, train={"algorithm": "kto"}, sft={}), "test")
+        assert run.policy.dtype == ("bfloat16" if device == "cuda:0" else "float32")
+        for name, found in (("kto", run.train), ("sft", run.sft), ("dpo", None), ("reward", None)):
+            given = {"objective": name, "data": ["x"], **policy}
+            fit = parse_settings(FitSettings, given, "test")
+            expected = learning_rate(name, lora=name != "reward")
+            assert fit.learning_rate == (found.learning_rate if found else expected) == expected
+    assert parse_settings(PolicySettings, {**policy, "quantization": "4bit"}, "test").lora is None
+
+
+def test_files_of_trainings_are_told_of_their_keys(tiny: Path, tmp_path: Path, monkeypatch, capsys):
+    """And callers of options of those."""
+    monkeypatch.chdir(tmp_path)
+    row = {"prompt": "one " * 500, "chosen": "Yes.", "rejected": "No."}
+    Path("rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({**row, "prompt": "one"}) + "\n")
+    Path("train.toml").write_text(f'objective = "dpo"\nmodel = "{tiny}"\ndata = ["rows.jsonl"]\ndevice = "cpu"\n')
+    options = ["--model", str(tiny), "--data", "rows.jsonl", "--device", "cpu"]
+    for sets, given, said in (
+        (["max_length=999999"], ["--max-length", "999999"], "--max-length 999999: "),
+        (["max_length=50"], ["--max-length", "50"], "--truncate keep_start cuts their ends off, or raise --max-length"),
+        (["evaluate_every=5"], ["--evaluate-every", "5"], "give --held-out SHARE or --eval-data FILE"),
+    ):
+        assert main(["train", "train.toml", *(part for one in sets for part in ("--set", one))]) == 1
+        of_file = capsys.readouterr().err
+        in_keys = re.sub(r"--(\w+)(-\w+)?", lambda one: one[0][2:].replace("-", "_"), said)
+        assert in_keys in of_file and " --" not in of_file, of_file
+        assert main(["train", "dpo", *options, *given]) == 1
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (["lora.rank=0"], "lora.rank should be greater than or equal to 1, not 0"),
+        (['model=""'], 'model should be text that is not empty, not ""'),
+    ],
+)
+def test_a_wrong_value_is_one_line(sets, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("x").touch()
+    Path("train.toml").write_text('objective = "dpo"\nmodel = "m"\ndata = ["x"]\n')
+    assert main(["train", "train.toml", *(part for one in sets for part in ("--set", one))]) == 1
+    line = capsys.readouterr().err
+    assert message in line and len(line.splitlines()) == 1, line
+
+
 @pytest.mark.parametrize(
     ("text", "arguments", "message"),
     [
@@ -149,7 +202,7 @@ def test_from_chat_logs_with_thumbs_to_an_adapter(tiny: Path, tmp_path: Path, mo
         ('objective = "dppo"\nmodel = "m"', [], "did you mean 'dpo'"),
         ("objective = 3", [], "objective and output should be texts"),
         ('objective = "dpo"\nmodel = "m"\ndata = ["x.jsonl"]', [], "there is no file x.jsonl"),
-        ('objective = "dpo"', ["--iteration", "2"], "--iteration and --dataset are of run files"),
+        ('objective = "dpo"', ["--iteration", "2"], "--iteration, --dataset and --ignore-memory are of run files"),
         ('objective = "dpo"\nmodel = "m"\ndata = ["x"]\nlora = { rnak = 3 }', [], "did you mean lora.rank|rank"),
     ],
 )

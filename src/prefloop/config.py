@@ -145,6 +145,8 @@ def _expectation(kind: str, message: str, context: Mapping[str, Any]) -> str:
             return f"one of {context['expected_tags']}"
         case "string_pattern_mismatch":
             return f"text that matches {context['pattern']}"
+        case "string_too_short" if context["min_length"] == 1:
+            return "text that is not empty"
     return message.removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("should be ")
 
 

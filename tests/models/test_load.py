@@ -8,6 +8,7 @@ import torch
 from prefloop.batch.examples import Demonstration
 from prefloop.models.load import load_policy
 from prefloop.models.settings import LoraSettings
+from prefloop.records import PrefloopError
 from prefloop.training.step import with_reference
 from reward_examples import conversations, rendered, saved_policy
 
@@ -102,3 +103,10 @@ def test_what_is_trained_in_full_shares_nothing(base, tmp_path: Path):
     assert storages(frozen, other) == 2 * storages(frozen)
     half = load_policy(base, frozen=True, dtype="bfloat16", beside=[frozen])
     assert storages(frozen, half) > storages(frozen)
+
+
+def test_another_rank_than_that_of_the_adapter_is_said(adapter):
+    assert load_policy(adapter, lora=LORA).model.peft_config["default"].r == 2
+    for other in (LoraSettings(rank=8), LoraSettings(rank=2, alpha=2)):
+        with pytest.raises(PrefloopError, match=r"is an adapter of rank 2 and alpha 4 already.*\[policy\.lora\] out"):
+            load_policy(adapter, lora=other)

@@ -296,3 +296,9 @@ def test_damaged_ones_never_take_each_others_names(saved):
 def test_nothing_saved_yet(tmp_path):
     assert newest_whole(tmp_path / "none") is None
     assert newest_whole(tmp_path) is None
+
+
+def test_a_place_that_cannot_be_written_needs_no_space(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(PrefloopError, match=r"^cannot save .*: File exists; name a place that can be written$"):
+        save_atomically(tmp_path / "file" / "new", lambda directory: None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,7 +100,21 @@ def _fit_file(file: Path, given: dict[str, Any], store: str | None) -> None:
     if not isinstance(name, str) or not isinstance(output, str | None):
         raise PrefloopError(f"{file}: objective and output should be texts")
     objective(name)
-    _fit(name, Path(output) if output else None, store, given, str(file))
+    try:
+        _fit(name, Path(output) if output else None, store, given, str(file))
+    except PrefloopError as error:
+        raise PrefloopError(_in_keys(str(error))) from None
+
+
+def _in_keys(error: str) -> str:
+    """What an error calls options as the keys of a file."""
+
+    def key(option: re.Match[str]) -> str:
+        name = option[1].replace("-", "_")
+        name = name.replace("lora_", "lora.") if name.removeprefix("lora_") in LoraSettings.model_fields else name
+        return name if name.partition(".")[0] in {*FitSettings.model_fields, "output"} else option[0]
+
+    return re.sub(r"(?<![\w-])--([a-z]+(?:-[a-z]+)*)", key, error)
 
 
 def _fit(name: str, output: Path | None, store: str | None, options: dict[str, Any], source: str = "") -> None:

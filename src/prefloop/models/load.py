@@ -22,11 +22,10 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from prefloop.hub import fetch_model, model_name
+from prefloop.hub import ADAPTER_CONFIG, fetch_model, model_name
 from prefloop.models.settings import Dtype, LoraSettings, Quantization
 from prefloop.records import PrefloopError
 
-ADAPTER_CONFIG = "adapter_config.json"
 REWARD_CONFIG = "reward_model.json"
 TOKENIZERS = ("*token*", "*vocab*", "*.model")
 """Names of the files that a tokenizer is read from, one of which there must be."""
@@ -80,15 +79,16 @@ def load_policy(
     """Load a policy from a directory or a hub id; with `lora`, add a fresh adapter where it has none.
 
     A fresh adapter is a function of the model and `lora`: loaded anew, by another process too, it is the same.
-    A directory that holds an adapter is loaded on top of the model that the adapter names. An adapter, or a model that
-    is to be `frozen`, shares its base weights, the very tensors, with a policy `beside` it that has the same ones and
-    leaves them as they are. With `quantization` its base weights have 8 or 4 bits (NF4 with a second quantisation,
-    Dettmers et al. 2023, arXiv:2305.14314), all but the embeddings and the head.
+    A directory that holds an adapter is loaded on top of the model that the adapter names; `lora`, where it is given,
+    must have its rank and alpha. An adapter, or a model that is to be `frozen`, shares its base weights, the very
+    tensors, with a policy `beside` it that has the same ones and leaves them as they are. With `quantization` its base
+    weights have 8 or 4 bits (NF4 with a second quantisation, Dettmers et al. 2023, arXiv:2305.14314), all but the
+    embeddings and the head.
 
     Raises:
         PrefloopError: it is not a causal language model, such as a reward model; it has no tokenizer; peft or
             bitsandbytes is missing; quantised weights would be trained, or are of a width that bitsandbytes cannot
-            take; as `fetch_model` and `check_device`.
+            take; `lora` is another adapter than the one that is there; as `fetch_model` and `check_device`.
     """
     check_device(device)
     directory = fetch_model(name)
@@ -97,6 +97,8 @@ def load_policy(
     if not any(next(directory.glob(pattern), None) for pattern in TOKENIZERS):
         raise PrefloopError(f"model {name!r} cannot be loaded: it has no tokenizer; put its tokenizer.json there")
     adapter = (directory / ADAPTER_CONFIG).is_file()
+    if adapter and lora is not None:
+        _check_same(directory, lora, name)
     base = adapter_base(directory) if adapter else name
     weights = f"{fetch_model(base).resolve()} in {quantization or ''}{dtype} on {device}"
     more = adapter and _holds_more(directory)
@@ -224,6 +226,21 @@ def _untrainable(name: str, quantization: str) -> PrefloopError:
         f"model {name!r} in {quantization}: weights of a few bits cannot be trained themselves; train an adapter on "
         "them (--lora-rank, or the table [policy.lora]), or leave quantization out"
     )
+
+
+def _check_same(adapter: Path, lora: LoraSettings, name: str) -> None:
+    """See that an adapter is as the settings say, which have no say in one that is there.
+
+    Raises:
+        PrefloopError: its rank or alpha is another.
+    """
+    there = load_peft().PeftConfig.from_pretrained(adapter)
+    rank, alpha = getattr(there, "r", None), getattr(there, "lora_alpha", None)
+    if (rank, alpha) != (lora.rank, lora.alpha):
+        raise PrefloopError(
+            f"model {name!r} is an adapter of rank {rank} and alpha {alpha} already, which is trained on, not one of "
+            f"rank {lora.rank} and alpha {lora.alpha}: leave the table [policy.lora] out, or name the model below it"
+        )
 
 
 def check_device(name: str) -> None:

@@ -34,11 +34,10 @@ from prefloop.batch.examples import Demonstration
 from prefloop.batch.packing import pack_group, split_examples
 from prefloop.chat import ChatRenderer, StepKind, stop_ids
 from prefloop.chat.steps import SEPARATOR
-from prefloop.hub import fetch_model
+from prefloop.hub import ADAPTER_CONFIG, fetch_model
 from prefloop.models.attention import causal_model, why_not_shared
 from prefloop.models.forward import forward, score_head
 from prefloop.models.load import (
-    ADAPTER_CONFIG,
     REWARD_CONFIG,
     Policy,
     adapter_base,

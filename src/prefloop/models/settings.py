@@ -12,12 +12,19 @@ from prefloop.chat.calls import ToolFormat
 from prefloop.clients.openai_sampler import ServerSettings
 from prefloop.clients.vllm import VLLMSettings
 from prefloop.config import BY_RECIPE, Settings
+from prefloop.hub import is_adapter
 
 Dtype: TypeAlias = Literal["float32", "bfloat16"]
 
 Quantization: TypeAlias = Literal["8bit", "4bit"]
 
 LORA_RANK = 32
+
+
+def trains_adapter(given: Mapping[str, Any]) -> bool:
+    """Whether settings of a policy (`model`, `lora`) train an adapter: a fresh one, or one that the model is itself."""
+    model = given.get("model")
+    return given.get("lora") is not None or (isinstance(model, str) and is_adapter(model))
 
 
 def weights_dtype(*, lora: bool, gpu: bool) -> Dtype:
@@ -80,7 +87,7 @@ class LoraSettings(Settings):
     def _twice_the_rank(cls, given: Any) -> Any:
         if not isinstance(given, Mapping) or not isinstance(rank := given.get("rank", LORA_RANK), int):
             return given
-        return {"alpha": 2 * rank, **{key: value for key, value in given.items() if value is not None}}
+        return {"alpha": 2 * max(rank, 1), **{key: value for key, value in given.items() if value is not None}}
 
 
 class PolicySettings(Settings):
@@ -91,7 +98,7 @@ class PolicySettings(Settings):
     adapter in 8 or 4 bits (bitsandbytes).
     """
 
-    model: str | None = None
+    model: str | None = Field(default=None, min_length=1)
     initial: InitialModelSettings | None = None
     server: ServerSettings | None = None
     lora: LoraSettings | None = None
@@ -108,7 +115,7 @@ class PolicySettings(Settings):
         if not isinstance(given, Mapping) or given.get("dtype") is not None:
             return given
         gpu = is_gpu(str(given.get("device", "cpu")))
-        return {**given, "dtype": weights_dtype(lora=given.get("lora") is not None, gpu=gpu)}
+        return {**given, "dtype": weights_dtype(lora=trains_adapter(given), gpu=gpu)}
 
     def renderer(self, tokenizer: Any) -> ChatRenderer:
         """How this policy speaks with its tokenizer: chat template, its variables, and the format of tool calls.
@@ -128,7 +135,7 @@ class PolicySettings(Settings):
 
     @model_validator(mode="after")
     def _only_frozen_weights_are_rounded(self) -> PolicySettings:
-        if self.quantization is not None and self.lora is None:
+        if self.quantization is not None and not trains_adapter({"model": self.model, "lora": self.lora}):
             raise ValueError("quantization needs a table 'lora': weights of a few bits cannot be trained themselves")
         return self
 

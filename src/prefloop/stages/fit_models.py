@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from prefloop.hub import is_adapter
 from prefloop.losses.registry import needs_reference, resolve_knobs
 from prefloop.records import JSONObject, PrefloopError
 from prefloop.stages.context import versions
@@ -149,7 +150,7 @@ def load_learner(settings: FitSettings) -> Learner:
         PrefloopError: it cannot be loaded, its files are not those of its manifest, or `lora` is given for a model
             that is an adapter already.
     """
-    from prefloop.models.load import ADAPTER_CONFIG, load_policy
+    from prefloop.models.load import load_policy
     from prefloop.models.reward import new_reward_model
 
     _check_whole(settings.model)
@@ -160,7 +161,7 @@ def load_learner(settings: FitSettings) -> Learner:
         sizes: dict[str, Any] = {"num_heads": settings.num_heads, "num_adapters": settings.num_adapters}
         reward = new_reward_model(name, kind=kind, lora=settings.lora, seed=settings.seed, **sizes, **options)
         return _with_template(Learner(reward), settings)
-    if settings.lora is not None and (Path(name) / ADAPTER_CONFIG).is_file():
+    if settings.lora is not None and is_adapter(name):
         raise PrefloopError(f"--lora-rank: {settings.model} is an adapter already, which is trained on: leave it out")
     return _with_template(Learner(load_policy(name, lora=settings.lora, **options)), settings)
 

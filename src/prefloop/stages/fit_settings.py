@@ -12,7 +12,7 @@ from prefloop.chat.steps import SEPARATOR
 from prefloop.config import BY_RECIPE
 from prefloop.losses.registry import OBJECTIVES, needs_reference, objective, resolve_knobs
 from prefloop.losses.settings import LossSettings
-from prefloop.models.settings import Dtype, LoraSettings, Quantization, is_gpu, weights_dtype
+from prefloop.models.settings import Dtype, LoraSettings, Quantization, is_gpu, trains_adapter, weights_dtype
 from prefloop.records import PrefloopError
 from prefloop.training.metrics import telling_metrics
 from prefloop.training.recipes import filled
@@ -30,7 +30,7 @@ class FitSettings(TrainingSettings, LossSettings):
     """One training on stored data: an objective with its knobs, a model, rows, and what is done about bad ones."""
 
     objective: str
-    model: str = Field(description="a directory in Hugging Face's layout, or a hub id: org/name@revision")
+    model: str = Field(min_length=1, description="a directory in Hugging Face's layout, or a hub id: org/name@revision")
     reference: str = Field(default="", description="the reference model, else the model itself as it starts")
     chat_template: str = Field(default="", description="a file with a chat template, else the tokenizer's own")
     data: list[str] = Field(
@@ -64,7 +64,9 @@ class FitSettings(TrainingSettings, LossSettings):
     def _follows_its_recipe(cls, given: Any) -> Any:
         if not isinstance(given, Mapping) or given.get("objective") not in OBJECTIVES:
             return given
-        how = {"lora": given.get("lora") is not None, "gpu": is_gpu(str(given.get("device", "auto")))}
+        of_policy = objective(given["objective"]).of_policy  # a reward model is made of the whole, the adapter merged
+        lora = trains_adapter(given) if of_policy else given.get("lora") is not None
+        how = {"lora": lora, "gpu": is_gpu(str(given.get("device", "auto")))}
         return filled({"dtype": weights_dtype(**how), **given}, given["objective"], **how)
 
     # An error that is no ValueError leaves pydantic as it is: these speak of options, not of tables.

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from prefloop.chat import ChatRenderer, stop_ids
 from prefloop.clients.vllm import Adapter, BaseModel, VLLMSampler, VLLMServer, VLLMSettings
-from prefloop.hub import fetch_model, model_name
+from prefloop.hub import ADAPTER_CONFIG, fetch_model, model_name
 from prefloop.records import PrefloopError
 
 if TYPE_CHECKING:
     from prefloop.models.sampler import LocalSampler
 
-ADAPTER_CONFIG = "adapter_config.json"
 PROBE = 'How many grey geese fly to Zürich at 07:45?\n\n\t{"seats": [12, 3]} 東京'
 MAX_CONTROL_TOKENS = 64
 

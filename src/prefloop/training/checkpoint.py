@@ -8,6 +8,7 @@ nothing is unpickled: safetensors and JSON only.
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
@@ -40,7 +41,9 @@ def save_atomically(target: Path, write: Callable[[Path], None]) -> str:
             return saved
         return _publish(target, write)
     except OSError as error:
-        raise PrefloopError(f"cannot save {target}: {error.strerror or error}; free space and run again") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT) or f"{DISK_ERROR}{errno.ENOSPC})" in str(error)
+        advice = "free space and run again" if full else "name a place that can be written"
+        raise PrefloopError(f"cannot save {target}: {error.strerror or error}; {advice}") from error
 
 
 def _publish(target: Path, write: Callable[[Path], None]) -> str:
