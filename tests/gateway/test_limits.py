@@ -13,13 +13,13 @@ from contextlib import contextmanager
 import httpx2
 import openai
 import pytest
-from gateway_runs import FROM, SAMPLING, Served, ToolLoop, assert_exact, policy, served, tasks
+from gateway_runs import FROM, SAMPLING, ToolLoop, assert_exact, policy, served, tasks
 from test_batcher import rows_of, sampler, wait_until
 
 from prefloop.clients.sampling import SamplingSettings
 from prefloop.environments.base import Outcome
 from prefloop.gateway import ContinuousBatcher, Gateway, GatewayServer, GatewaySettings, RefusedError, ServedBatcher
-from prefloop.records import Ended, PrefloopError, Task
+from prefloop.records import Ended, Message, PrefloopError, Task
 from prefloop.rollout import Attempt
 
 QUESTION = [{"role": "user", "content": "Book me a flight to Lima"}]
@@ -104,12 +104,42 @@ def test_keys_that_change_nothing_are_taken(gateway):
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "not JSON"),
         (b"[" * 100_000, "not JSON"),
         (b'\xff\xfe{"a": 1}', "not JSON"),
+        (b'{"tools": 1e999}', "1e999 is too large"),
+        (b'{"user": "\xed\xa0\x80"}', "not JSON"),
+        (b'{"n": 1, "n": 2}', "duplicate key 'n'"),
+        (b'{"tools": %s}' % (b"[" * 900 + b"]" * 900), "nested deeper than 100 levels"),
+        (b'{"tools": %s1%s}' % (b'{"a":' * 900, b"}" * 900), "nested deeper than 100 levels"),
     ],
 )
 def test_broken_bodies_are_refused(gateway, body, told):
     headers = {"content-type": "application/json", "authorization": "Bearer none/t/broken"}
     answer = httpx2.post(gateway.server.base_url + "/chat/completions", content=body, headers=headers)
     assert answer.status_code == 400 and told in answer.json()["error"]["message"]
+
+
+def test_arguments_that_are_not_json_stay_the_text_that_they_are():
+    for text in ('{"a": NaN}', '{"a": 1e999}', '{"a": "\\ud800"}', '{"a": 1, "a": 2}', '{"a":' * 80 + "1" + "}" * 80):
+        said = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": text}}]}
+        assert Message.from_dict(said).tool_calls[0].arguments == text
+
+
+def test_half_a_character_in_a_reason_is_refused(gateway):
+    for half in (b"\\ud800", b"\xed\xa0\x80"):
+        headers = {"content-type": "application/json"}
+        body = b'{"episode": "e", "reason": "%s"}' % half
+        answer = httpx2.post(gateway.server.url + "/outcome", content=body, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
+
+
+def test_a_fault_of_ours_is_told_in_the_usual_shape_and_ends_nothing(gateway, monkeypatch):
+    def fail(*_):
+        raise ZeroDivisionError("by mistake")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gateway.gateway, "begin", fail)
+        error = refused(lambda: ask(gateway.client("fault")), 500, "internal_error")
+        assert "ZeroDivisionError: by mistake" in str(error)
+    assert ask(gateway.client("fault"), max_tokens=1).usage.completion_tokens == 1
 
 
 def test_bodies_and_routes_that_are_not_ours_are_refused(gateway):
@@ -361,21 +391,6 @@ def test_who_opens_an_episode_closes_it_and_keeps_it():
         assert not gateway.recorded
 
 
-def test_what_cannot_be_kept_stays_open():
-    failures = [PrefloopError("the disk is full")]
-
-    def record(rollout, task):
-        if failures:
-            raise failures.pop()
-
-    with served() as gateway:
-        gateway.gateway._record = record
-        ask(gateway.client())
-        answer = gateway.post("/outcome", {"episode": "e", "score": 1})
-        assert answer.status_code == 500 and "the disk is full" in answer.json()["error"]["message"]
-        assert gateway.post("/outcome", {"episode": "e", "score": 1}).status_code == 200
-
-
 def test_at_the_end_replies_are_given_and_open_episodes_kept():
     with endless() as gateway, ThreadPoolExecutor(1) as pool:
         ask(gateway.client("said"), max_tokens=2)
@@ -423,4 +438,4 @@ def test_a_sampler_that_fails_is_said_and_the_episode_goes_on():
         assert "no server" in str(error)
         with pytest.raises(openai.APIStatusError, match="no server"):
             list(ask(gateway.client(), stream=True))
-        assert isinstance(gateway, Served) and gateway.close().own_turns == ()
+        assert gateway.post("/outcome", {"episode": "e", "score": 1}).json()["error"]["code"] == "nothing_said"

@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import Final, get_args
 
 from prefloop.chat.calls import CALL_FORMATS, Placed, Reading, ToolFormat
-from prefloop.chat.calls.base import is_storable
 from prefloop.chat.render import ChatRenderer
 from prefloop.chat.turns import stop_ids, turn_pieces
 from prefloop.records import JSONObject, Message, PrefloopError, Role, ToolCall
+from prefloop.records.strict_json import is_storable
 
 _THINK, _THOUGHT = "<think>", "</think>"
 _OWN = "response_template"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from urllib.parse import quote
 
 from prefloop.chat import ChatRenderer
@@ -13,14 +14,14 @@ from prefloop.clients.sampling import Sampled, SamplingSettings
 from prefloop.environments.base import Outcome
 from prefloop.gateway.batcher import Batcher, Job
 from prefloop.gateway.episodes import Name, OpenEpisode, Turn, Voice
+from prefloop.gateway.keeping import Judge, Keeper, Record
 from prefloop.gateway.refusal import RefusedError
 from prefloop.gateway.settings import GatewaySettings
 from prefloop.gateway.wire import Asked
-from prefloop.records import Ended, JSONObject, Message, PrefloopError, Task
+from prefloop.records import Ended, JSONObject, Message, PrefloopError, Trajectory
 from prefloop.rollout import Attempt, Provenance, Rollout
 
 Find = Callable[[str], Attempt]
-Record = Callable[[Rollout, Task], None]
 
 
 class Gateway:
@@ -35,9 +36,11 @@ class Gateway:
         settings: limits and deadlines.
         find: the next attempt at the task of a name, for episodes that agents open; raises `PrefloopError` where
             there is no such task. Without it only `open` opens episodes.
-        record: keeps a closed episode that an agent opened. What `open` opened is its opener's to keep.
+        record: writes a closed episode that an agent opened. What `open` opened is its opener's to keep.
+        judge: writes the outcome of a trajectory that is in the store, for episodes that ended without one.
         group_seeded: whether the attempts at a task share its luck.
         closed: episodes that were had before: their names are taken.
+        ungraded: those of them that have no outcome, and the ids of their trajectories.
     """
 
     def __init__(
@@ -51,23 +54,30 @@ class Gateway:
         *,
         find: Find | None = None,
         record: Record | None = None,
+        judge: Judge | None = None,
         group_seeded: bool = False,
         closed: Iterable[Name] = (),
+        ungraded: Mapping[Name, str] = MappingProxyType({}),
     ) -> None:
         self.settings = settings
         self.provenance = provenance
         self.max_context = min(max_context, settings.max_context or max_context)
-        self.recorded: Counter[Ended] = Counter()
         self.voice = Voice(renderer)
         self._batcher = batcher
         self._sampling = sampling
-        self._find, self._record = find, record
+        self._find = find
+        self._keeper = Keeper(record, judge, ungraded)
         self._group_seeded = group_seeded
         self._lock = threading.RLock()
         self._open: dict[Name, OpenEpisode] = {}
         self._closed = set(closed)
         self._num_in_work = 0
         self._draining = False
+
+    @property
+    def recorded(self) -> Counter[Ended]:
+        """How many episodes that agents opened were written down, by how they ended."""
+        return self._keeper.recorded
 
     # --- episodes -----------------------------------------------------------------------------------------------
 
@@ -104,21 +114,20 @@ class Gateway:
             raise RefusedError(404, "unknown_task", str(error)) from None
 
     def named(self, episode: str) -> Name:
-        """The name of the one open episode of this id.
+        """The name of the one open episode of this id, else of the one that was closed without an outcome.
 
         Raises:
             RefusedError: there is none, or several tasks have one.
         """
         with self._lock:
-            found = [name for name in self._open if name[1] == episode]
-            if len(found) == 1:
-                return found[0]
-            if found:
+            closed = [name for name in self._closed if name[1] == episode]
+            found = [name for name in self._open if name[1] == episode] or [n for n in closed if n in self._keeper]
+            if len(found) > 1:
                 tasks = ", ".join(sorted(name[0] for name in found))
-                raise RefusedError(
-                    400, "task_needed", f"several tasks have an open episode {episode!r}: {tasks}; name one"
-                )
-            raise self._not_open(next((name for name in self._closed if name[1] == episode), ("", episode)))
+                raise RefusedError(400, "task_needed", f"several tasks have an episode {episode!r}: {tasks}; name one")
+            if not found:
+                raise self._not_open(closed[0] if closed else ("", episode))
+            return found[0]
 
     def close(self, name: Name, outcome: Outcome | None = None, *, ended: Ended | None = None, **extra: str) -> Rollout:
         """End an episode; replies in the making are given up. Its trajectory, and `outcome`, else what was posted.
@@ -126,9 +135,16 @@ class Gateway:
         `ended` stands unless a limit or a deadline ended it before; `extra` is kept beside it, where it is not empty.
 
         Raises:
-            RefusedError: it is not open.
-            PrefloopError: it could not be kept; it stays open.
+            RefusedError: it is not open, or it cannot be written now: it is closed all the same, and will be written.
         """
+        rollout = self._closed_now(name, outcome, ended, extra)
+        self._keeper.keep(name)
+        return rollout
+
+    def _closed_now(
+        self, name: Name, outcome: Outcome | None, ended: Ended | None = None, extra: Mapping[str, str] | None = None
+    ) -> Rollout:
+        """End an episode and leave the writing to the keeper."""
         with self._lock:
             episode = self._open.get(name)
             if episode is None:
@@ -138,24 +154,19 @@ class Gateway:
             rollout = episode.close(self.provenance, found, ended, extra, group_seeded=self._group_seeded)
             del self._open[name]
             self._closed.add(name)
-        if self._record is not None and not episode.owned:
-            try:
-                self._record(rollout, episode.attempt.task)
-            except PrefloopError:
-                with self._lock:
-                    self._open[name] = episode
-                    self._closed.discard(name)
-                raise
-        self.recorded[rollout.trajectory.ended] += 1
+            if not episode.owned:
+                self._keeper.put(name, rollout, episode.attempt.task)
         self._batcher.release(episode.keys)
         return rollout
 
-    def post(self, name: Name, outcome: Outcome | None, reason: str = "") -> Rollout | None:
+    def post(self, name: Name, outcome: Outcome | None, reason: str = "") -> Trajectory | None:
         """An agent, or its grader, says how an episode went: it is closed, or kept for whoever owns it (None).
 
+        An episode that was ended without an outcome, by a deadline or the end of a gateway, is given it afterwards.
+
         Raises:
-            RefusedError: it is not open, or an outcome was posted before.
-            PrefloopError: as `close`.
+            RefusedError: it is not open and has an outcome, nothing was said in it yet, or it cannot be written now:
+                then the same may be posted again.
         """
         with self._lock:
             episode = self._open.get(name)
@@ -164,7 +175,15 @@ class Gateway:
                     raise RefusedError(409, "outcome_posted", f"episode {name[1]!r} has its outcome already")
                 episode.posted = outcome
                 return None
-        return self.close(name, outcome, reason=reason)
+            if episode is not None and not episode.num_said:
+                raise RefusedError(
+                    409,
+                    "nothing_said",
+                    f"nothing was said in episode {name[1]!r}: there is nothing to grade",
+                )
+        if episode is None and name in self._keeper:
+            return self._keeper.judge(name, outcome, reason)
+        return self.close(name, outcome, reason=reason).trajectory
 
     def drain(self) -> None:
         """Refuse what comes from now on; replies in the making are still given."""
@@ -172,25 +191,28 @@ class Gateway:
             self._draining = True
 
     def close_all(self) -> None:
-        """Refuse what comes, and end every episode that an agent opened as interrupted.
+        """Refuse what comes, end every episode that an agent opened as interrupted, and write all that is over.
 
         Raises:
-            PrefloopError: the first of those that could not be kept.
+            PrefloopError: the first of those that could not be written.
         """
         self.drain()
         with self._lock:
-            left = [episode for episode in self._open.values() if not episode.owned]
-        failed = None
-        for episode in left:
-            try:
+            for episode in [episode for episode in self._open.values() if not episode.owned]:
                 self._end(episode, Ended.INTERRUPTED)
-            except PrefloopError as error:
-                failed = failed or error
+        failed = self.keep_closed()
         if failed is not None:
             raise failed
 
+    def keep_closed(self) -> PrefloopError | None:
+        """Write the episodes that are over and not written yet; the first failure, after which they still wait."""
+        return self._keeper.keep_all()
+
     def end_overdue(self) -> None:
-        """End the episodes that have been open, or idle, for too long; owners still close theirs."""
+        """End the episodes that have been open, or idle, for too long; owners still close theirs.
+
+        Nothing is written yet: `keep_closed` does that, which may have to wait for the store.
+        """
         now, limits = time.monotonic(), self.settings
         with self._lock:
             overdue = [
@@ -204,22 +226,18 @@ class Gateway:
                 self._abandon(
                     episode, RefusedError(504, "episode_deadline", f"episode {episode.name[1]!r} took too long")
                 )
-        for episode in overdue:
-            if not episode.owned:
-                self._end(episode, Ended.DEADLINE)
+                if not episode.owned:
+                    self._end(episode, Ended.DEADLINE)
 
     def _end(self, episode: OpenEpisode, ended: Ended) -> None:
         """Close an episode that nobody closed; one in which nothing was asked is forgotten."""
-        with self._lock:
-            if self._open.get(episode.name) is not episode:
-                return  # its outcome came in between
-            if episode.is_empty:
-                del self._open[episode.name]
-                self._closed.add(episode.name)
-                return
-            if episode.ended is None:
-                episode.stop(ended)
-        self.close(episode.name)
+        if episode.is_empty:
+            del self._open[episode.name]
+            self._closed.add(episode.name)
+            return
+        if episode.ended is None:
+            episode.stop(ended)
+        self._closed_now(episode.name, None)
 
     def _not_open(self, name: Name) -> RefusedError:
         if name in self._closed:

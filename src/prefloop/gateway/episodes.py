@@ -98,12 +98,17 @@ class OpenEpisode:
     @property
     def is_empty(self) -> bool:
         """Whether nothing was asked in it."""
-        return not self._threads
+        return not self._threads and not self._overflown
 
     @property
     def num_turns(self) -> int:
         """How many replies there are, those in the making included."""
-        return sum(thread.num_own_turns for thread in self._threads) + len(self.in_work)
+        return self.num_said + len(self.in_work)
+
+    @property
+    def num_said(self) -> int:
+        """How many replies were given."""
+        return sum(thread.num_own_turns for thread in self._threads)
 
     def begin(self, messages: Sequence[Message], tools: tuple[JSONObject, ...], seed: int, max_context: int) -> Turn:
         """Make the next turn: of the thread that these messages go on with, else of a new one.
@@ -117,7 +122,7 @@ class OpenEpisode:
             if tools:
                 self._voice.check_tools()
             thread = self._thread_for(messages, tools)
-        except PrefloopError as error:
+        except (PrefloopError, RecursionError) as error:
             raise RefusedError(400, "invalid_messages", str(error), param="messages") from None
         context = thread.context
         if not thread.key:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from prefloop.records import JSONObject, Message, PrefloopError
 if TYPE_CHECKING:
     from starlette.types import Receive, Send
 
+log = logging.getLogger(__name__)
 JSON_TYPE = (b"content-type", b"application/json")
 STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
@@ -138,10 +140,10 @@ class Replies:
         """
         left = deadline - self._loop.time()
         done, _ = await asyncio.wait({pending.news, watch}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-        if pending.news in done:
-            return pending.read()
-        if done:
+        if watch in done:  # also where the reply has just come: nobody reads it, so it was never said
             raise GoneError
+        if done:
+            return pending.read()
         raise RefusedError(504, "deadline", f"no reply within {self._gateway.settings.request_deadline_s:g} s")
 
     async def _whole(self, pending: Pending, watch: asyncio.Future[Any], deadline: float) -> Sampled:
@@ -160,7 +162,11 @@ class Replies:
                 await _send_events(send, reply.more(pending.tokens))
                 sampled = await self._news(pending, watch, deadline)
             await _send_events(send, reply.last(sampled), end=True)
-        except PrefloopError as error:
+        except GoneError:
+            raise
+        except Exception as error:
+            if not isinstance(error, PrefloopError):
+                log.exception("a streamed reply failed")
             await _send_events(send, [as_refusal(error).body()], end=True)
 
 
@@ -220,9 +226,13 @@ def _calls(message: Message) -> JSONObject:
     return {"tool_calls": calls} if calls else {}
 
 
-def as_refusal(error: PrefloopError) -> RefusedError:
-    """An error of the policy as what the client is told."""
-    return error if isinstance(error, RefusedError) else RefusedError(500, "policy_failed", str(error))
+def as_refusal(error: Exception) -> RefusedError:
+    """An error, of the policy or any other, as what the client is told."""
+    if isinstance(error, RefusedError):
+        return error
+    if isinstance(error, PrefloopError):
+        return RefusedError(500, "policy_failed", str(error))
+    return RefusedError(500, "internal_error", f"the gateway failed: {type(error).__name__}: {error}")
 
 
 async def _send_events(send: Send, events: list[JSONObject], *, end: bool = False) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 import threading
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
@@ -21,12 +23,13 @@ from prefloop.records import JSONObject, PrefloopError
 from prefloop.serving import LOOPBACK, TooLargeError, bind, loopback_hosts, read_body, require_packages, url_of
 
 if TYPE_CHECKING:
-    from starlette.types import Receive, Scope, Send
+    from starlette.types import Message, Receive, Scope, Send
 
 HOW_TO_NAME = (
     "say which task and episode this is: headers X-Prefloop-Task and X-Prefloop-Episode, or the API key "
     "TOKEN/TASK/EPISODE (none/TASK/EPISODE where no token is set), percent-encoded"
 )
+log = logging.getLogger(__name__)
 _OUTCOME_KEYS = OUTCOME_KEYS | {"task", "episode", "reason"}
 
 
@@ -58,9 +61,20 @@ class App:
         """Answer a request."""
         if scope["type"] != "http":
             return
+        begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
         try:
-            await self._answer(scope, receive, send)
-        except PrefloopError as error:
+            await self._answer(scope, receive, watched)
+        except Exception as error:  # a fault met by one request is its client's to hear of, and nobody else's
+            if not isinstance(error, PrefloopError):
+                log.exception("a request failed")
+            if begun:
+                raise
             refusal = as_refusal(error)
             await respond(send, refusal.status, encoded(refusal.body()), refusal.headers())
 
@@ -132,11 +146,10 @@ class App:
         task, episode = _text(body, "task") or name[0], _text(body, "episode") or name[1]
         name = self._gateway.named(episode) if episode and not task else _whole((task, episode))
         outcome, reason = _outcome_in(body), _text(body, "reason")
-        rollout = await asyncio.to_thread(self._gateway.post, name, outcome, reason)
+        trajectory = await asyncio.to_thread(self._gateway.post, name, outcome, reason)
         shown: JSONObject = {"task": name[0], "episode": name[1]}
-        if rollout is None:
+        if trajectory is None:
             return shown
-        trajectory = rollout.trajectory
         return {
             **shown,
             "trajectory": trajectory.id,
@@ -211,6 +224,8 @@ class GatewayServer:
             callback_notify=self._tick, timeout_notify=0,
         )  # fmt: skip
         self._server = uvicorn.Server(config)
+        self._keeper = ThreadPoolExecutor(1, thread_name_prefix="prefloop-keeper")
+        self._keeping: asyncio.Future[PrefloopError | None] | None = None
         self._thread = threading.Thread(target=self._server.run, args=([bound],), name="prefloop-gateway", daemon=True)
         self._thread.start()
         started = threading.Event()
@@ -233,7 +248,13 @@ class GatewayServer:
         self.close()
 
     async def _tick(self) -> None:
-        await asyncio.to_thread(self._gateway.end_overdue)
+        """Once a second. What is raised here would end the server; and a store that waits must not make this wait."""
+        try:
+            self._gateway.end_overdue()
+        except Exception:
+            log.exception("the deadlines of episodes could not be looked at")
+        if self._keeping is None or self._keeping.done():
+            self._keeping = asyncio.get_running_loop().run_in_executor(self._keeper, self._gateway.keep_closed)
 
     def check(self) -> None:
         """See that it still serves.
@@ -249,6 +270,7 @@ class GatewayServer:
         self._gateway.drain()
         self._server.should_exit = True
         self._thread.join()
+        self._keeper.shutdown()
         self._gateway.close_all()
 
 

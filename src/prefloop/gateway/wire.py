@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from prefloop.clients.sampling import Sampled
 from prefloop.gateway.refusal import RefusedError
 from prefloop.records import JSONObject, Message, PrefloopError, ToolCall
+from prefloop.records.strict_json import load_json
 
+MAX_DEPTH: Final = 100  # of a body: what it holds of messages and tools nests less deep than it does
 HARMLESS: Final = frozenset({
     "model", "user", "metadata", "store", "parallel_tool_calls", "service_tier", "safety_identifier",
     "prompt_cache_key", "prompt_cache_retention", "reasoning_effort", "verbosity",
@@ -51,21 +53,15 @@ def read_json(body: bytes) -> JSONObject:
     """The object in a request's body.
 
     Raises:
-        RefusedError: it is no JSON object, or holds what UTF-8 cannot.
+        RefusedError: it is no JSON object, holds what cannot be stored, or nests too deeply.
     """
     try:
-        value = json.loads(body, parse_constant=_refuse_constant)
-        if b"\\u" in body:  # half of a surrogate pair can be written in JSON, but not in UTF-8
-            json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
+        value = load_json(body.decode(), MAX_DEPTH)
+    except ValueError as error:
         raise RefusedError(400, "invalid_json", f"the body is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise RefusedError(400, "invalid_json", f"the body should be a JSON object, not {_kind(value)}")
     return value
-
-
-def _refuse_constant(constant: str) -> Any:
-    raise ValueError(f"{constant} is not a JSON number")
 
 
 def read_request(raw: JSONObject) -> Asked:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from prefloop.records.base import JSONObject, PrefloopError
+from prefloop.records.strict_json import load_json
 
 
 class Role(StrEnum):
@@ -131,9 +131,9 @@ def _tool_call_from_dict(raw: object) -> ToolCall:
 
 
 def parse_arguments(text: str) -> JSONObject | str:
-    """The JSON object in `text`, or the text itself where it is not one."""
+    """The JSON object in `text`, or the text itself where it is not one that can be stored (`load_json`)."""
     try:
-        value = json.loads(text) if text.strip() else {}
-    except (ValueError, RecursionError):
+        value = load_json(text) if text.strip() else {}
+    except ValueError:
         return text
     return value if isinstance(value, dict) else text

@@ -6,9 +6,10 @@ import difflib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from prefloop.environments.agent import Agent
+from prefloop.environments.base import Outcome
 from prefloop.gateway import Batcher, Gateway, GatewayServer
 from prefloop.gateway.episodes import EPISODE, Name
 from prefloop.records import AuthorKind, PrefloopError, Split, Task, Trajectory
@@ -53,6 +54,7 @@ def served(
     for trajectory in recorded:
         tried[trajectory.task_id] = max(tried[trajectory.task_id], trajectory.sample + 1)
     tasks = _Tasks(run, tried)
+    names, verdicts = _names(run, recorded), run.verdicts(trajectory.id for trajectory in recorded)
     with closing(_Policy(run, checkpoint_id)) as policy:
         gateway = Gateway(
             policy.renderer,
@@ -63,7 +65,9 @@ def served(
             run.settings.gateway,
             find=tasks.find,
             record=lambda rollout, task: save_rollouts(run, [rollout], [task]),
-            closed=_names(run, recorded),
+            judge=lambda trajectory_id, outcome, reason: _judged(run, trajectory_id, outcome, reason),
+            closed=names.values(),
+            ungraded={names[one.id]: one.id for one in recorded if one.num_turns and one.id not in verdicts},
         )
         with GatewayServer(gateway, model=run.settings.name, host=host, port=port, token=token, grace_s=grace_s) as at:
             yield gateway, at
@@ -89,14 +93,20 @@ class _Policy:
 
 
 def _task_name(task: Task) -> str:
-    """The name by which agents know a task."""
-    return str(task.specification.get("id") or task.specification.get("task") or task.id)
+    """The name by which agents know a task; an id may be 0."""
+    return str(next((task.specification[key] for key in ("id", "task") if key in task.specification), task.id))
 
 
-def _names(run: Run, recorded: list[Trajectory]) -> list[Name]:
-    """The episodes that were had before: their ids are taken."""
+def _names(run: Run, recorded: list[Trajectory]) -> dict[str, Name]:
+    """The episodes that were had before, by the ids of their trajectories: theirs are taken."""
     tasks = run.store.tasks({trajectory.task_id for trajectory in recorded})
-    return [(_task_name(tasks[one.task_id]), str(one.extra[EPISODE])) for one in recorded]
+    return {one.id: (_task_name(tasks[one.task_id]), str(one.extra[EPISODE])) for one in recorded}
+
+
+def _judged(run: Run, trajectory_id: str, outcome: Outcome, reason: str) -> Trajectory:
+    """Write the outcome of an episode that ended without one; the episode."""
+    run.store.add_judgements([replace(run.verified(trajectory_id, outcome), rationale=reason)])
+    return run.store.trajectories([trajectory_id])[0]
 
 
 @dataclass

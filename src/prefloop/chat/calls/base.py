@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol
 
 from prefloop.records import JSONObject, ToolCall
-from prefloop.records.strict_json import strict_loads
+from prefloop.records.strict_json import load_json
 
 _NAME: Final = re.compile(r'"name"\s*:\s*"([^"\\]{1,128})"')
 
@@ -41,27 +40,6 @@ class CallFormat(Protocol):
         name can be read, else as content.
         """
         ...
-
-
-def load_json(text: str) -> Any:
-    """The value of a JSON text, as `strict_loads` reads it and such that it can be written as UTF-8.
-
-    Raises:
-        ValueError: it is not such a text.
-    """
-    value = strict_loads(text)
-    if not is_storable(value):
-        raise ValueError("it holds half a character (a lone surrogate)")
-    return value
-
-
-def is_storable(value: object) -> bool:
-    """Whether a JSON value can be written as UTF-8 (no lone surrogates, no NaN, not too deep)."""
-    try:
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError, TypeError):
-        return False
-    return True
 
 
 def read_json_call(text: str, arguments_keys: Sequence[str]) -> ToolCall | None:

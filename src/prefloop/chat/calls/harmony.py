@@ -11,8 +11,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from prefloop.chat.calls.base import Placed, Reading, load_json
+from prefloop.chat.calls.base import Placed, Reading
 from prefloop.records import JSONObject, ToolCall
+from prefloop.records.strict_json import load_json
 
 _MESSAGE: Final = "<|message|>"
 _ENDS: Final = re.compile(r"<\|(?:end|call|return|start)\|>")

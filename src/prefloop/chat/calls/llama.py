@@ -8,8 +8,9 @@ import re
 from collections.abc import Sequence
 from typing import Any, Final
 
-from prefloop.chat.calls.base import Placed, Reading, is_storable, read_json_call
+from prefloop.chat.calls.base import Placed, Reading, read_json_call
 from prefloop.records import JSONObject, ToolCall
+from prefloop.records.strict_json import is_storable
 
 _TAG: Final = "<|python_tag|>"
 _KEYS: Final = ("parameters", "arguments")

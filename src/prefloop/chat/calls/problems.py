@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from prefloop.chat.calls.base import is_of_type, load_json, parameters_of, types_of
+from prefloop.chat.calls.base import is_of_type, parameters_of, types_of
 from prefloop.records import JSONObject, ToolCall
+from prefloop.records.strict_json import load_json
 
 
 def call_problem(call: ToolCall, tools: Sequence[JSONObject]) -> str:
