@@ -416,3 +416,11 @@ def test_the_stages_one_by_one_are_the_loop(run_file: Path, capsys: pytest.Captu
 def test_a_finished_run_asks_which_iteration(run_file: Path, fails: Fails):
     assert main(["run", str(run_file)]) == 0
     assert "all 1 iterations of run tiny are done: name one by --iteration" in fails("rollout", run_file)
+
+
+def test_what_libraries_tell_each_other_is_not_shown():
+    """Such as that an argument is going to have another name, which no user can act on."""
+    code = "import warnings; from prefloop.cli import main; main(['status', '--store', 'x']); "
+    code += "warnings.warn('soon', FutureWarning)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "there is no store" in done.stderr and "soon" not in done.stderr
