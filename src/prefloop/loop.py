@@ -13,13 +13,15 @@ from prefloop.stages.context import BEFORE, Run, opened
 from prefloop.stages.curating import curate_stage
 from prefloop.stages.evaluating import compare_start_and_end, evaluate_stage
 from prefloop.stages.judging import judge_stage
-from prefloop.stages.rollouts import rollout_stage
+from prefloop.stages.rollouts import awaits_episodes, rollout_stage
 from prefloop.stages.start import start_policy
 from prefloop.stages.updating import train_stage
 
 
 def run_loop(run: Run) -> JSONObject:
     """Run, or go on with, a run until it is finished; returns what it came to (the event "finish").
+
+    Where agents that run elsewhere must have their next episodes first, it ends before it is finished: nothing.
 
     Raises:
         PrefloopError: another process holds the run, its settings changed, or a stage cannot be done.
@@ -29,6 +31,8 @@ def run_loop(run: Run) -> JSONObject:
         start = start_policy(run)
         evaluate_stage(run, BEFORE, start)
         for iteration in range(run.settings.iterations):
+            if iteration and awaits_episodes(run, iteration):
+                return {}
             rollout_stage(run, iteration)
             judge_stage(run, iteration)
             curate_stage(run, iteration)

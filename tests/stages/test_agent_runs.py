@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
+import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from tiny_runs import tiny_settings
 
+from fault_runs import toml
 from prefloop.config import parse_settings
 from prefloop.curation import curate
 from prefloop.environments.base import Outcome
 from prefloop.live import _line
+from prefloop.loop import run_loop
 from prefloop.records import AuthorKind, Ended, Message, PrefloopError, Role, Split, Trajectory
 from prefloop.rollout import Rollout
 from prefloop.stages.context import AGENT_LOGS, BEFORE, Run, opened
 from prefloop.stages.evaluating import evaluate_stage
 from prefloop.stages.judging import judge_stage
-from prefloop.stages.rollouts import rollout_stage, save_rollouts
+from prefloop.stages.rollouts import awaits_episodes, rollout_stage, save_rollouts
 from prefloop.stages.settings import RunSettings
 from prefloop.stages.start import start_policy
 from prefloop.stages.talking import _episode
@@ -94,8 +100,8 @@ def test_an_agent_has_no_demonstrator(model, tmp_path, monkeypatch):
 GRADES = ("graded", "not graded", "error", "deadline", "interrupted", "nothing said")
 
 
-def episodes(run: Run, kinds: list[str], **extra: object) -> list[Trajectory]:
-    """Rollouts of iteration 1, saved: one for each of these words."""
+def episodes(run: Run, kinds: list[str], iteration: int = 0, **extra: object) -> list[Trajectory]:
+    """Rollouts of an iteration, saved: one for each of these words."""
     tasks = run.environment.tasks(Split.TRAIN, len(kinds))
     made = []
     for task, kind in zip(tasks, kinds, strict=True):
@@ -103,7 +109,7 @@ def episodes(run: Run, kinds: list[str], **extra: object) -> list[Trajectory]:
         said = () if kind == "nothing said" else (Message(Role.ASSISTANT, f"{kind}."),)
         trajectory = Trajectory(
             f"episode-{len(made)}", task.id, (*task.messages, *said), len(task.messages), ended,
-            AuthorKind.CHECKPOINT, run.checkpoint_before(0), run.id, 0, extra={"stage": "rollout", **extra},
+            AuthorKind.CHECKPOINT, run.checkpoint_before(0), run.id, iteration, extra={"stage": "rollout", **extra},
         )  # fmt: skip
         graded = kind in ("graded", "nothing said")
         made.append(Rollout(trajectory, Outcome(0.5, 0.5, True) if graded else None))
@@ -183,3 +189,33 @@ def test_what_a_result_depends_on_may_not(model, tmp_path, monkeypatch, table, c
         other = run.settings.model_copy(update={table: getattr(run.settings, table).model_copy(update=change)})
         with pytest.raises(PrefloopError, match=f"other settings .{table}"), opened(Run(other, run.store)):
             pass
+
+
+def test_a_run_whose_next_episodes_are_had_elsewhere_ends_kindly(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with agent_run(model) as run:
+        for stage in ("rollout", "judge", "curate", "train"):
+            run.store.add_event(run.id, 0, stage, {"checkpoint_id": run.checkpoint_before(0)})
+        evaluate_stage(run, BEFORE, run.checkpoint_before(0))
+        assert awaits_episodes(run, 1) and run_loop(run) == {}
+        episodes(run, ["graded"], episode="e", iteration=1)
+        assert not awaits_episodes(run, 1)
+
+
+def test_sigterm_ends_a_run_and_its_agents(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    program = "import os, time; open(f'pid-{os.getpid()}', 'w').close(); time.sleep(60)"
+    with agent_run(model, command=[sys.executable, "-c", program], max_parallel=2) as run:
+        Path("run.toml").write_text(toml(run.settings.model_dump(mode="json", exclude_none=True)))
+    process = subprocess.Popen([sys.executable, "-m", "prefloop.cli", "run", "run.toml", "--ignore-memory"], stderr=-1)
+    try:
+        while not (started := list(Path().glob("pid-*"))) and process.poll() is None:
+            time.sleep(0.05)
+        process.terminate()
+        said = process.communicate(timeout=60)[1].decode()
+    finally:
+        process.kill()
+    assert started and process.returncode == 128 + signal.SIGTERM
+    assert said.endswith("interrupted; the same command goes on from here\n")
+    for found in Path().glob("pid-*"):
+        assert not Path("/proc", found.name.removeprefix("pid-")).exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from prefloop.cli.plumbing import (
     RunFile,
     SetOption,
     StoreOption,
+    TerminatedError,
     console,
     described_run,
     iteration_of,
@@ -55,9 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {error.filename or 'operating system'}: {error.strerror or error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        return 128 + (signal.SIGTERM if isinstance(stop, TerminatedError) else signal.SIGINT)
     return 0
 
 
@@ -94,8 +96,15 @@ def run(
         if not (ignore_memory or finished_before):
             check_memory(opened)
         with shown_progress(opened):
-            run_loop(opened)
+            finished = run_loop(opened)
         console.print(final_table(opened.store, opened.id))
+        if not finished:
+            console.print(
+                f"{counted(opened.current_iteration(), 'iteration')} of {opened.settings.iterations} done; the next "
+                f"episodes are your agents': `prefloop gateway {file}`, then `prefloop run {file}` again",
+                highlight=False,
+                soft_wrap=True,
+            )
         if finished_before:
             console.print(f"[dim]run {opened.settings.name} was finished before; give it a new name to run again[/dim]")
         _write_report(opened.store, opened.id, opened.directory / "report.html")

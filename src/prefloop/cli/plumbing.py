@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -91,8 +94,29 @@ def described_run(file: Path, store: str | None, overrides: list[str] | None) ->
         raise PrefloopError(f"{file} is a training of its own, not a run: `prefloop train {file}`")
     settings = parse_settings(RunSettings, data, str(file))
     default = str(Path(settings.directory) / Path(DEFAULT_STORE).name)
-    with Store(location_of(store, settings.store or default)) as opened:
+    with Store(location_of(store, settings.store or default)) as opened, _ended_by_sigterm():
         yield Run(settings, opened)
+
+
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM, which ends a run as Ctrl-C does."""
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end what was started here, too, such as agents: by itself it would leave them behind."""
+    if threading.current_thread() is not threading.main_thread():  # Python tells signals to no other
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    raise TerminatedError
 
 
 @contextmanager

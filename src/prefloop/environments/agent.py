@@ -66,6 +66,14 @@ class Access:
     episode: str
 
 
+class GraderFailedError(PrefloopError):
+    """A grader that gave no number, and what it had printed."""
+
+    def __init__(self, message: str, ran: Ran) -> None:
+        super().__init__(message)
+        self.ran = ran
+
+
 class Agent(TaskSource):
     """An agent's tasks, and how it is run and graded; see the module's text."""
 
@@ -161,7 +169,8 @@ class Agent(TaskSource):
         prints is a JSON object with a `score` in [0, 1], as `read_outcome` reads it.
 
         Raises:
-            PrefloopError: there is no grader, it cannot be started, fails, is too slow, or says something else.
+            GraderFailedError: it fails, is too slow, or says something else.
+            PrefloopError: there is no grader, or it cannot be started.
         """
         settings = self.settings
         if settings.grader is None:
@@ -177,8 +186,11 @@ class Agent(TaskSource):
             settings.grader, environment, deadline_s=settings.grader_deadline_s, stdin=json.dumps(said), stop=stop
         )
         if ran.failure:
-            raise PrefloopError(f"the grader {ran.failure}")
-        return _outcome(ran.output)
+            raise GraderFailedError(f"the grader {ran.failure}", ran)
+        try:
+            return _outcome(ran.output)
+        except PrefloopError as error:
+            raise GraderFailedError(str(error), ran) from None
 
 
 def _filled(command: Sequence[str], given: JSONObject) -> list[str]:

@@ -11,7 +11,7 @@ from threading import Event
 
 from prefloop.chat import ChatRenderer
 from prefloop.clients.sampling import SamplingSettings
-from prefloop.environments.agent import Access, Agent
+from prefloop.environments.agent import Access, Agent, GraderFailedError
 from prefloop.environments.commands import Ran
 from prefloop.gateway import Batcher, Gateway, GatewayServer, GatewaySettings
 from prefloop.records import Ended, PrefloopError
@@ -30,7 +30,8 @@ Made = tuple[Rollout, bool]  # and whether agent or grader was broken, whatever 
 class AgentRunner:
     """Runs an agent on attempts, `max_parallel` at once, each against its own episode of one gateway.
 
-    `directory` is the run's: what an agent that failed had printed is kept there, in a file of its episode's name.
+    `directory` is the run's: what an agent or grader that failed had printed is kept there, in a file of its episode's
+    name.
     """
 
     agent: Agent
@@ -62,7 +63,7 @@ class AgentRunner:
             first = made[0][0].trajectory.extra["error"]
             raise PrefloopError(
                 f"agent or grader of {len(made)} attempts failed before the policy could succeed or fail; the first: "
-                f"{first}; what failed agents printed is in {self.directory / AGENT_LOGS}"
+                f"{first}; what was printed is in {self.directory / AGENT_LOGS}"
             )
         return [rollout for rollout, _ in made]
 
@@ -92,7 +93,7 @@ class AgentRunner:
         finally:
             rollout = gateway.close(name)
         if failure:
-            self._keep_log(name[1], ran)
+            self._keep_log(name[1], failure, ran)
         return self._graded(attempt, _noted(rollout, output=_kept(ran.output), error=failure), ran.output)
 
     def _graded(self, attempt: Attempt, rollout: Rollout, output: str) -> Made:
@@ -105,15 +106,18 @@ class AgentRunner:
             return rollout, False
         try:
             outcome = self.agent.grade(attempt.task, trajectory.messages, output, trajectory.ended.value, self._stop)
-        except PrefloopError as error:
+        except GraderFailedError as error:
+            self._keep_log(trajectory.id, str(error), error.ran)
             failed = replace(trajectory, ended=Ended.ERROR)
             return _noted(Rollout(failed, None), error=str(error)), True
         return Rollout(trajectory, outcome), False
 
-    def _keep_log(self, episode: str, ran: Ran) -> None:
+    def _keep_log(self, episode: str, failure: str, ran: Ran) -> None:
+        """Add what an agent or a grader had printed to the file of its episode."""
         path = self.directory / AGENT_LOGS / f"{episode}.log"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{ran.failure}\n--- output ---\n{ran.output}\n--- errors ---\n{ran.errors}\n", "utf-8")
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{failure}\n--- output ---\n{ran.output}\n--- errors ---\n{ran.errors}\n")
 
 
 def _kept(text: str) -> str:

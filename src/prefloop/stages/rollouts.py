@@ -48,6 +48,13 @@ def rollout_stage(run: Run, iteration: int) -> None:
         detail |= {"checkpoint_id": checkpoint_id, **rollout_summary(trajectories)}
 
 
+def awaits_episodes(run: Run, iteration: int) -> bool:
+    """Whether an iteration's rollouts are for agents elsewhere to make, and none is there yet."""
+    if run.found(iteration, STAGE) is not None or not run.environment.absent():
+        return False
+    return not any(EPISODE in trajectory.extra for trajectory in iteration_rollouts(run, iteration))
+
+
 def iteration_tasks(run: Run, iteration: int) -> list[Task]:
     """The training tasks of an iteration: those after the guard's, the demonstrations' and the iterations' before.
 
