@@ -101,12 +101,13 @@ def running(folder: Path, *options: str, **variables: str) -> Iterator[Command]:
             process.wait()
 
 
-def recorded() -> list[Trajectory]:
+def recorded(graded_late: str = "") -> list[Trajectory]:
     with Store("served.db", must_exist=True) as store:
         found = store.trajectories(run_id=run_id("served"), iteration=0, with_paths=True)
         verdicts = {j.trajectory_id: j for j in store.judgements()}
     for trajectory in found:
-        assert (trajectory.id in verdicts) == (trajectory.ended is Ended.DONE)
+        graded = trajectory.ended is Ended.DONE or trajectory.extra["episode"] == graded_late
+        assert (trajectory.id in verdicts) == graded
     return found
 
 
@@ -165,13 +166,18 @@ def test_signals_keep_all_that_was_said_and_a_gateway_that_is_started_again_goes
             if round_:  # what was closed before stays closed
                 with pytest.raises(openai.ConflictError, match="was closed"):
                     ask(gateway.client("closed-0"))
+                assert gateway.outcome("closed-0", score=1).status_code == 409
+                # Nobody had graded what was open; that is done later, and once.
+                late = gateway.outcome("open-0", score=1, reason="seen")
+                assert late.status_code == (200 if round_ == 1 else 409), late.text
+                assert round_ > 1 or late.json()["ended"] == "interrupted"
             ask(gateway.client(f"closed-{round_}"))
             assert gateway.outcome(f"closed-{round_}", score=1).json()["ended"] == "done"
             ask(gateway.client(f"open-{round_}"))
             said = gateway.end(number)
         if number is not signal.SIGKILL:
             assert "recorded 2 episodes of iteration 1: 1 done, 1 interrupted" in said.replace("\n", " ")
-    found = {trajectory.extra["episode"]: trajectory for trajectory in recorded()}
+    found = {trajectory.extra["episode"]: trajectory for trajectory in recorded("open-0")}
     # What was open when the gateway was killed is lost, and nothing else.
     assert set(found) == {"closed-0", "open-0", "closed-1", "open-1", "closed-2"}
     assert {name: t.ended for name, t in found.items() if name.startswith("open")} == {
@@ -202,6 +208,9 @@ def test_what_cannot_be_served_is_said(folder, refused, capsys):
     assert "there is no checkpoint nowhere" in refused("--checkpoint", "nowhere")
     (folder / "empty").write_text("")
     assert "empty is empty: expected the token" in refused("--token-file", "empty")
+    (folder / "latin").write_bytes(b"\xe9\xff")
+    assert "latin cannot be read as the gateway's token: 'utf-8' codec" in refused("--token-file", "latin")
+    assert "nowhere cannot be read as the gateway's token" in refused("--token-file", "nowhere")
     assert "gateway.max_batch should be greater than or equal to 1" in refused("--set", "gateway.max_batch=0")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

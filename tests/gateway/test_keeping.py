@@ -12,7 +12,8 @@ from gateway_runs import served
 from test_batcher import wait_until
 
 from prefloop.environments.base import Outcome
-from prefloop.records import Ended, PrefloopError
+from prefloop.records import Ended, PrefloopError, Task
+from prefloop.stages.gateway import _task_name
 
 QUESTION = [{"role": "user", "content": "Book me a flight to Lima"}]
 
@@ -146,3 +147,9 @@ def test_an_episode_in_which_nothing_was_said_is_not_graded():
         assert (rollout.trajectory.ended, rollout.trajectory.num_turns, rollout.outcome) == (Ended.LENGTH, 0, None)
         answer = gateway.post("/outcome", {"task": "t", "episode": "refused", "score": 1})
         assert answer.json()["error"]["code"] == "episode_closed"
+
+
+def test_a_task_may_be_number_zero():
+    """Its episodes' ids stay taken after a restart."""
+    assert _task_name(Task("agent", {"id": 0, "task": "x"})) == "0"
+    assert _task_name(Task("agent", {"task": "x"})) == "x"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import socket
@@ -19,6 +20,8 @@ from test_batcher import rows_of, sampler, wait_until
 from prefloop.clients.sampling import SamplingSettings
 from prefloop.environments.base import Outcome
 from prefloop.gateway import ContinuousBatcher, Gateway, GatewayServer, GatewaySettings, RefusedError, ServedBatcher
+from prefloop.gateway.replies import Replies
+from prefloop.gateway.wire import Asked
 from prefloop.records import Ended, Message, PrefloopError, Task
 from prefloop.rollout import Attempt
 
@@ -297,6 +300,59 @@ def test_a_context_that_overflows_in_the_middle_of_an_episode_ends_it_by_length(
         assert max(len(path.token) for path in trajectory.token_paths) <= 120
 
 
+def test_a_request_far_too_long_is_refused_before_it_is_tokenized(monkeypatch):
+    with served(max_context=120) as gateway:
+        ask(gateway.client(), max_tokens=4)
+        episode = gateway.gateway._open["t", "e"]
+
+        def tokenized(*_):
+            raise AssertionError("it was tokenized")
+
+        for messages, tools in (
+            ([{"role": "user", "content": "x " * 1000}], None),
+            ([*QUESTION, {"role": "user", "content": "x " * 1000}], None),
+            (QUESTION, [{"type": "function", "function": {"name": "f", "description": "x" * 2000}}]),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(episode, "_thread_for", tokenized)
+                options = {"tools": tools} if tools else {}
+                error = refused(
+                    lambda m=messages, o=options: ask(gateway.client(), m, **o), 400, "context_length_exceeded"
+                )
+            assert "characters: shorten them" in str(error)
+        assert gateway.close(success=False).ended is Ended.LENGTH
+
+
+def test_what_was_refused_or_given_up_is_not_held():
+    with served(max_context=120, request_deadline_s=60) as gateway:
+        for number in range(5):
+            long = [{"role": "user", "content": f"{number} and now? " * 60}]
+            refused(lambda m=long: ask(gateway.client(), m), 400, "context_length_exceeded")
+        (state,) = gateway.gateway.states()
+        assert state["num_threads"] == 0
+        inside = gateway.gateway
+        for number in range(5):  # begun and given up
+            message = Message.from_dict({"role": "user", "content": f"question {number}"})
+            asked = Asked((message,), (), None, None, 4, 0, False, False, False)
+            inside.give_up(*inside.begin(("t", "e"), asked)[:2])
+        assert inside.states()[0]["num_threads"] == 1
+        ask(gateway.client(), max_tokens=4)
+        trajectory = gateway.close()
+        assert (len(trajectory.threads), trajectory.num_turns) == (1, 1)
+        assert_exact(trajectory)
+
+
+def test_an_episode_that_begins_in_the_middle_says_so():
+    with served() as gateway:
+        middle = [*QUESTION, {"role": "assistant", "content": "Which day?"}, {"role": "user", "content": "Monday"}]
+        gateway.post("/episodes", {"task": "t", "episode": "opened"})
+        for episode, messages, expected in (("e", middle, True), ("whole", QUESTION, False), ("opened", middle, False)):
+            ask(gateway.client(episode), messages, max_tokens=4)
+            answer = gateway.post("/outcome", {"task": "t", "episode": episode, "score": 1}).json()
+            assert answer.get("began_midway", False) is expected
+            assert gateway.recorded[-1].trajectory.extra.get("began_midway", False) is expected
+
+
 def test_turns_and_episodes_and_the_queue_are_bounded():
     with served(max_turns=2, max_episodes=2) as gateway:
         client = gateway.client()
@@ -338,6 +394,41 @@ def test_a_client_that_leaves_ends_its_reply(stream):
         assert ask(gateway.client(), max_tokens=3).usage.completion_tokens == 3  # asked again, it goes on
         trajectory = gateway.close()
         assert (trajectory.num_turns, len(trajectory.threads)) == (1, 1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_reply_that_nobody_was_there_to_read_was_never_said(stream):
+    """The client leaves in the very moment in which its reply is whole."""
+    with served() as gateway:
+
+        async def scene():
+            replies, left = Replies(gateway.gateway, "policy"), asyncio.Event()
+            message = Message.from_dict(QUESTION[0])
+            asked = Asked((message,), (), None, None, 4, 0, False, stream, False)
+            submit, sent = gateway.gateway.submit, []
+
+            def leaving(turn, job):
+                done = job.on_done
+                job.on_tokens = None
+                job.on_done = lambda result: (asyncio_loop.call_soon_threadsafe(left.set), done(result))
+                submit(turn, job)
+
+            async def receive():
+                await left.wait()
+                return {"type": "http.disconnect"}
+
+            async def send(message):
+                sent.append(message)
+
+            asyncio_loop = asyncio.get_running_loop()
+            gateway.gateway.submit = leaving
+            await replies.answer(("t", "e"), asked, receive, send)
+            return sent
+
+        sent = asyncio.run(scene())
+        assert not sent
+        assert gateway.gateway.states()[0]["num_turns"] == 0
+        assert gateway.post("/outcome", {"task": "t", "episode": "e", "score": 1}).status_code == 409
 
 
 def test_a_reply_that_takes_too_long_is_refused():

@@ -79,7 +79,10 @@ def interrupted() -> Iterator[threading.Event]:
 def _token(file: Path | None) -> str:
     if file is None:
         return os.environ.get(TOKEN_VARIABLE, "")
-    token = file.read_text(encoding="utf-8").strip()
+    try:
+        token = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PrefloopError(f"{file} cannot be read as the gateway's token: {error}") from None
     if not token:
         raise PrefloopError(f"{file} is empty: expected the token that agents send as their API key")
     return token

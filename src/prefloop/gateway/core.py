@@ -18,7 +18,7 @@ from prefloop.gateway.keeping import Judge, Keeper, Record
 from prefloop.gateway.refusal import RefusedError
 from prefloop.gateway.settings import GatewaySettings
 from prefloop.gateway.wire import Asked
-from prefloop.records import Ended, JSONObject, Message, PrefloopError, Trajectory
+from prefloop.records import Ended, JSONObject, Message, PrefloopError, Role, Trajectory
 from prefloop.rollout import Attempt, Provenance, Rollout
 
 Find = Callable[[str], Attempt]
@@ -266,6 +266,8 @@ class Gateway:
                 if name in self._closed:
                     raise self._not_open(name)
                 episode = self.open(name)
+                # Another gateway may have been killed in the middle of it: what was said there is not known here.
+                episode.began_midway = any(message.role is Role.ASSISTANT for message in asked.messages)
             if episode.ended is None and episode.num_turns >= self.settings.max_turns:
                 episode.stop(Ended.MAX_TURNS)
             if episode.ended is not None:

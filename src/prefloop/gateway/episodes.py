@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from prefloop.rollout import Attempt, Provenance, Rollout, derived_seed, numbere
 
 Name = tuple[str, str]  # of an episode: its task's, and its own
 EPISODE = "episode"  # the key of a trajectory's extra that holds the id which an agent gave its episode
+BEGAN_MIDWAY = "began_midway"  # the key where the first request of an episode that nobody opened held replies already
+CHARS_PER_TOKEN = 16  # no text of a real conversation has more; what is longer is refused without being tokenized
 
 
 class Voice:
@@ -82,18 +85,20 @@ class OpenEpisode:
         self.owned = owned
         self.ended: Ended | None = None  # why no further reply is given
         self.posted: Outcome | None = None  # what the agent says of an episode that is not its own to close
+        self.began_midway = False
         self.opened_at = self.last_at = time.monotonic()
         self.in_work: set[Turn] = set()
         self._number = 0  # of turns begun
         self._voice = voice
         self._threads: list[OpenThread] = []
+        self._keys: set[int] = set()
         self._overflown = False  # whether the last request did not fit into the context
         self._cut = False  # whether the last reply was cut off by its budget
 
     @property
     def keys(self) -> list[int]:
         """The rows of the sampler that belong to this episode."""
-        return [thread.key for thread in self._threads]
+        return list(self._keys)
 
     @property
     def is_empty(self) -> bool:
@@ -118,6 +123,8 @@ class OpenEpisode:
                 by length, unless the agent goes on with less).
         """
         self.last_at = time.monotonic()
+        if (num_chars := _num_chars(messages, tools)) > CHARS_PER_TOKEN * max_context:
+            raise self._too_long(max_context, f"{num_chars} characters")
         try:
             if tools:
                 self._voice.check_tools()
@@ -125,22 +132,31 @@ class OpenEpisode:
         except (PrefloopError, RecursionError) as error:
             raise RefusedError(400, "invalid_messages", str(error), param="messages") from None
         context = thread.context
+        if len(context) >= max_context:  # a new thread is not even kept
+            raise self._too_long(max_context, f"{len(context)}")
         if not thread.key:
-            thread.key = self._key(context)
-            self._threads.append(thread)
-        if len(context) >= max_context:
-            self._overflown = True
-            raise RefusedError(
-                400, "context_length_exceeded",
-                f"this model's maximum context length is {max_context} tokens, but the messages are {len(context)}: "
-                "shorten them", param="messages",
-            )  # fmt: skip
+            self._keep(thread)
         thread.busy, self._overflown = True, False
         # Another seed for each turn: a context that is written anew meets positions that were drawn before.
         turn = Turn(thread, self._number, context, derived_seed(thread.key, len(thread.turns), seed))
         self._number += 1
         self.in_work.add(turn)
         return turn
+
+    def _too_long(self, max_context: int, length: str) -> RefusedError:
+        self._overflown = True
+        return RefusedError(
+            400, "context_length_exceeded",
+            f"this model's maximum context length is {max_context} tokens, but the messages are {length}: shorten them",
+            param="messages",
+        )  # fmt: skip
+
+    def _keep(self, thread: OpenThread) -> None:
+        """Add a thread; those that were left without a reply go, so that `max_turns` bounds what an episode holds."""
+        self._threads = [known for known in self._threads if known.busy or known.num_own_turns]
+        thread.key = self._key(thread.context)
+        self._keys.add(thread.key)
+        self._threads.append(thread)
 
     def _thread_for(self, messages: Sequence[Message], tools: tuple[JSONObject, ...]) -> OpenThread:
         shared = [(thread.num_shared(messages), thread) for thread in self._threads]
@@ -171,7 +187,7 @@ class OpenEpisode:
     def _key(self, context: Tokens) -> int:
         """The name of a thread's row: what it begins with, so that draws do not depend on which agent is faster."""
         digest = hashlib.blake2b(context.tobytes(), digest_size=16).hexdigest()
-        known, number = set(self.keys), 0
+        known, number = {thread.key for thread in self._threads}, 0
         while (key := derived_seed(self.trajectory_id, digest, number)) in known:
             number += 1
         return key
@@ -223,6 +239,7 @@ class OpenEpisode:
         extra: JSONObject = {"stage": provenance.stage}
         extra |= {} if self.owned else {EPISODE: self.name[1]}
         extra |= {"cut": cut} if cut else {}
+        extra |= {BEGAN_MIDWAY: True} if self.began_midway else {}
         extra |= {key: text for key, text in (notes or {}).items() if text}
         task = self.attempt.task
         trajectory = Trajectory(
@@ -259,3 +276,8 @@ class OpenEpisode:
             "open_s": round(now - self.opened_at, 3),
             "idle_s": round(now - self.last_at, 3),
         }
+
+
+def _num_chars(messages: Sequence[Message], tools: Sequence[JSONObject]) -> int:
+    """How long what every template shows is: contents and tools."""
+    return sum(len(message.content) for message in messages) + sum(len(json.dumps(tool)) for tool in tools)

@@ -15,7 +15,7 @@ from urllib.parse import unquote
 from prefloop.environments.base import Outcome
 from prefloop.environments.outcomes import OUTCOME_KEYS, read_outcome
 from prefloop.gateway.core import Gateway, key_of
-from prefloop.gateway.episodes import Name
+from prefloop.gateway.episodes import BEGAN_MIDWAY, Name
 from prefloop.gateway.refusal import RefusedError
 from prefloop.gateway.replies import Replies, as_refusal, respond
 from prefloop.gateway.wire import encoded, read_json, read_request
@@ -156,6 +156,7 @@ class App:
             "ended": trajectory.ended.value,
             "num_turns": trajectory.num_turns,
             "num_threads": len(trajectory.threads),
+            **({BEGAN_MIDWAY: True} if BEGAN_MIDWAY in trajectory.extra else {}),
         }
 
 
