@@ -159,7 +159,12 @@ urlopen(Request(address, json.dumps({"score": 0.75, "metrics": {"n": 3}}).encode
 
 
 def test_a_grader_that_fails_is_an_error_of_its_episode(tmp_path):
-    grader = "import json, sys; said = json.load(sys.stdin); print('Beware', file=sys.stderr); print('?' if said['task']['id'] == 't/0' else '{\"score\": 1}')"
+    grader = """
+import json, sys
+said = json.load(sys.stdin)
+print("Beware", file=sys.stderr)
+print("?" if said["task"]["id"] == "t/0" else '{"score": 1}')
+"""
     bad, good = roll_out(tmp_path, "print(ask(question)['content'])", grader=grader)
     assert bad.trajectory.ended is Ended.ERROR and bad.outcome is None
     assert "the grader printed '?'" in bad.trajectory.extra["error"]

@@ -202,6 +202,7 @@ def test_a_run_whose_next_episodes_are_had_elsewhere_ends_kindly(model, tmp_path
         assert not awaits_episodes(run, 1)
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_run_and_its_agents(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     program = "import os, time; open(f'pid-{os.getpid()}', 'w').close(); time.sleep(60)"

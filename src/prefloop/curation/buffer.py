@@ -72,9 +72,7 @@ def curate(
         PrefloopError: several raters and none named; a margin in noise or a confirmation without replicates to
             measure it from; `confirm` without `rejudge`; a vote on trajectories of two tasks.
     """
-    candidates = list(trajectories)
-    answered = [trajectory for trajectory in candidates if trajectory.num_turns]
-    pool = make_pool(answered, judgements, rater_id=rater_id, num_replicates=num_replicates, seed=seed)
+    pool = make_pool(trajectories, judgements, rater_id=rater_id, num_replicates=num_replicates, seed=seed)
     kept = keep(pool.scored, settings, seed)
     judged = judge_pairs(pool, kept, settings, rejudge, seed)
     standing = comparisons if settings.prefer_people else ()
@@ -86,7 +84,6 @@ def curate(
     report = {
         "dataset_id": dataset.id,
         **_counts(pool, pairs),
-        "num_without_turns": len(candidates) - len(answered),
         **_selection(pool, kept),
         **_judge_report(pool, judged),
         "num_human_pairs": len(votes.pairs),
@@ -124,6 +121,7 @@ def _counts(pool: Pool, pairs: Sequence[Pair]) -> JSONObject:
         "num_scored": len(pool.scored),
         "num_unscored": num_distinct - len(pool.scored),
         "num_duplicates": len(pool.trajectories) - num_distinct,
+        "num_without_turns": pool.num_without_turns,
         "num_tasks": len(tasks),
         "num_tasks_without_pair": len(tasks - {pair.task_id for pair in pairs}),
         "num_pairs": len(pairs),

@@ -90,7 +90,7 @@ def _completion_key(trajectory: Trajectory) -> str:
 class Pool:
     """What curation chooses from.
 
-    `trajectories` by id; `standing_for` gives the representative of identical completions for each id; `judgements`
+    `trajectories` by id, without the `num_without_turns` in which nothing was said; `standing_for` gives the representative of identical completions for each id; `judgements`
     are the rater's that select, `num_replicates` how many replicates do; `scored` has every representative with a
     score.
     """
@@ -101,6 +101,7 @@ class Pool:
     num_replicates: int
     judgements: tuple[Judgement, ...]
     scored: tuple[Scored, ...]
+    num_without_turns: int
 
     @property
     def distinct_ids(self) -> set[str]:
@@ -121,7 +122,8 @@ def make_pool(
     Raises:
         PrefloopError: several raters judged and none is named (their units must not be mixed).
     """
-    by_id = {trajectory.id: trajectory for trajectory in trajectories}
+    given = {trajectory.id: trajectory for trajectory in trajectories}
+    by_id = {trajectory_id: trajectory for trajectory_id, trajectory in given.items() if trajectory.num_turns}
     of_these = [j for j in judgements if j.trajectory_id in by_id]
     rater_id = _only_rater(of_these) if rater_id is None else rater_id
     by_rater = [j for j in of_these if j.rater_id == rater_id]
@@ -129,7 +131,8 @@ def make_pool(
         num_replicates = 1 + max((j.replicate for j in by_rater), default=-1)
     selecting = tuple(j for j in by_rater if j.replicate < num_replicates)
     standing_for = representatives(by_id.values(), seed)
-    return Pool(by_id, standing_for, rater_id, num_replicates, selecting, tuple(_score(selecting, standing_for)))
+    scored = tuple(_score(selecting, standing_for))
+    return Pool(by_id, standing_for, rater_id, num_replicates, selecting, scored, len(given) - len(by_id))
 
 
 def _only_rater(judgements: Iterable[Judgement]) -> str | None:
