@@ -90,9 +90,9 @@ def _completion_key(trajectory: Trajectory) -> str:
 class Pool:
     """What curation chooses from.
 
-    `trajectories` by id, without the `num_without_turns` in which nothing was said; `standing_for` gives the representative of identical completions for each id; `judgements`
-    are the rater's that select, `num_replicates` how many replicates do; `scored` has every representative with a
-    score.
+    `trajectories` by id, without the `num_without_turns` in which nothing was said; `standing_for` gives the
+    representative of identical completions for each id; `judgements` are the rater's that select, `num_replicates`
+    how many replicates do; `scored` has every representative with a score.
     """
 
     trajectories: Mapping[str, Trajectory]
