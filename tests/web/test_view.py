@@ -1,16 +1,19 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefloop.records import Message, Role, ToolCall
+from prefloop.feedback.desk import Shown
+from prefloop.records import AuthorKind, Ended, Message, Role, Task, Thread, ToolCall, Trajectory
 from prefloop.web.view import (
     FOLD_LINES,
     FOLD_ROWS,
     MAX_DIFF_WORDS,
     Piece,
     message_view,
+    pair_view,
     shared_length,
     side_by_side,
     word_diff,
@@ -35,6 +38,48 @@ def test_the_shared_beginning_ends_at_the_first_difference():
     assert shared_length(start, [*start, said("a")]) == 2
     assert shared_length([called("search", "id-1", city="Tokyo")], [called("search", "id-2", city="Tokyo")]) == 1
     assert shared_length([said("a")], [said("b")]) == 0
+
+
+def side(*conversations, tools=()):
+    threads, messages = [], []
+    for conversation in conversations:
+        threads.append(Thread(len(messages), len(messages) + len(conversation), 1, tools))
+        messages += conversation
+    return Trajectory(
+        "id", "task", tuple(messages), 1, Ended.DONE, AuthorKind.CHECKPOINT, "author", "run", 0,
+        threads=tuple(threads),
+    )  # fmt: skip
+
+
+def pair_of(left, right, task_tools=()):
+    pair = SimpleNamespace(id="pair")
+    return pair_view(Shown(pair, Task("agent", {"task": "t"}, tools=task_tools), left, right, True))
+
+
+def tool(name):
+    return {"type": "function", "function": {"name": name}}
+
+
+def test_several_conversations_are_told_apart_and_their_tools_named():
+    asked, helper = Message(Role.USER, "hi"), Message(Role.USER, "look it up")
+    left = side([asked, said("a")], [helper, said("b")], tools=(tool("search"),))
+    right = side([asked, said("a")], [helper, said("c")], [helper, said("d")], tools=(tool("search"), tool("book")))
+    found = pair_of(left, right, (tool("ask"),))
+    assert found.tools == ("ask", "search", "book")
+    assert [view.heading for view in found.shared] == ["Conversation 1", "", "Conversation 2"]
+    assert [view.heading for view in found.left] == [""]
+    assert [view.heading for view in found.right] == ["", "Conversation 3 of 3", ""]
+    alone = pair_of(side([asked, said("a"), helper, said("b")]), left)
+    assert [view.heading for view in alone.shared] == ["", ""] and {view.heading for view in alone.left} == {""}
+    assert [view.heading for view in alone.right] == ["Conversation 2 of 2", ""]
+    assert [view.heading for view in pair_of(left, left).shared] == [
+        "Conversation 1 of 2",
+        "",
+        "Conversation 2 of 2",
+        "",
+    ]
+    one = side([asked, said("a")])
+    assert [view.heading for view in pair_of(one, side([asked, said("b")])).shared] == [""]
 
 
 def test_changed_arguments_are_marked():

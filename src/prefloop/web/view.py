@@ -9,7 +9,7 @@ import difflib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,7 +73,10 @@ class TableView:
 
 @dataclass(frozen=True, slots=True)
 class MessageView:
-    """One message; `same` where the other side has it too, `alone` where the other side has nothing like it."""
+    """One message; `same` where the other side has it too, `alone` where the other side has nothing like it.
+
+    `heading` stands before the first message of each conversation, where an agent held several.
+    """
 
     role: str
     pieces: tuple[Piece, ...] = ()
@@ -83,6 +86,7 @@ class MessageView:
     summary: str = ""  # what a folded body shows; empty when the body is shown in full
     same: bool = False
     alone: bool = False
+    heading: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,22 +108,49 @@ class PairView:
 def pair_view(shown: Shown) -> PairView:
     """The view of a pair: the shared beginning once, then both sides with their differences marked."""
     left, right = shown.left.messages, shown.right.messages
+    left_begins, right_begins = _begins(shown.left), _begins(shown.right)
     num_shared = shared_length(left, right)
+    # Where one side begins a conversation and the other goes on with one, they share nothing more.
+    num_shared = min((at for at in left_begins.keys() ^ right_begins.keys() if at < num_shared), default=num_shared)
     left_views, right_views = side_by_side(left[num_shared:], right[num_shared:])
-    shared = tuple(message_view(message) for message in left[:num_shared])
+    both_begin = {
+        at: text if right_begins.get(at) == text else text.partition(" of ")[0] for at, text in left_begins.items()
+    }
+    shared = _headed([message_view(message) for message in left[:num_shared]], both_begin, 0)
     start, end = (SHOWN_FIRST, num_shared - SHOWN_LAST) if num_shared > FOLD_SHARED else (num_shared, num_shared)
     return PairView(
         pair_id=shown.pair.id,
         order="ab" if shown.a_shown_first else "ba",
-        tools=tuple(_tool_name(tool) for tool in shown.task.tools),
+        tools=_tools(shown),
         shared=shared[:start],
         folded=shared[start:end],
         shared_end=shared[end:],
-        left=left_views,
-        right=right_views,
+        left=_headed(left_views, left_begins, num_shared),
+        right=_headed(right_views, right_begins, num_shared),
         left_end=_how_ended(shown.left),
         right_end=_how_ended(shown.right),
     )
+
+
+def _begins(trajectory: Trajectory) -> dict[int, str]:
+    """The messages with which conversations begin, and what is said of that: nothing where there is only one."""
+    if len(trajectory.threads) < 2:
+        return {0: ""}
+    return {
+        thread.start: f"Conversation {number} of {len(trajectory.threads)}"
+        for number, thread in enumerate(trajectory.threads, 1)
+    }
+
+
+def _headed(views: Sequence[MessageView], begins: Mapping[int, str], first: int) -> tuple[MessageView, ...]:
+    """The views of the messages from `first` on, with the headings of the conversations that begin there."""
+    return tuple(replace(view, heading=begins.get(at, "")) for at, view in enumerate(views, first))
+
+
+def _tools(shown: Shown) -> tuple[str, ...]:
+    """The names of the task's tools and of those of either side's conversations."""
+    sides = [thread.tools for side in (shown.left, shown.right) for thread in side.threads]
+    return tuple(dict.fromkeys(_tool_name(tool) for tools in (shown.task.tools, *sides) for tool in tools))
 
 
 def _how_ended(trajectory: Trajectory) -> str:
