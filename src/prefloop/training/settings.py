@@ -147,7 +147,7 @@ class GuardSettings(Settings):
     """
 
     num_tasks: int = Field(default=256, ge=2)
-    max_drop: float = Field(default=0.10, gt=0)
+    max_drop: float = Field(default=0.10, gt=0, le=1)
     max_kl: float = Field(default=5.0, gt=0)
     max_retries: int = Field(default=2, ge=0)
     retry_factor: float = Field(default=0.5, gt=0, lt=1)
