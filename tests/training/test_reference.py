@@ -143,7 +143,7 @@ def test_the_hash_of_weights_is_that_of_what_was_saved_with_or_without_a_manifes
     assert weights_hash(str(tmp_path / "plain")) != found
     with pytest.raises(PrefloopError, match="holds no weights"):
         weights_hash(str(tmp_path))
-    with pytest.raises(PrefloopError, match="model 'nobody/nothing' cannot be loaded: .*the hub cannot be reached"):
+    with pytest.raises(PrefloopError, match=r"model 'nobody/nothing' cannot be loaded: .*the hub cannot be reached"):
         weights_hash("nobody/nothing")
 
 

@@ -54,8 +54,7 @@ def curate(
     """Keep the best trajectories, make preference pairs, and label what is good and what is bad.
 
     Args:
-        trajectories: the candidates; identical completions of a task count once, and one in which nothing was said
-            is none: there is nothing to learn from it.
+        trajectories: the candidates; identical completions of a task count once, those that say nothing never.
         judgements: read where they are by `rater_id` (may be left out when there is one rater only) and hold a score.
         settings: the knobs.
         rater_id: whose scores count.
