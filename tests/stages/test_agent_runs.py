@@ -111,8 +111,7 @@ def episodes(run: Run, kinds: list[str], iteration: int = 0, **extra: object) ->
             f"episode-{len(made)}", task.id, (*task.messages, *said), len(task.messages), ended,
             AuthorKind.CHECKPOINT, run.checkpoint_before(0), run.id, iteration, extra={"stage": "rollout", **extra},
         )  # fmt: skip
-        graded = kind in ("graded", "nothing said")
-        made.append(Rollout(trajectory, Outcome(0.5, 0.5, True) if graded else None))
+        made.append(Rollout(trajectory, Outcome(0.5, 0.5, True) if kind == "graded" else None))
     save_rollouts(run, made, tasks)
     return [rollout.trajectory for rollout in made]
 

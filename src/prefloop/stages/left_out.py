@@ -27,10 +27,10 @@ def _reasons(run: Run, trajectories: Sequence[Trajectory], *, needs_grade: bool)
 
 
 def _why_left_out(trajectory: Trajectory, graded: bool, needs_grade: bool) -> str:
-    if not trajectory.num_turns:
-        return "nothing said"
     if graded:
         return ""
+    if not trajectory.num_turns:
+        return "nothing said"
     if trajectory.ended in BROKEN:
         return trajectory.ended.value
     return "not graded" if needs_grade else ""
