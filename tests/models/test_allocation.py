@@ -10,14 +10,14 @@ import sys
 import torch
 from pathlib import Path
 from types import SimpleNamespace
-from prefloop.models.allocation import map_large_blocks
+from prefloop.models.allocation import map_large_blocks_of_wide
 
 def resident():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS:"))
 
 text = SimpleNamespace(hidden_size=int(sys.argv[1]))
-map_large_blocks(SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text)))
+map_large_blocks_of_wide(SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text)))
 for megabytes in (24, 31):  # the system's own threshold adapts to the largest block that was freed, up to 32 MB
     torch.ones(megabytes << 18)
 before = resident()

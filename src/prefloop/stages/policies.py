@@ -17,7 +17,7 @@ from prefloop.clients.vllm import VLLMSampler
 from prefloop.environments.agent import Agent
 from prefloop.environments.base import steppable
 from prefloop.gateway import ContinuousBatcher, ServedBatcher
-from prefloop.models.allocation import map_large_blocks
+from prefloop.models.allocation import map_large_blocks_of_wide
 from prefloop.models.load import Policy, load_policy
 from prefloop.models.sampler import LocalSampler
 from prefloop.records import (
@@ -65,7 +65,7 @@ class Policies:
             self._loaded[checkpoint_id] = load_policy(
                 path, lora=self._run.settings.policy.lora, beside=beside, **self._options()
             )
-            map_large_blocks(self._loaded[checkpoint_id].model)
+            map_large_blocks_of_wide(self._loaded[checkpoint_id].model)
         return self._loaded[checkpoint_id]
 
     def take(self, checkpoint_id: str) -> Policy:

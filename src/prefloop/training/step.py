@@ -403,8 +403,8 @@ def _pack_pieces(
 @torch.no_grad()
 def _logprob_of(model: nn.Module, batch: PackedBatch, pieces: Sequence[Piece]) -> Tensor:
     """The log-prob of each visit under a frozen model, by piece, if there are; 0 outside the loss mask."""
-    pieces = [piece for piece in pieces if piece.batch.loss_mask_V.any()]
     if len(pieces) > 1:
+        pieces = [piece for piece in pieces if piece.batch.loss_mask_V.any()] or pieces[:1]
         return _joined(batch, pieces, [_logprob_of(model, piece.batch, ()) for piece in pieces])
     logprob_T = forward(model, batch).logprob_T
     assert logprob_T is not None

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from prefloop.batch.examples import Example
-from prefloop.models.allocation import map_large_blocks
+from prefloop.models.allocation import map_large_blocks_of_wide
 from prefloop.models.attention import causal_model
 from prefloop.records import DivergedError, PrefloopError, content_hash
 from prefloop.training.algorithms import Algorithm
@@ -106,7 +106,7 @@ def train(
         TrainingDivergedError: too many steps in a row were not finite, or with patience the held-out metric.
     """
     _check(algorithm, reference, examples, held_out, settings)
-    map_large_blocks(model)
+    map_large_blocks_of_wide(model)
     num_steps = count_steps(settings, len(examples))
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
