@@ -2,9 +2,9 @@ import pytest
 
 pytest.importorskip("transformers", reason="the extra 'train' is not installed")
 
-from chat_tokenizers import TEMPLATES, TOOLS, byte_level_backend, wrap
 from tokenizers import Tokenizer
 
+from chat_tokenizers import TEMPLATES, TOOLS, byte_level_backend, wrap
 from prefloop.chat import ChatRenderer
 from prefloop.records import Message, Role, ToolCall
 

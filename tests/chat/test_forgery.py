@@ -3,9 +3,9 @@
 import random
 
 import pytest
-from chat_tokenizers import CHATML, CONTROLS, CORPUS, MARKERS, metaspace_backend, wrap
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from chat_tokenizers import CHATML, CONTROLS, CORPUS, MARKERS, metaspace_backend, wrap
 from prefloop.chat import ChatRenderer
 from prefloop.records import Message, Role
 

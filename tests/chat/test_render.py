@@ -4,9 +4,9 @@ from collections import Counter
 from itertools import groupby
 
 import pytest
-from chat_tokenizers import CHATML, TEMPLATES, metaspace_backend, wrap
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from chat_tokenizers import CHATML, TEMPLATES, metaspace_backend, wrap
 from prefloop.chat import ChatRenderer
 from prefloop.records import Message, PrefloopError, Role, Source, ToolCall
 
