@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -191,9 +192,19 @@ def _parse_message(raw: object, key: str, limits: Limits) -> Message:
     except PrefloopError as error:
         raise RowProblemError(key, str(error)) from None
     for call in message.tool_calls:
-        # Arguments may have been JSON inside JSON, which the check of the row does not see into.
-        check_value(call.arguments, limits, f"{key}.tool_calls")
+        check_value(_read_anyhow(call.arguments), limits, f"{key}.tool_calls")
     return message
+
+
+def _read_anyhow(arguments: object) -> object:
+    """The arguments of a call, which may have been JSON inside JSON that the check of the row does not see into.
+
+    What no store can hold was left as text; text that is no JSON at all is a malformed call, and stays one.
+    """
+    if isinstance(arguments, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(arguments)
+    return arguments
 
 
 def _describe(value: object) -> str:

@@ -13,7 +13,7 @@ from prefloop.planning.memory import Peak, Setup, largest
 from prefloop.planning.shapes import BYTES, ModelShape, initial_shape, shape_of
 from prefloop.planning.timing import Rates, Seconds, measure_rates, seconds_of
 from prefloop.planning.workload import Lengths, Workload, lengths_of, tasks_there_are
-from prefloop.records import JSONObject, PrefloopError
+from prefloop.records import JSONObject, PrefloopError, Split
 from prefloop.stages.context import Run
 from prefloop.stages.settings import JudgeSettings, RunSettings
 
@@ -92,8 +92,8 @@ def check_memory(run: Run) -> None:
     Raises:
         PrefloopError: it does not, with what would make it fit.
     """
-    if run.settings.policy.server is not None:
-        return
+    if run.settings.policy.server is not None or run.environment.num_tasks(Split.TRAIN) == 0:
+        return  # nothing is done here, or nothing can be, which is said where it is tried
     plan = _plan(run, _need(run, None), available_memory(run.settings.policy.device), None, None, None)
     if plan.fits:
         return

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from prefloop.environments.agent import Agent
 from prefloop.environments.base import Demonstrator
 from prefloop.planning.memory import Sampling, Update
-from prefloop.records import JSONObject, Message, Split
+from prefloop.records import JSONObject, Message, PrefloopError, Split
 from prefloop.stages.context import Run
 from prefloop.stages.rollouts import STAGE as ROLLOUT
 from prefloop.stages.settings import RunSettings
@@ -67,6 +67,8 @@ def lengths_of(run: Run, renderer: ChatRenderer | None) -> Lengths:
         PrefloopError: the environment cannot give tasks, or the chat template cannot show them.
     """
     settings, environment = run.settings, run.environment
+    if environment.num_tasks(Split.TRAIN) == 0:
+        raise PrefloopError(f"environment {environment.name} has no training tasks: there is nothing to plan")
     tasks = list(environment.tasks(Split.TRAIN, min(NUM_TASKS, environment.num_tasks(Split.TRAIN) or NUM_TASKS)))
     count = _characters if renderer is None else _rendered(renderer)
     prompt = _mean([count(task.messages, task.tools) for task in tasks])
