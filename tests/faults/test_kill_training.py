@@ -75,6 +75,6 @@ def test_kills_at_exact_points(tmp_path: Path):
     with Store(str(killed / "out.run" / "prefloop.db"), must_exist=True) as store:
         assert integrity_problems(store.engine) == []
         (run,) = store.runs()
-        assert {event["kind"] for event in store.events(run["id"])} == {"start", "data", "train", "finish"}
+        assert {event["kind"] for event in store.events(run["id"])} == {"start", "recipe", "data", "train", "finish"}
         assert len(store.checkpoints()) == 2 and len(store.datasets()) == 2
     assert not (killed / "out.run" / "training").exists()
