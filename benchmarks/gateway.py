@@ -6,6 +6,12 @@ agents of another process on keep-alive connections, in OpenAI's format. Model, 
 and tool times are the same, both sides are run in turn, and a latency is from the agent's messages to the reply in
 its hands. Every reply is as long as its budget, so that both sides sample the same number of tokens.
 
+What is added is measured twice. *Beside the sampler* is a call's latency less the time between its submission to the
+batcher and its result: what the wire, the reading, rendering, parsing and recording of this very call took, and its
+waiting for those of others. *Difference* is the gateway's latencies less the direct ones, quantile by quantile over
+all calls, with an interval over the rounds: it holds also what the gateway takes from the sampler's CPU, but whom a
+call meets in the batch is chance, which makes it far less certain.
+
 * tools: a tool takes half a second on average (exponential): agents come and go, and the sampler keeps up.
 * streamed: the same with streaming; the latency is to the last piece.
 * busy: a tool takes 50 ms, and the sampler is what all wait for: whatever the gateway takes from its CPU counts for
@@ -35,6 +41,9 @@ NUM_AGENTS = 32
 NUM_SAMPLED = 24  # tokens of a reply
 TOOL_WORDS = 24  # of a tool's result
 PROMPT_WORDS = 60
+NUM_ROUNDS = 16
+NUM_RESAMPLES = 1000
+QUANTILES = {"median": 0.5, "p99": 0.99}
 MEAN_TOOL_S = {"tools": 0.5, "streamed": 0.5, "busy": 0.05, "waves": 0.0}
 Messages = list[dict[str, Any]]
 
@@ -69,8 +78,8 @@ def play(plan: Plan, number: int, ask: Callable[[Messages], dict[str, Any]]) -> 
     return latencies
 
 
-def play_all(plan: Plan, asker: Callable[[int], Callable[[Messages], dict[str, Any]]]) -> list[float]:
-    """All agents at once, a thread each; the latencies of all calls."""
+def play_all(plan: Plan, asker: Callable[[int], Callable[[Messages], dict[str, Any]]]) -> list[list[float]]:
+    """All agents at once, a thread each; the latencies of each one's calls."""
     found: list[list[float]] = [[] for _ in range(NUM_AGENTS)]
 
     def run(number: int, ask: Callable[[Messages], dict[str, Any]]) -> None:
@@ -81,10 +90,9 @@ def play_all(plan: Plan, asker: Callable[[int], Callable[[Messages], dict[str, A
         thread.start()
     for thread in threads:
         thread.join()
-    calls = [latency for one in found for latency in one]
-    if len(calls) != NUM_AGENTS * plan.num_turns:
-        raise SystemExit(f"{len(calls)} calls were made, not {NUM_AGENTS * plan.num_turns}")
-    return calls
+    if any(len(one) != plan.num_turns for one in found):
+        raise SystemExit(f"an agent failed: it did not make its {plan.num_turns} calls")
+    return found
 
 
 # --- the agents of the other process: they import nothing of prefloop or torch -------------------------------------
@@ -122,6 +130,34 @@ def serve_plans() -> None:
 # --- this process: the model, the gateway, and the agents that ask directly ----------------------------------------
 
 
+class Timed:
+    """A batcher that notes how long each of its jobs took, in seconds, by the job's key."""
+
+    def __init__(self, batcher: Any) -> None:
+        self._batcher = batcher
+        self.took: dict[int, list[float]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._batcher, name)
+
+    def submit(self, job: Any) -> None:
+        """Sample a reply."""
+        started, on_done = time.perf_counter(), job.on_done
+        took = self.took.setdefault(job.key, [])
+
+        def done(result: Any) -> None:
+            took.append(time.perf_counter() - started)
+            on_done(result)
+
+        job.on_done = done
+        self._batcher.submit(job)
+
+    def collect(self, keys: list[list[int]]) -> list[list[float]]:
+        """What each agent's jobs took; forgets all."""
+        took, self.took = self.took, {}
+        return [took[key] for (key,) in keys]
+
+
 class Bench:
     """A model, its batcher, and a gateway in front of it."""
 
@@ -145,7 +181,9 @@ class Bench:
         settings = GatewaySettings(max_turns=10_000, max_episodes=10_000)
         # No token that is ever drawn ends a turn: both sides sample the same number.
         sampler = LocalSampler(silenced(model, len(tokenizer)), [len(tokenizer) - 1])
-        self.batcher = ContinuousBatcher(sampler, settings.max_batch, settings.chunk_tokens, settings.cached_rows)
+        self.batcher = Timed(
+            ContinuousBatcher(sampler, settings.max_batch, settings.chunk_tokens, settings.cached_rows)
+        )
         self.sampling = SamplingSettings(max_new_tokens=NUM_SAMPLED)
         provenance = Provenance(AuthorKind.CHECKPOINT, "bench", "bench", 0, "rollout")
         self.gateway = Gateway(
@@ -157,20 +195,23 @@ class Bench:
         self.agents = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.num_runs = 0
 
-    def through_gateway(self, plan: Plan) -> list[float]:
-        """The latencies of all calls of the agents of the other process."""
+    def through_gateway(self, plan: Plan) -> np.ndarray:
+        """The agents of the other process: latency and time in the sampler of each call, seconds [2, agents, turns]."""
         assert self.agents.stdin is not None and self.agents.stdout is not None
         self.num_runs += 1
+        names = [("bench", f"{self.num_runs}-{number}") for number in range(NUM_AGENTS)]
+        episodes = [self.gateway.open(name) for name in names]
         port = int(self.server.url.rsplit(":", 1)[1])
         order = [port, str(self.num_runs), plan.regime == "streamed", vars(plan)]
         print(json.dumps(order), file=self.agents.stdin, flush=True)
         latencies = json.loads(self.agents.stdout.readline())
-        for state in self.gateway.states():
-            self.gateway.close((state["task"], state["episode"]))
-        return latencies
+        took = self.batcher.collect([episode.keys for episode in episodes])
+        for name in names:
+            self.gateway.close(name)
+        return np.array([latencies, took])
 
-    def directly(self, plan: Plan) -> list[float]:
-        """The latencies of all calls of the agents of this process."""
+    def directly(self, plan: Plan) -> np.ndarray:
+        """The agents of this process: latency and time in the sampler of each call, seconds [2, agents, turns]."""
         from prefloop.chat import AssistantParser, PathBuilder
         from prefloop.gateway.batcher import Job
         from prefloop.records import Message, PrefloopError
@@ -203,8 +244,9 @@ class Bench:
             return ask
 
         latencies = play_all(plan, asker)
-        self.batcher.release([base + number for number in range(NUM_AGENTS)])
-        return latencies
+        keys = [base + number for number in range(NUM_AGENTS)]
+        self.batcher.release(keys)
+        return np.array([latencies, self.batcher.collect([[key] for key in keys])])
 
     def close(self) -> None:
         """End the gateway and the other process."""
@@ -230,41 +272,60 @@ def measure(regime: str, options: Any) -> Any:
     """Both sides of one regime in turn."""
     from _common import Measured
 
-    rounds, turns = (2, 4) if options.quick else (7, 8)
+    rounds, turns = (2, 4) if options.quick else (NUM_ROUNDS, 8)
     bench = Bench(options.seed)
     sides = {"direct": bench.directly, "gateway": bench.through_gateway}
-    rows: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
+    found: dict[str, list[np.ndarray]] = {side: [] for side in sides}
     try:
         for number in range(rounds + 1):
             order = list(sides.items())
             for side, run in order if number % 2 else order[::-1]:
-                latencies = np.array(run(Plan(regime, turns, options.seed + number))) * 1000
+                calls = run(Plan(regime, turns, options.seed + number)) * 1000
                 if number:  # the first round warms up
-                    rows[side].append((float(np.median(latencies)), float(np.percentile(latencies, 99))))
+                    found[side].append(calls)
     finally:
         bench.close()
-    added = np.array(rows["gateway"]) - np.array(rows["direct"])  # rounds x (median, p99)
-    median, p99 = np.median(added, axis=0)
-    table = [
-        {"side": side, "calls a round": str(NUM_AGENTS * turns), **_shown(np.array(found))}
-        for side, found in rows.items()
-    ]
-    table.append({"side": "added", **_shown(added)})
-    return Measured({f"{regime}_added_median_ms": float(median), f"{regime}_added_p99_ms": float(p99)}, table)
+    direct, gateway = (np.stack(found[side]) for side in sides)  # rounds x 2 x agents x turns, ms
+    rows = [_row(side, calls[:, 0]) for side, calls in (("direct", direct), ("gateway", gateway))]
+    rows += [_row(f"{side}, beside the sampler", calls[:, 0] - calls[:, 1]) for side, calls in
+             (("direct", direct), ("gateway", gateway))]  # fmt: skip
+    rows.append(_difference(gateway[:, 0], direct[:, 0]))
+    figures = {}
+    for name, quantile in QUANTILES.items():
+        figures[f"{regime}_added_{name}_ms"] = float(np.quantile(gateway[:, 0] - gateway[:, 1], quantile))
+        figures[f"{regime}_difference_{name}_ms"] = float(
+            np.quantile(gateway[:, 0], quantile) - np.quantile(direct[:, 0], quantile)
+        )
+    return Measured(figures, [{"regime": regime, **row} for row in rows])
 
 
-def _shown(found: np.ndarray) -> dict[str, str]:
-    return {
-        name: f"{np.median(column):.1f} [{column.min():.1f}-{column.max():.1f}]"
-        for name, column in zip(("median ms", "p99 ms"), found.T, strict=True)
+def _row(what: str, latencies: np.ndarray) -> dict[str, str]:
+    """Quantiles over all calls of all rounds; `latencies` is rounds x agents x turns, in ms."""
+    return {"latency of": what, "calls": str(latencies.size)} | {
+        f"{name} ms": f"{np.quantile(latencies, quantile):.1f}" for name, quantile in QUANTILES.items()
     }
+
+
+def _difference(gateway: np.ndarray, direct: np.ndarray) -> dict[str, str]:
+    """Quantiles of one less those of the other, with the bootstrap's 95 % interval over rounds."""
+    rng = np.random.default_rng(0)
+    shown = {"latency of": "difference [95 %]", "calls": ""}
+    for name, quantile in QUANTILES.items():
+        drawn = []
+        for _ in range(NUM_RESAMPLES):
+            rounds = rng.integers(0, len(gateway), len(gateway))
+            drawn.append(np.quantile(gateway[rounds], quantile) - np.quantile(direct[rounds], quantile))
+        low, high = np.quantile(drawn, [0.025, 0.975])
+        difference = np.quantile(gateway, quantile) - np.quantile(direct, quantile)
+        shown[f"{name} ms"] = f"{difference:.1f} [{low:.1f}, {high:.1f}]"
+    return shown
 
 
 def main() -> None:
     from _common import parse_options, run_cells, versions
 
     options = parse_options(__doc__)
-    caption = f"{versions('torch', 'uvicorn')}, {NUM_AGENTS} agents, median [min-max] of rounds"
+    caption = f"{versions('torch', 'uvicorn')}, {NUM_AGENTS} agents"
     run_cells("gateway", {name: partial(measure, name) for name in MEAN_TOOL_S}, options, caption)
 
 

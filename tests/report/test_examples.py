@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import pytest
 from synthetic_run import RUN, SyntheticRun
 
-from prefloop.records import Message, Role, ToolCall
+from prefloop.records import AuthorKind, Ended, Message, Role, Thread, ToolCall, Trajectory
 from prefloop.report import write_report
 from prefloop.report.examples import WANTED, examples
-from prefloop.report.messages import MAX_CHARS, MAX_MESSAGES, one_line, shown
+from prefloop.report.messages import MAX_CHARS, MAX_MESSAGES, one_line, said, shown
 from prefloop.report.record import read_run, verified_rater
 
 
@@ -39,6 +41,17 @@ def test_long_texts_and_long_talks_are_cut_and_say_so():
     talk = shown([Message(Role.USER, "x")] * (MAX_MESSAGES + 7))
     assert (len(talk), talk[-1].text) == (MAX_MESSAGES + 1, "… 7 messages more in the store")
     assert one_line("a  b\n" * 100, 10) == "a b a b a…"
+
+
+def test_conversations_of_an_agent_have_headings():
+    texts = ["task", "ask", "answer", "task of the helper", "help"]
+    roles = [Role.USER, Role.ASSISTANT, Role.ASSISTANT, Role.USER, Role.ASSISTANT]
+    messages = tuple(Message(role, text) for role, text in zip(roles, texts, strict=True))
+    one = Trajectory("t", "task", messages, 1, Ended.DONE, AuthorKind.IMPORT, "a")
+    assert [part.text for part in said(one)] == texts[1:]
+    two = replace(one, threads=(Thread(0, 3, 1), Thread(3, 5, 1)))
+    found = [part.text for part in said(two)]
+    assert found == ["Conversation 1 of 2", "ask", "answer", "Conversation 2 of 2", "task of the helper", "help"]
 
 
 def test_as_many_of_each_kind_as_wanted(store):

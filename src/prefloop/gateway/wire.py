@@ -87,8 +87,8 @@ def read_request(raw: JSONObject) -> Asked:
     return Asked(
         messages=_messages(raw.get("messages")),
         tools=() if choice == "none" else tools,
-        temperature=_number(raw, "temperature", float, 0.0, 2.0),
-        top_p=_number(raw, "top_p", float, 1e-6, 1.0),
+        temperature=_number(raw, "temperature", float, 0, 2),
+        top_p=_number(raw, "top_p", float, 1e-6, 1),
         max_tokens=min((int(b) for b in budgets if b is not None), default=None),
         seed=int(_number(raw, "seed", int, -(2**63), 2**63 - 1) or 0),
         logprobs=_flag(raw, "logprobs"),
@@ -129,7 +129,7 @@ def _number(raw: JSONObject, key: str, kind: type, low: float, high: float) -> f
         return None
     good = isinstance(value, int | float if kind is float else int) and not isinstance(value, bool)
     if not good or not low <= value <= high:
-        raise _wrong(key, f"{'a number' if kind is float else 'a whole number'} from {low:g} to {high:g}", value)
+        raise _wrong(key, f"{'a number' if kind is float else 'a whole number'} from {low} to {high}", value)
     return kind(value)  # type: ignore[no-any-return]
 
 

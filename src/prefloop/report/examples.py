@@ -14,7 +14,7 @@ from prefloop.evaluation.compare import Item
 from prefloop.evaluation.success import is_success
 from prefloop.records import Judgement, Message, Role, Status, Trajectory
 from prefloop.report import words
-from prefloop.report.messages import Shown, one_line, shown
+from prefloop.report.messages import Shown, one_line, said, shown
 from prefloop.report.record import BEFORE_LOOP, RunRecord
 from prefloop.store import Store, schema
 
@@ -130,7 +130,7 @@ def _side(attempt: Attempt) -> Side:
         num_turns=trajectory.num_turns,
         score=words.number(judgement.score, 2),
         marks=_marks(judgement),
-        messages=shown(trajectory.completion),
+        messages=said(trajectory),
     )
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prefloop.records import Message, Role, ToolCall
+from prefloop.records import Message, Role, ToolCall, Trajectory
 
 MAX_CHARS = 4000  # of one text in the report; the store keeps all of it
 MAX_MESSAGES = 60
@@ -47,6 +47,18 @@ def shown(messages: Sequence[Message]) -> tuple[Shown, ...]:
     found = tuple(_shown(message) for message in messages[:MAX_MESSAGES])
     num_hidden = len(messages) - len(found)
     return (*found, Shown("", f"… {num_hidden:,} messages more in the store")) if num_hidden else found
+
+
+def said(trajectory: Trajectory) -> tuple[Shown, ...]:
+    """What came after the task's prompt; of an agent with several conversations, each under a heading."""
+    if len(trajectory.threads) < 2:
+        return shown(trajectory.completion)
+    found: list[Shown] = []
+    for number, thread in enumerate(trajectory.threads, 1):
+        first = trajectory.num_prompt_messages if number == 1 else thread.start
+        found.append(Shown("", f"Conversation {number} of {len(trajectory.threads)}"))
+        found += shown(trajectory.messages[first : thread.stop])
+    return tuple(found)
 
 
 def one_line(text: str, most: int = 110) -> str:
