@@ -10,11 +10,12 @@ from prefloop.environments.agent import Agent, AgentSettings
 from prefloop.environments.arithmetic import Arithmetic, ArithmeticSettings
 from prefloop.environments.base import TaskSource
 from prefloop.environments.booking import Booking, BookingSettings
+from prefloop.environments.dialogue import Dialogue, DialogueSettings
 from prefloop.environments.prompts import Prompts, PromptsSettings
 from prefloop.environments.reasoning_gym import ReasoningGym, ReasoningGymSettings
 
 EnvironmentSettings: TypeAlias = Annotated[
-    AgentSettings | ArithmeticSettings | BookingSettings | PromptsSettings | ReasoningGymSettings,
+    AgentSettings | ArithmeticSettings | BookingSettings | DialogueSettings | PromptsSettings | ReasoningGymSettings,
     Field(discriminator="name"),
 ]
 
@@ -27,6 +28,8 @@ def make_environment(settings: EnvironmentSettings) -> TaskSource:
         return Arithmetic(settings)
     if isinstance(settings, BookingSettings):
         return Booking(settings)
+    if isinstance(settings, DialogueSettings):
+        return Dialogue(settings)
     if isinstance(settings, PromptsSettings):
         return Prompts(settings)
     return ReasoningGym(settings)
