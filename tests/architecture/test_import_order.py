@@ -12,8 +12,8 @@ from repository import PACKAGE, component_of, module_name, shown, source_files, 
 # A component imports only those before it; docs/architecture.md tells the same order.
 ORDER = (
     "records", "config", "hub", "serving", "stats", "store", "formats", "chat", "clients", "environments", "judges",
-    "curation", "feedback", "batch", "models", "rollout", "gateway", "losses", "training", "evaluation", "report",
-    "stages", "planning", "loop", "live", "web", "doctor", "cli",
+    "curation", "feedback", "batch", "models", "rollout", "gateway", "credit", "losses", "training", "evaluation",
+    "report", "stages", "planning", "loop", "live", "web", "doctor", "cli",
 )  # fmt: skip
 
 HEAVY = ("torch", "transformers", "tokenizers", "peft")

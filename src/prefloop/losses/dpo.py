@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from prefloop.losses.pairs import Pairs, logistic
+from prefloop.losses.ratios import LARGEST_EXPONENT
 
 
 def dpo(pairs: Pairs, *, beta: float, label_smoothing: float) -> Tensor:
@@ -89,9 +90,6 @@ def discopop(pairs: Pairs, *, beta: float, tau: float) -> Tensor:
 
 
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
-
-LARGEST_EXPONENT = 80.0
-"""Of probability ratios π_ref / π, so that float32 holds them; beyond it the gradient is 0."""
 
 
 def f_dpo(pairs: Pairs, *, beta: float, divergence: Divergence, divergence_alpha: float) -> Tensor:

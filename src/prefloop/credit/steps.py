@@ -1,0 +1,64 @@
+"""Rewards along the way: of a process reward model's steps, and of turns."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from prefloop.credit.gae import discounted_sums
+from prefloop.records import PrefloopError
+
+Floats = NDArray[np.float64]
+StepReward = Literal["min", "difference", "sum"]
+
+
+def step_rewards(probability_K: ArrayLike, how: StepReward, *, baseline: float = 0.0) -> Floats:
+    """The reward of each step of one trajectory, from a process reward model's probabilities that steps are right.
+
+    "min": the last step is paid the lowest probability: a chain is as good as its weakest link (Cheng et al. 2025,
+    arXiv:2504.15275).
+    "difference": each step is paid what it changed, p_k - p_{k-1} with p_0 = `baseline`, where probabilities are those
+    of a good end (Setlur et al. 2024, arXiv:2410.08146, progress); they add up to p_K - p_0.
+    "sum": each step is paid p_k. This pays for further steps whether they help or not, so that a policy learns to
+    write more of them.
+
+    Raises:
+        PrefloopError: no step, or one without a probability.
+    """
+    given_K = np.asarray(probability_K, dtype=np.float64)
+    if given_K.ndim != 1 or not len(given_K):
+        raise PrefloopError(f"step rewards need the probabilities [K] of one trajectory's steps, not {given_K.shape}")
+    if not np.isfinite(given_K).all():
+        raise PrefloopError(f"step {int(np.flatnonzero(~np.isfinite(given_K))[0])} has no probability")
+    if how == "min":
+        reward_K = np.zeros_like(given_K)
+        reward_K[-1] = given_K.min()
+        return reward_K
+    return np.diff(given_K, prepend=baseline) if how == "difference" else given_K
+
+
+def at_tokens(reward_K: ArrayLike, token_K: ArrayLike, num_tokens: int) -> Floats:
+    """Rewards [U] of one trajectory's own tokens: each of K rewards at the last own token of what it is for.
+
+    `token_K` (int) are places among the own tokens; rewards at one place add up.
+
+    Raises:
+        PrefloopError: shapes that differ, or a place outside [0, num_tokens).
+    """
+    reward, token = np.asarray(reward_K, dtype=np.float64), np.asarray(token_K, dtype=np.int64)
+    if reward.shape != token.shape or reward.ndim != 1:
+        raise PrefloopError(f"each reward needs its token: {reward.shape} rewards, {token.shape} tokens")
+    if len(token) and not 0 <= token.min() <= token.max() < num_tokens:
+        raise PrefloopError(f"rewards at tokens {token.tolist()} of a trajectory with {num_tokens} own tokens")
+    return np.bincount(token, weights=reward, minlength=num_tokens).astype(np.float64)
+
+
+def returns_per_turn(reward_N: ArrayLike, *, discount: float = 1.0) -> Floats:
+    """What each of N turns led to: its own reward and those of later turns, faded by the discount for each turn.
+
+    A turn never answers for what came before it. As an advantage it wants a baseline, such as `leave_one_out` over the
+    attempts at one task, turn by turn.
+    """
+    return discounted_sums(reward_N, discount)
