@@ -28,7 +28,8 @@ from prefloop.models.forward import forward
 from prefloop.models.sampler import LocalSampler
 from prefloop.records import Source, TokenPath
 from prefloop.training.algorithms import Algorithm, make_algorithm
-from prefloop.training.step import StepSettings, TrainingStep, with_reference
+from prefloop.training.logprobs import with_reference
+from prefloop.training.step import StepSettings, TrainingStep
 
 NUM_WORDS, NOT = 40, 0
 STOP, VOCABULARY = NUM_WORDS, NUM_WORDS + 2

@@ -21,7 +21,8 @@ from prefloop.batch.packed import PackedBatch, pack
 from prefloop.losses.registry import Records, objective
 from prefloop.training.algorithms import Algorithm, make_algorithm
 from prefloop.training.kl_samples import rotated
-from prefloop.training.step import StepSettings, TrainingStep, with_reference
+from prefloop.training.logprobs import with_reference
+from prefloop.training.step import StepSettings, TrainingStep
 
 LEARNING_RATE = 1e-6
 MAX_GRAD_NORM = 1.0

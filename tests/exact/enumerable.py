@@ -11,7 +11,8 @@ from prefloop.batch.examples import Demonstration, PreferencePair
 from prefloop.batch.packed import pack
 from prefloop.models.forward import forward
 from prefloop.training.algorithms import make_algorithm
-from prefloop.training.step import StepSettings, TrainingStep, with_reference
+from prefloop.training.logprobs import with_reference
+from prefloop.training.step import StepSettings, TrainingStep
 
 PROMPT = [1, 7]
 ARMS = range(10, 20)

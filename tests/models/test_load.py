@@ -9,7 +9,7 @@ from prefloop.batch.examples import Demonstration
 from prefloop.models.load import load_policy
 from prefloop.models.settings import LoraSettings
 from prefloop.records import PrefloopError
-from prefloop.training.step import with_reference
+from prefloop.training.logprobs import with_reference
 from reward_examples import conversations, rendered, saved_policy
 
 LORA = LoraSettings(rank=2, alpha=4)

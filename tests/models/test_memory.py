@@ -65,7 +65,7 @@ def peak_of_head(head, num_tokens, logit_budget=0):
     hidden, token = torch.randn(num_tokens, WIDTH, requires_grad=True), torch.randint(WORDS, (num_tokens,))
 
     def run():
-        logprob, _ = forward_module._head(hidden, head, token, False, logit_budget)
+        logprob, _ = forward_module._scored(hidden, forward_module._Head(head, 1.0, False), token, logit_budget)
         logprob.sum().backward()
 
     return peak_bytes(run)

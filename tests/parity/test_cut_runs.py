@@ -11,7 +11,8 @@ from packed_examples import thinking_runs
 from prefloop.batch.pieces import pack_pieces
 from prefloop.losses.registry import objective
 from prefloop.models import sparing
-from prefloop.training.step import StepSettings, TrainingStep, with_reference
+from prefloop.training.logprobs import with_reference
+from prefloop.training.step import StepSettings, TrainingStep
 
 TOLERANCE = 1e-9
 BUDGETS = {"every path fits": 60, "some paths do not": 30, "no path does": 1}

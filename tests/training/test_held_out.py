@@ -14,10 +14,11 @@ from prefloop.config import parse_settings
 from prefloop.records import PrefloopError
 from prefloop.training import trainer
 from prefloop.training.algorithms import make_algorithm
+from prefloop.training.logprobs import with_reference
 from prefloop.training.metrics import BETTER, is_better
 from prefloop.training.reference import following
 from prefloop.training.settings import TrainingSettings
-from prefloop.training.step import StepSettings, TrainingStep, with_reference
+from prefloop.training.step import StepSettings, TrainingStep
 from prefloop.training.trainer import TrainingDivergedError, train
 
 PLAIN = {"learning_rate": 3e-3, "batch_size": 4, "num_epochs": 3, "checkpoint_every": 2, "evaluate_every": 2}

@@ -15,8 +15,8 @@ from prefloop.models.logits import PROBE
 from prefloop.records import PrefloopError
 from prefloop.store import Store
 from prefloop.training.checkpoint import save_atomically
+from prefloop.training.logprobs import with_reference
 from prefloop.training.reference import follow, following, stored_reference
-from prefloop.training.step import with_reference
 from prefloop.training.weights import weights_hash
 
 

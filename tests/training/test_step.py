@@ -19,9 +19,11 @@ from packed_examples import (
 from prefloop.batch.examples import LabelledSample
 from prefloop.models.forward import forward
 from prefloop.records import PrefloopError
+from prefloop.training import logprobs as logprobs_module
 from prefloop.training import step as step_module
 from prefloop.training.algorithms import make_algorithm
-from prefloop.training.step import StepSettings, TrainingStep, with_reference
+from prefloop.training.logprobs import with_reference
+from prefloop.training.step import StepSettings, TrainingStep
 
 
 def step_of(model, algorithm, reference=None, lr=1e-3, **settings):
@@ -81,7 +83,8 @@ def test_kto_in_one_pass_or_in_two_is_the_same(lengths, monkeypatch):
     model, pairs = perturbed(reference), random_pairs(6, **lengths)
     rows = [LabelledSample(pair.chosen, i % 2 == 0, name=str(i)) for i, pair in enumerate(pairs)]
     passes = []
-    monkeypatch.setattr(step_module, "forward", lambda *args, **kwargs: passes.append(1) or forward(*args, **kwargs))
+    for module in (step_module, logprobs_module):
+        monkeypatch.setattr(module, "forward", lambda *args, **kwargs: passes.append(1) or forward(*args, **kwargs))
     whole, expected = gradient_of(model, make_algorithm("kto"), rows, reference)
     num_joint = len(passes)  # the reference on all, and the policy on all
     monkeypatch.setattr(TrainingStep, "_joint", lambda *_: None)

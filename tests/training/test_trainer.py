@@ -14,8 +14,8 @@ from packed_examples import random_demonstrations, random_pairs, tiny_model
 from prefloop.records import PrefloopError
 from prefloop.training import trainer
 from prefloop.training.algorithms import make_algorithm
+from prefloop.training.logprobs import with_reference
 from prefloop.training.settings import TrainingSettings
-from prefloop.training.step import with_reference
 from prefloop.training.trainer import batch_at, count_steps, learning_rate_at, train
 
 SETTINGS = TrainingSettings(

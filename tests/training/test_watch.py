@@ -11,9 +11,9 @@ import torch
 from packed_examples import path, random_tokens, tiny_model
 from prefloop.batch.examples import PreferencePair
 from prefloop.training.algorithms import make_algorithm
+from prefloop.training.logprobs import with_reference
 from prefloop.training.metrics import LAST_STEPS
 from prefloop.training.settings import TrainingSettings
-from prefloop.training.step import with_reference
 from prefloop.training.trainer import train
 from prefloop.training.watch import MAX_FALL, falling_chosen
 

@@ -1,4 +1,4 @@
-"""What a batch is made of: demonstrations, preference pairs, labelled samples and samples with labelled steps."""
+"""What a batch is made of: demonstrations, pairs, labelled samples, samples with labelled steps, groups of rollouts."""
 
 from __future__ import annotations
 
@@ -111,4 +111,23 @@ class SteppedSample:
         return (self.paths,)
 
 
-Example: TypeAlias = Demonstration | PreferencePair | LabelledSample | SteppedSample
+@dataclass(frozen=True, slots=True, eq=False)
+class RolloutGroup:
+    """A policy's attempts at one task, and what each token that it said is worth.
+
+    `advantage` has an array for each path, in the order of the attempts, aligned with its tokens and read inside its
+    loss mask. `old_logprob` likewise: the trained policy's own log-probs (nats) before the first step on this group;
+    empty where it takes one step only, so that they are those of the step itself. `weight`, `name` and the others as
+    in `Demonstration`.
+    """
+
+    samples: tuple[Paths, ...]
+    advantage: Logprobs
+    old_logprob: Logprobs = ()
+    weight: float = 1.0
+    name: str = ""
+    ref_logprob: Logprobs = ()
+    ref_hash: str = ""
+
+
+Example: TypeAlias = Demonstration | PreferencePair | LabelledSample | SteppedSample | RolloutGroup

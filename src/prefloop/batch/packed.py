@@ -34,10 +34,12 @@ class PackedBatch:
     Int64: `token_T`, `parent_T`, `depth_T`, `end_T`, `visit_token_V` (the node visited), `visit_sample_V` (the
     sample on whose behalf), `pair_P2` (the samples chosen and rejected) and `step_visit_K` (the visit at which a
     step ends). Bool: `loss_mask_V` and `tied_P` (neither is better). In nats: `sampled_logprob_V` (the behaviour
-    policy's, NaN where not sampled) and `ref_logprob_V` (the reference's, None when it is not known). Float64, as the
-    examples give them: `weight_S`, `weight_P`, `weight_K`; `label_S` (1 desirable, 0 undesirable, NaN not labelled);
-    `probability_P`, the belief that chosen really is better; `margin_P`, by how much; `step_label_K` in [0, 1];
-    `head_weight_PH`, what a pair weighs for each head of a reward model ([P, 1] of ones where all are alike).
+    policy's, NaN where not sampled), `ref_logprob_V` (the reference's) and `old_logprob_V` (the trained policy's own
+    before its first step on these rollouts), None where they are not known. `advantage_V`: what rollouts' tokens are
+    worth, None where there are none. Float64, as the examples give them: `weight_S`, `weight_P`, `weight_K`; `label_S`
+    (1 desirable, 0 undesirable, NaN not labelled); `probability_P`, the belief that chosen really is better;
+    `margin_P`, by how much; `step_label_K` in [0, 1]; `head_weight_PH`, what a pair weighs for each head of a reward
+    model ([P, 1] of ones where all are alike).
     `kl` is the mean log-ratio of policy to reference, nats a sample, where a loss asked for it.
     """
 
@@ -61,6 +63,8 @@ class PackedBatch:
     step_label_K: Tensor
     weight_K: Tensor
     ref_logprob_V: Tensor | None = None
+    old_logprob_V: Tensor | None = None
+    advantage_V: Tensor | None = None
     kl: Tensor | None = None
 
     @property
@@ -129,7 +133,7 @@ def pack(examples: Sequence[Example], *, merge: bool = True) -> PackedBatch:
 
     Raises:
         PrefloopError: naming the row: a sample without a loss token, a loss token that nothing predicts (the
-            first of a path), or reference log-probs of another length.
+            first of a path), or log-probs or advantages of another length.
     """
     samples = [paths for example in examples for paths in example.samples]
     paths = [path for sample in samples for path in sample]
@@ -143,7 +147,9 @@ def pack(examples: Sequence[Example], *, merge: bool = True) -> PackedBatch:
         visit_sample_V=torch.from_numpy(visit_sample_V),
         loss_mask_V=torch.from_numpy(loss_mask_V),
         sampled_logprob_V=torch.from_numpy(sampled_logprob_V),
-        ref_logprob_V=_reference_stream(examples),
+        ref_logprob_V=_stream(examples, "ref_logprob"),
+        old_logprob_V=_stream(examples, "old_logprob"),
+        advantage_V=_stream(examples, "advantage"),
         **_sample_streams(examples),
     )
 
@@ -212,16 +218,15 @@ def _step_streams(examples: Sequence[Example]) -> dict[str, Tensor]:
     }
 
 
-def _reference_stream(examples: Sequence[Example]) -> Tensor | None:
-    """The reference's log-probs of all visits, or None where an example has none."""
-    if not all(example.ref_logprob for example in examples):
+def _stream(examples: Sequence[Example], name: str) -> Tensor | None:
+    """What examples hold for each token of each path, or None where one of them does not."""
+    if not all(getattr(example, name, ()) for example in examples):
         return None
     for i, example in enumerate(examples):
         lengths = [len(path.token) for sample in example.samples for path in sample]
-        if lengths != [len(array) for array in example.ref_logprob]:
-            raise PrefloopError(f"{_row(example, i)}: ref_logprob must have one value for each token of each path")
-    streams = [array for example in examples for array in example.ref_logprob]
-    return torch.from_numpy(np.concatenate(streams))
+        if lengths != [len(array) for array in getattr(example, name)]:
+            raise PrefloopError(f"{_row(example, i)}: {name} must have one value for each token of each path")
+    return torch.from_numpy(np.concatenate([array for example in examples for array in getattr(example, name)]))
 
 
 def _check_loss_mask(

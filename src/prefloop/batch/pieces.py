@@ -92,8 +92,14 @@ def sub_batch(batch: PackedBatch, visits: Tensor) -> PackedBatch:
         visit_sample_V=batch.visit_sample_V[visits],
         loss_mask_V=batch.loss_mask_V[visits],
         sampled_logprob_V=batch.sampled_logprob_V[visits],
-        ref_logprob_V=None if batch.ref_logprob_V is None else batch.ref_logprob_V[visits],
+        ref_logprob_V=_taken(batch.ref_logprob_V, visits),
+        old_logprob_V=_taken(batch.old_logprob_V, visits),
+        advantage_V=_taken(batch.advantage_V, visits),
     )
+
+
+def _taken(stream_V: Tensor | None, visits: Tensor) -> Tensor | None:
+    return None if stream_V is None else stream_V[visits]
 
 
 def cut_forest(paths: Sequence[NDArray[np.integer]], max_tokens: int) -> list[list[int]]:

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from prefloop.losses.settings import LossSettings
 from prefloop.records import PrefloopError
 
-Records = Literal["demonstrations", "pairs", "labelled samples", "steps"]
+Records = Literal["demonstrations", "pairs", "labelled samples", "steps", "rollouts"]
 
 ADDED: Mapping[str, Any] = {"nll_coef": 0.0, "nll_reduction": "pair", "nll_scope": "completion", "mixture": {}}
 """Knobs of all objectives of preference pairs, with their usual defaults: what is added to the loss itself."""

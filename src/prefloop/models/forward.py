@@ -10,10 +10,10 @@ score heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +46,8 @@ SEGMENT_FLOPS = 2e6
 class Outputs:
     """What a forward gives for each token of the forest, 0 where nothing reads it; None what was not wanted.
 
-    `logprob_T` the log-prob (nats) of the token given its ancestors; `entropy_T` (nats, without gradient) of the
-    distribution it was drawn from; `score_TH` the scores that the model gives at the token. Float32, float64 for
+    `logprob_T` the log-prob (nats) of the token given its ancestors; `entropy_T` (nats) of the distribution it was
+    drawn from; `score_TH` the scores that the model gives at the token. Float32, float64 for
     models in float64.
     """
 
@@ -64,12 +64,13 @@ def forward(
     read_V: Tensor | None = None,
     layout: Layout | None = None,
     logit_budget: int = LOGIT_BUDGET,
+    temperature: float = 1.0,
 ) -> Outputs:
     """Log-probs of tokens under a causal language model of transformers, or scores under one with a scalar head.
 
     `read_V` (bool) names the visits that are read, by default those of the loss mask; nothing else is computed.
     `layout` says how tokens lie before the model, by default as `layout_for` chooses. The result does not depend
-    on it beyond rounding.
+    on it beyond rounding. Logits are divided by `temperature`, at which tokens were sampled.
 
     Raises:
         PrefloopError: a forest for a model that cannot share, gradient checkpointing outside `sharing`, or no such
@@ -90,7 +91,8 @@ def forward(
         score_UH = score_head(model)(hidden_LD[read_U])
         return Outputs(score_TH=spread(score_UH.to(torch.promote_types(score_UH.dtype, torch.float32))))
     hidden_UD = hidden_LD[read_U]
-    logprob_U, entropy_U = _head(hidden_UD, head_of(model), batch.token_T[token_U], "entropy" in want, logit_budget)
+    head, target_U = _Head(head_of(model), temperature, "entropy" in want), batch.token_T[token_U]
+    logprob_U, entropy_U = _scored(hidden_UD, head, target_U, logit_budget)
     return Outputs(spread(logprob_U), spread(entropy_U) if "entropy" in want else None)
 
 
@@ -165,21 +167,31 @@ def _recomputes(causal: nn.Module) -> bool:
     return checkpointing and causal.training and torch.is_grad_enabled()
 
 
-def _head(
-    hidden_UD: Tensor, head: Head, token_U: Tensor, want_entropy: bool, logit_budget: int
-) -> tuple[Tensor, Tensor]:
+class _Head(NamedTuple):
+    """What makes logits of hidden states, what they are divided by, and whether the entropy is wanted, too."""
+
+    logits_of: Head
+    temperature: float
+    want_entropy: bool
+
+
+def _scored(hidden_UD: Tensor, head: _Head, token_U: Tensor, logit_budget: int) -> tuple[Tensor, Tensor]:
     """Log-prob and entropy [U] of tokens; the entropy empty unless wanted."""
-    if not isinstance(head, nn.Linear):
-        return _own_head(hidden_UD, head, token_U, want_entropy)
-    weight_WD: Tensor = head.weight
-    bias_W: Tensor | None = head.bias
+    linear = head.logits_of
+    if not isinstance(linear, nn.Linear):
+        return _own_head(hidden_UD, head, token_U)
+    weight_WD: Tensor = linear.weight
+    bias_W: Tensor | None = linear.bias
+    if head.temperature != 1.0:
+        hidden_UD = hidden_UD / head.temperature
+        bias_W = None if bias_W is None else bias_W / head.temperature
     if torch.is_autocast_enabled(hidden_UD.device.type):
         dtype = torch.get_autocast_dtype(hidden_UD.device.type)
         hidden_UD, weight_WD = hidden_UD.to(dtype), weight_WD.to(dtype)
         bias_W = None if bias_W is None else bias_W.to(dtype)
     num_bytes = token_U.shape[0] * weight_WD.shape[0] * wide(weight_WD).itemsize
     keep = torch.is_grad_enabled() and num_bytes <= logit_budget
-    return _LinearHead.apply(hidden_UD, weight_WD, bias_W, token_U, want_entropy, keep)  # type: ignore[no-any-return, no-untyped-call]
+    return _LinearHead.apply(hidden_UD, weight_WD, bias_W, token_U, head.want_entropy, keep)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _LinearHead(torch.autograd.Function):
@@ -203,15 +215,16 @@ class _LinearHead(torch.autograd.Function):
                 kept.append(probability)
             logprobs.append(logprob)
             entropies.append(entropy)
-        ctx.save_for_backward(hidden_UD, weight_WD, bias_W, token_U)
         ctx.kept = kept
         logprob_U, entropy_U = torch.cat(logprobs), torch.cat(entropies)
-        ctx.mark_non_differentiable(entropy_U)
+        ctx.save_for_backward(hidden_UD, weight_WD, bias_W, token_U, entropy_U)
+        ctx.set_materialize_grads(False)
         return logprob_U, entropy_U
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_UD, weight_WD, bias_W, token_U = ctx.saved_tensors
+        hidden_UD, weight_WD, bias_W, token_U, entropy_U = ctx.saved_tensors
+        grad_logprob = torch.zeros_like(hidden_UD[:, 0], dtype=wide(hidden_UD)) if grads[0] is None else grads[0]
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden_UD) if needs_hidden else None
         grad_weight = torch.zeros_like(weight_WD, dtype=wide(weight_WD)) if needs_weight else None
@@ -223,7 +236,10 @@ class _LinearHead(torch.autograd.Function):
             else:
                 logits = _logits(hidden, weight_WD, bias_W)
                 probability = torch.softmax(logits, dim=-1, out=logits)
-            grad_logits = _logit_gradient(probability, token, grads[0][rows]).to(hidden.dtype)
+            grad_logits = _logit_gradient(probability, token, grad_logprob[rows])
+            if grads[1] is not None:
+                grad_logits += _entropy_gradient(probability, entropy_U[rows], grads[1][rows])
+            grad_logits = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight_WD, out=grad_hidden[rows])
             if grad_weight is not None:
@@ -260,6 +276,11 @@ def _logit_gradient(probability: Tensor, token: Tensor, grad: Tensor) -> Tensor:
     return (probability * -grad[:, None]).scatter_add_(1, token[:, None], grad[:, None])
 
 
+def _entropy_gradient(probability: Tensor, entropy: Tensor, grad: Tensor) -> Tensor:
+    """d entropy / d logits times the incoming gradient: -grad · p · (log p + entropy)."""
+    return -grad[:, None] * (torch.xlogy(probability, probability) + probability * entropy[:, None])
+
+
 def _score(logits: Tensor, token: Tensor, want_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Log-prob of each token (nats), the entropy of its distribution if wanted, and the probabilities of all words.
 
@@ -273,16 +294,14 @@ def _score(logits: Tensor, token: Tensor, want_entropy: bool) -> tuple[Tensor, T
     return own - norm, entropy, probability
 
 
-def _own_head(
-    hidden_UD: Tensor, logits_of: Callable[[Tensor], Tensor], token_U: Tensor, want_entropy: bool
-) -> tuple[Tensor, Tensor]:
+def _own_head(hidden_UD: Tensor, head: _Head, token_U: Tensor) -> tuple[Tensor, Tensor]:
     """The same through any function, computed again in the backward pass."""
     from torch.utils.checkpoint import checkpoint
 
     def chunk(hidden: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
-        logits = logits_of(hidden)
-        logprob_UW = torch.log_softmax(logits.to(wide(logits)), dim=-1)
-        entropy = -(logprob_UW.exp() * logprob_UW).sum(-1).detach() if want_entropy else logprob_UW.new_empty(0)
+        logits = head.logits_of(hidden)
+        logprob_UW = torch.log_softmax(logits.to(wide(logits)) / head.temperature, dim=-1)
+        entropy = -(logprob_UW.exp() * logprob_UW).sum(-1) if head.want_entropy else logprob_UW.new_empty(0)
         return logprob_UW.gather(1, token[:, None])[:, 0], entropy
 
     chunks = torch.split(hidden_UD, CHUNK_TOKENS), torch.split(token_U, CHUNK_TOKENS)

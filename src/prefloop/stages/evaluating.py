@@ -135,7 +135,7 @@ def _kl_to_start(run: Run, trajectories: Sequence[Trajectory]) -> KLSummary | No
     None where fewer than two of them hold tokens that it sampled.
     """
     from prefloop.batch.examples import Demonstration
-    from prefloop.training.step import with_reference
+    from prefloop.training.logprobs import with_reference
 
     written = [t for t in trajectories if any((path.source == Source.SAMPLED).any() for path in t.token_paths)]
     if len(written) < 2:

@@ -8,9 +8,9 @@ Shape suffixes: V visits, U units, S samples, P pairs, K steps, H heads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from prefloop.losses.registry import Part, Records, objective, resolve_knobs, re
 from prefloop.losses.reward import bradley_terry, step_cross_entropy
 from prefloop.losses.settings import LossSettings
 from prefloop.losses.sft import sft
+from prefloop.models.forward import Want
 from prefloop.records import PrefloopError
 from prefloop.training.kl_samples import deranged, rotated
 
@@ -50,9 +51,9 @@ class Algorithm(Protocol):
     """A way to learn from records.
 
     The step weighs each unit's loss (`PackedBatch.weight`) and divides each term by the sum of its units' weights
-    over the whole optimizer step. `reads` says whether the loss reads log-probs or scores, `read_V` at which visits.
-    Where `couples`, the loss of a unit depends on others, and is computed over the whole optimizer step at once. Where
-    it `reads_apart`, a unit reads one visit, and the paths of a sample may be in different batches.
+    over the whole optimizer step. `read_V` says at which visits the loss reads the model. Where `couples`, the loss of
+    a unit depends on others, and is computed over the whole optimizer step at once. Where it `reads_apart`, a unit
+    reads one visit, and the paths of a sample may be in different batches.
     """
 
     @property
@@ -67,8 +68,15 @@ class Algorithm(Protocol):
     def couples(self) -> bool:
         """Whether the loss of a unit depends on other units."""
 
+    @property
+    def reads(self) -> Collection[Want]:
+        """What the loss reads of the model: log-probs, with or without entropies, or scores."""
+
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by: the temperature at which the examples were sampled."""
+
     records: ClassVar[Records]
-    reads: ClassVar[Literal["logprob", "score"]]
     reads_apart: ClassVar[bool]
 
     def read_V(self, batch: PackedBatch) -> Tensor:
@@ -78,14 +86,15 @@ class Algorithm(Protocol):
         """Samples over which the loss wants the mean log-ratio of policy to reference (`PackedBatch.kl`)."""
 
     def loss(self, batch: PackedBatch, output_V: Tensor) -> UnitLoss:
-        """The loss, given the policy's log-prob [V] or scores [V, H] of each visit (0 where not read)."""
+        """The loss, given what is read of each visit, 0 elsewhere: log-prob [V], with entropy [V, 2], scores [V, H]."""
 
 
 class _OwnTokens:
     """What most algorithms have in common: the log-probs of the policy's own tokens, each unit on its own."""
 
-    reads: ClassVar[Literal["logprob", "score"]] = "logprob"
     reads_apart: ClassVar[bool] = False
+    reads: Collection[Want] = frozenset({"logprob"})
+    temperature = 1.0
     couples = False
     needs_reference = False
 
@@ -264,7 +273,7 @@ class KTO(_OwnTokens):
 class _Scores(_OwnTokens):
     """Algorithms whose model gives scores."""
 
-    reads: ClassVar[Literal["logprob", "score"]] = "score"
+    reads: Collection[Want] = frozenset({"score"})
 
 
 @dataclass(frozen=True)

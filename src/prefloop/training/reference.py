@@ -6,21 +6,21 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from prefloop.batch.examples import Demonstration, Example, LabelledSample, PreferencePair, SteppedSample
+from prefloop.batch.examples import (
+    Example,
+)
 from prefloop.models.attention import causal_model
 from prefloop.records import PrefloopError, TokenPath, content_hash
 from prefloop.store import Store
 from prefloop.store.logprobs import add_logprobs, read_logprobs
-from prefloop.training.step import with_reference
-
-E = TypeVar("E", Demonstration, PreferencePair, LabelledSample, SteppedSample)
+from prefloop.training.logprobs import E, with_reference
 
 Precision = Literal["float32", "float64", "bfloat16", "float32 in bfloat16"]
 """Of the weights, and of the arithmetic where that is another."""

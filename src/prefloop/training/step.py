@@ -11,33 +11,39 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from prefloop.batch.examples import Demonstration, Example, LabelledSample, PreferencePair, SteppedSample
+from prefloop.batch.examples import (
+    Demonstration,
+    Example,
+    LabelledSample,
+    PreferencePair,
+    RolloutGroup,
+    SteppedSample,
+)
 from prefloop.batch.layout import Layout
 from prefloop.batch.packed import PackedBatch, Unit
 from prefloop.batch.packing import pack_group, split_examples
-from prefloop.batch.pieces import Piece, pack_pieces
+from prefloop.batch.pieces import Piece
 from prefloop.models.attention import causal_model, disable_dropout, sharing, why_not_shared
 from prefloop.models.forward import LOGIT_BUDGET, forward, layout_for
 from prefloop.models.sparing import sparing
 from prefloop.records import DivergedError, PrefloopError
 from prefloop.training.algorithms import Algorithm, UnitLoss
+from prefloop.training.logprobs import autocasting, join_pieces, logprob_of, pack_on_device, with_reference
 
 log = logging.getLogger(__name__)
-
-E = TypeVar("E", Demonstration, PreferencePair, LabelledSample, SteppedSample)
 
 KINDS: Mapping[str, type[Example]] = {
     "demonstrations": Demonstration,
     "pairs": PreferencePair,
     "labelled samples": LabelledSample,
     "steps": SteppedSample,
+    "rollouts": RolloutGroup,
 }
 
 
@@ -147,7 +153,11 @@ class TrainingStep:
             # The reference scores both at once: a prompt and the completions that are dealt to it share it.
             both: list[Any] = [*examples, *samples]
             scored = with_reference(
-                self.reference, both, max_tokens=self.settings.max_tokens, autocast=self.settings.autocast
+                self.reference,
+                both,
+                max_tokens=self.settings.max_tokens,
+                autocast=self.settings.autocast,
+                temperature=self.algorithm.temperature,
             )
             examples, samples = scored[: len(examples)], scored[len(examples) :]
         groups = self._split(examples)
@@ -195,14 +205,15 @@ class TrainingStep:
         return split_examples(examples, self.settings.max_tokens, shares=not why_not_shared(self.model))
 
     def _pack(self, examples: Sequence[Example], group: Sequence[int]) -> _Packed:
-        return _Packed(*_pack_pieces(self.model, examples, group, self.settings.max_tokens))
+        return _Packed(*pack_on_device(self.model, examples, group, self.settings.max_tokens))
 
     def _pack_jointly(
         self, examples: Sequence[Example], groups: Sequence[Sequence[int]], packed: Sequence[_Packed]
     ) -> _Packed:
         """One batch of all examples, of which those of the micro-batches are pieces."""
         joint = pack_group(examples, range(len(examples))).to(packed[0].batch.token_T.device)
-        example_V = joint.visit_sample_V // len(examples[0].samples)  # examples of a step are of one kind
+        example_S = np.repeat(np.arange(len(examples)), [len(example.samples) for example in examples])
+        example_V = torch.from_numpy(example_S).to(joint.visit_sample_V.device)[joint.visit_sample_V]
         pieces = []
         for group, one in zip(groups, packed, strict=True):
             own = torch.nonzero(torch.isin(example_V, torch.tensor(group, device=example_V.device)))[:, 0]
@@ -264,7 +275,7 @@ class TrainingStep:
             outputs = [
                 self._output(piece.batch, layout, read) for (piece, read), layout in zip(pieces, layouts, strict=True)
             ]
-        output_V = _joined(batch, [piece for piece, _ in pieces], outputs).requires_grad_()
+        output_V = join_pieces(batch, [piece for piece, _ in pieces], outputs).requires_grad_()
         unit_loss = self.algorithm.loss(batch, output_V)
         loss = _weighed(unit_loss, batch, denominator)
         totals.add(loss, unit_loss, batch)
@@ -277,18 +288,18 @@ class TrainingStep:
 
     def _output(self, batch: PackedBatch, layout: Layout, read_V: Tensor) -> Tensor:
         """What the algorithm reads of the model, for each visit that it reads."""
-        reads = self.algorithm.reads
         with self._autocast():
             outputs = forward(
                 self.model,
                 batch,
-                {reads},
+                self.algorithm.reads,
                 read_V=read_V,
                 layout=layout,
                 logit_budget=self.settings.logit_budget,
+                temperature=self.algorithm.temperature,
             )
-        output_T = outputs.logprob_T if reads == "logprob" else outputs.score_TH
-        assert output_T is not None
+        found = [each for each in (outputs.score_TH, outputs.logprob_T, outputs.entropy_T) if each is not None]
+        output_T = found[0] if len(found) == 1 else torch.stack(found, dim=1)
         return output_T[batch.visit_token_V]
 
     def _referenced(self, batch: PackedBatch, pieces: Sequence[Piece] = ()) -> PackedBatch:
@@ -300,7 +311,7 @@ class TrainingStep:
                 f"{self.algorithm.name} needs a reference: give the model, or score the examples by with_reference"
             )
         with self._autocast():
-            return replace(batch, ref_logprob_V=_logprob_of(self.reference, batch, pieces))
+            return replace(batch, ref_logprob_V=self._logprob_of(self.reference, batch, pieces))
 
     @torch.no_grad()
     def _kl(self, samples: Sequence[Demonstration]) -> Tensor | None:
@@ -312,8 +323,11 @@ class TrainingStep:
             batch, pieces = self._pack(samples, group)
             batch = self._referenced(batch, pieces)
             with self._autocast():
-                logratios.append(_logratio_V(_logprob_of(self.model, batch, pieces), batch).sum())
+                logratios.append(_logratio_V(self._logprob_of(self.model, batch, pieces), batch).sum())
         return torch.stack(logratios).sum() / len(samples)
+
+    def _logprob_of(self, model: nn.Module, batch: PackedBatch, pieces: Sequence[Piece]) -> Tensor:
+        return logprob_of(model, batch, pieces, self.algorithm.temperature)
 
     @contextmanager
     def _running(self, batch: PackedBatch, layout: Layout) -> Iterator[None]:
@@ -324,7 +338,7 @@ class TrainingStep:
             yield
 
     def _autocast(self) -> AbstractContextManager[None]:
-        return _autocast(self.model, self.settings.autocast)
+        return autocasting(self.model, self.settings.autocast)
 
     def _skip(self, examples: Sequence[Example], loss: float, grad_norm: float) -> dict[str, float]:
         self.optimizer.zero_grad(set_to_none=True)
@@ -391,64 +405,7 @@ def _weighed(unit_loss: UnitLoss, batch: PackedBatch, denominator: _Denominators
     return torch.stack([term.double() for term in terms]).sum()
 
 
-def _pack_pieces(
-    model: nn.Module, examples: Sequence[Example], group: Sequence[int], max_tokens: int
-) -> tuple[PackedBatch, list[Piece]]:
-    """The batch of a group and its pieces, on the model's device."""
-    device = next(model.parameters()).device
-    batch, pieces = pack_pieces(examples, group, max_tokens, shares=not why_not_shared(model))
-    return batch.to(device), [Piece(piece.batch.to(device), piece.visits.to(device)) for piece in pieces]
-
-
-@torch.no_grad()
-def _logprob_of(model: nn.Module, batch: PackedBatch, pieces: Sequence[Piece]) -> Tensor:
-    """The log-prob of each visit under a frozen model, by piece, if there are; 0 outside the loss mask."""
-    if len(pieces) > 1:
-        pieces = [piece for piece in pieces if piece.batch.loss_mask_V.any()] or pieces[:1]
-        return _joined(batch, pieces, [_logprob_of(model, piece.batch, ()) for piece in pieces])
-    logprob_T = forward(model, batch).logprob_T
-    assert logprob_T is not None
-    return logprob_T[batch.visit_token_V]
-
-
-def _joined(batch: PackedBatch, pieces: Sequence[Piece], value_of: Sequence[Tensor]) -> Tensor:
-    """The values of all visits of a batch, from those of its pieces; 0 in pieces that are not there."""
-    value_V = value_of[0].new_zeros(len(batch.visit_token_V), *value_of[0].shape[1:])
-    for piece, value in zip(pieces, value_of, strict=True):
-        value_V[piece.visits] = value
-    return value_V
-
-
 def _logratio_V(logprob_V: Tensor, batch: PackedBatch) -> Tensor:
     """Policy to reference at each visit, nats, in float64; 0 outside the loss mask."""
     assert batch.ref_logprob_V is not None
     return (logprob_V - batch.ref_logprob_V).double() * batch.loss_mask_V
-
-
-def _autocast(model: nn.Module, on: bool) -> AbstractContextManager[None]:
-    """Arithmetic in bfloat16, weights as they are."""
-    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16) if on else nullcontext()
-
-
-def with_reference(
-    model: nn.Module, examples: Sequence[E], *, max_tokens: int = 16384, autocast: bool = False
-) -> list[E]:
-    """The same examples with the log-probs of a reference model, computed once for many epochs.
-
-    `autocast` to bfloat16 where the policy's step does.
-
-    Raises:
-        PrefloopError: as `pack`.
-    """
-    model.eval()
-    scored = list(examples)
-    for group in split_examples(examples, max_tokens, shares=not why_not_shared(model)):
-        batch, pieces = _pack_pieces(model, examples, group, max_tokens)
-        counts = [sum(map(len, examples[i].samples)) for i in group]
-        lengths = [len(path.token) for i in group for sample in examples[i].samples for path in sample]
-        with _autocast(model, autocast):
-            logprob_V = _logprob_of(model, batch, pieces).cpu().numpy()
-        logprobs = iter(np.split(logprob_V, np.cumsum(lengths)[:-1]))
-        for i, num_paths in zip(group, counts, strict=True):
-            scored[i] = replace(examples[i], ref_logprob=tuple(islice(logprobs, num_paths)))
-    return scored
