@@ -13,9 +13,10 @@ import pytest
 
 from prefloop.config import parse_settings
 from prefloop.environments import make_environment
-from prefloop.environments.agent import MAX_TASK_BYTES, Access, Agent, AgentSettings
+from prefloop.environments.agent import Access, Agent, AgentSettings
 from prefloop.environments.base import steppable
 from prefloop.environments.commands import MAX_PRINTED, child_environment, run_command
+from prefloop.environments.task_files import MAX_TASK_BYTES
 from prefloop.records import Message, PrefloopError, Role, Split
 
 ACCESS = Access("http://127.0.0.1:9/v1", "token/a/e1", "e1")

@@ -8,31 +8,22 @@ and never a number. Without a command the environment is served to agents that r
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from threading import Event
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from prefloop.config import Settings
 from prefloop.environments.base import Outcome, TaskSource
 from prefloop.environments.commands import Ran, child_environment, run_command
-from prefloop.environments.outcomes import OUTCOME_KEYS, read_outcome
-from prefloop.formats.limits import Limits, RowProblemError
-from prefloop.formats.reading import read_rows
-from prefloop.formats.rows import parse_turns, place_prompt
-from prefloop.records import JSONObject, Message, PrefloopError, Role, Split, Task, canonical_json
-from prefloop.records.strict_json import strict_loads
+from prefloop.environments.graders import run_grader
+from prefloop.environments.task_files import TaskFile, given_of
+from prefloop.records import JSONObject, Message, PrefloopError, Split, Task
 
-MAX_TASK_BYTES = 100_000  # an environment variable holds no more than 128 KiB
-MAX_ID = 200
-ANSWER = "answer"  # the key of a task that its agent is not given
 RUN_LIMITS = {"max_parallel", "grader_deadline_s"}  # settings that bound running and say nothing of what is run
 PROMPT, TASK_ID = "{prompt}", "{id}"
 
@@ -66,14 +57,6 @@ class Access:
     episode: str
 
 
-class GraderFailedError(PrefloopError):
-    """A grader that gave no number, and what it had printed."""
-
-    def __init__(self, message: str, ran: Ran) -> None:
-        super().__init__(message)
-        self.ran = ran
-
-
 class Agent(TaskSource):
     """An agent's tasks, and how it is run and graded; see the module's text."""
 
@@ -82,10 +65,7 @@ class Agent(TaskSource):
     def __init__(self, settings: AgentSettings) -> None:
         self.settings = settings
         self.group_seeded = settings.seeded
-
-    @cached_property
-    def _all(self) -> dict[str, Task]:
-        return _read_tasks(Path(self.settings.tasks), self.settings.held_out)
+        self._file = TaskFile(settings.tasks, settings.held_out, self.name)
 
     def tasks(self, split: Split, num: int, *, first: int = 0) -> Sequence[Task]:
         """`num` tasks of a split, in the order of the file.
@@ -93,17 +73,11 @@ class Agent(TaskSource):
         Raises:
             PrefloopError: the file cannot be read, has a bad row, or has too few tasks of this split.
         """
-        listed = [task for task in self._all.values() if task.split is split]
-        if first + num > len(listed):
-            raise PrefloopError(
-                f"{self.settings.tasks} holds {len(listed)} {split.value} tasks, {first + num} were asked for: "
-                "ask for fewer, or change held_out"
-            )
-        return listed[first : first + num]
+        return self._file.tasks(split, num, first)
 
     def num_tasks(self, split: Split) -> int | None:
         """How many tasks of a split the file holds."""
-        return sum(task.split is split for task in self._all.values())
+        return self._file.num_tasks(split)
 
     def task(self, name: str) -> Task:
         """The task of this `id`.
@@ -111,15 +85,11 @@ class Agent(TaskSource):
         Raises:
             PrefloopError: there is none, or the file cannot be read.
         """
-        if name not in self._all:
-            raise PrefloopError(f"{self.settings.tasks} has no task with id {name!r}")
-        return self._all[name]
+        return self._file.task(name)
 
     def files(self) -> dict[str, str]:
         """The file of tasks, and every file that the commands name by a relative path; SHA-256."""
-        named = [*(self.settings.command or ()), *(self.settings.grader or ())]
-        scripts = [Path(word) for word in named if not Path(word).is_absolute() and Path(word).is_file()]
-        return {str(path): _sha256(path) for path in (Path(self.settings.tasks), *scripts)}
+        return self._file.hashes(self.settings.command, self.settings.grader)
 
     def absent(self) -> str:
         """Without a command the agent runs elsewhere."""
@@ -131,7 +101,7 @@ class Agent(TaskSource):
         Raises:
             PrefloopError: they cannot, or the command asks for the prompt of a task that has none.
         """
-        bare = next((task for task in self._all.values() if task.specification.get("prompt") is None), None)
+        bare = next((task for task in self._file.all.values() if task.specification.get("prompt") is None), None)
         if bare is not None and self.settings.command is not None:
             _filled(self.settings.command, bare.specification)
         for key in ("command", "grader"):
@@ -148,7 +118,7 @@ class Agent(TaskSource):
         """
         if self.settings.command is None:
             raise PrefloopError("environment.command is not given: this agent runs elsewhere and asks the gateway")
-        given = {key: value for key, value in task.specification.items() if key != ANSWER}
+        given = given_of(task)
         environment = child_environment(
             self.settings.pass_on,
             OPENAI_BASE_URL=access.base_url,
@@ -163,10 +133,7 @@ class Agent(TaskSource):
     def grade(
         self, task: Task, messages: Sequence[Message], output: str, ended: str, stop: Event | None = None
     ) -> Outcome:
-        """What the grader says of an episode.
-
-        It reads `{"task", "messages", "output", "ended"}` as JSON from its standard input, and the last line that it
-        prints is a JSON object with a `score` in [0, 1], as `read_outcome` reads it.
+        """What the grader says of an episode; see `run_grader`.
 
         Raises:
             GraderFailedError: it fails, is too slow, or says something else.
@@ -175,22 +142,17 @@ class Agent(TaskSource):
         settings = self.settings
         if settings.grader is None:
             raise PrefloopError("environment.grader is not given: nobody says how an episode went")
-        said = {
-            "task": task.specification,
-            "messages": [message.to_dict() for message in messages],
-            "output": output,
-            "ended": ended,
-        }
         environment = child_environment(settings.pass_on)
-        ran = run_command(
-            settings.grader, environment, deadline_s=settings.grader_deadline_s, stdin=json.dumps(said), stop=stop
+        return run_grader(
+            settings.grader,
+            environment,
+            task,
+            messages,
+            output=output,
+            ended=ended,
+            deadline_s=settings.grader_deadline_s,
+            stop=stop,
         )
-        if ran.failure:
-            raise GraderFailedError(f"the grader {ran.failure}", ran)
-        try:
-            return _outcome(ran.output)
-        except PrefloopError as error:
-            raise GraderFailedError(str(error), ran) from None
 
 
 def _filled(command: Sequence[str], given: JSONObject) -> list[str]:
@@ -204,89 +166,3 @@ def _filled(command: Sequence[str], given: JSONObject) -> list[str]:
         raise PrefloopError(f"task {given['id']!r} has no prompt, which environment.command asks for by {PROMPT}")
     text = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
     return [word.replace(TASK_ID, str(given["id"])).replace(PROMPT, text) for word in command]
-
-
-# --- tasks ------------------------------------------------------------------------------------------------------
-
-
-def _read_tasks(path: Path, held_out: float) -> dict[str, Task]:
-    tasks: dict[str, Task] = {}
-    placed: dict[str, tuple[str, Split]] = {}
-    for row in read_rows(path, Limits()):
-        where = f"{path}:{row.line}"
-        try:
-            if row.problem is not None:
-                raise row.problem
-            name, asked, task = _task(row.value, held_out)
-        except RowProblemError as problem:
-            raise PrefloopError(f"{where}: {problem}") from None
-        if name in tasks:
-            raise PrefloopError(f"{where}: id: a task before has {name!r} as its id, too; give each its own")
-        twin, split = placed.setdefault(asked, (name, task.split))
-        if split is not task.split:
-            raise PrefloopError(
-                f"{where}: split: task {name!r} is {task.split.value} and asks the same as {twin!r}, which is "
-                f"{split.value}; what is evaluated must not be trained on"
-            )
-        tasks[name] = task
-    if not tasks:
-        raise PrefloopError(f"{path} holds no tasks")
-    return tasks
-
-
-def _task(row: Any, held_out: float) -> tuple[str, str, Task]:
-    """The name of a row's task, all that its agent is asked as canonical JSON, and the task."""
-    if not isinstance(row, dict):
-        raise RowProblemError("", f"expected an object, found {type(row).__name__}")
-    name = row.get("id")
-    if isinstance(name, bool) or not isinstance(name, str | int) or not 0 < len(str(name)) <= MAX_ID:
-        raise RowProblemError("id", f"expected a text of 1 to {MAX_ID} characters or a whole number, found {name!r}")
-    said = row.get("split")
-    if said is not None and said not in list(Split):
-        raise RowProblemError("split", f"expected 'train' or 'held_out', found {said!r}")
-    prompt = row.get("prompt")
-    messages = () if prompt is None else parse_turns(prompt, "prompt", Role.USER, Limits())
-    given = {key: value for key, value in row.items() if key not in ("split", ANSWER)}
-    size = len(json.dumps(given, ensure_ascii=False).encode())
-    if size > MAX_TASK_BYTES:
-        raise RowProblemError(
-            "", f"the agent would be given {size:,} bytes, more than {MAX_TASK_BYTES:,}: name a file in the row instead"
-        )
-    told = {key: value for key, value in given.items() if key != "id"} or given  # the name alone may be the task
-    asked = canonical_json(told)
-    split, cluster = place_prompt(messages or (Message(Role.USER, asked),), held_out)
-    specification = {key: value for key, value in row.items() if key != "split"}
-    own = Split(said) if said is not None else split
-    return str(name), asked, Task(Agent.name, specification, messages=messages, split=own, cluster=cluster)
-
-
-def _sha256(path: Path) -> str:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise PrefloopError(f"{path} cannot be read: {error.strerror}") from None
-
-
-# --- what a grader says -----------------------------------------------------------------------------------------
-
-
-def _outcome(printed: str) -> Outcome:
-    line = next((line for line in reversed(printed.splitlines()) if line.strip()), "")
-    try:
-        said = strict_loads(line)
-    except ValueError as error:
-        said, problem = None, str(error)
-    else:
-        problem = "expected a JSON object"
-    if not isinstance(said, dict):
-        shown = f"{line.strip()[:100]!r}, which is no score ({problem})" if line else "nothing"
-        raise PrefloopError(f'the grader printed {shown}: its last line should be such as {{"score": 0.5}}')
-    if unknown := said.keys() - OUTCOME_KEYS:
-        raise PrefloopError(f"the grader said {min(unknown)!r}: it may say {', '.join(sorted(OUTCOME_KEYS))}")
-    try:
-        outcome = read_outcome(said)
-    except PrefloopError as error:
-        raise PrefloopError(f"what the grader said is wrong: {error}") from None
-    if outcome is None:
-        raise PrefloopError("the grader gave no score")
-    return outcome

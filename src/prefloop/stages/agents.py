@@ -11,8 +11,9 @@ from threading import Event
 
 from prefloop.chat import ChatRenderer
 from prefloop.clients.sampling import SamplingSettings
-from prefloop.environments.agent import Access, Agent, GraderFailedError
+from prefloop.environments.agent import Access, Agent
 from prefloop.environments.commands import Ran
+from prefloop.environments.graders import GraderFailedError
 from prefloop.gateway import Batcher, Gateway, GatewayServer, GatewaySettings
 from prefloop.records import Ended, PrefloopError
 from prefloop.rollout import Attempt, Provenance, Rollout
