@@ -37,7 +37,7 @@ SHARES: Final = {Level.BEGINNER: 0.40, Level.INTERMEDIATE: 0.35, Level.ADVANCED:
 """How many learners are of each level."""
 
 PHRASES: Final = {
-    Level.BEGINNER: "{drink} and {food}, please.",
+    Level.BEGINNER: "Hello, {drink} and {food}, please.",
     Level.INTERMEDIATE: "I would like {drink} and {food}, please.",
     Level.ADVANCED: "I was wondering whether I could have {drink} and {food}.",
 }
