@@ -7,7 +7,8 @@ seed, the row and the position, so that a unit that is rolled out again gives th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from prefloop.chat import AssistantParser, ChatRenderer, PathBuilder
 from prefloop.clients.sampling import Conversation, MessageSampler, Sampled, SamplingSettings, TokenSampler
 from prefloop.environments.base import Environment, Episode, Outcome
+from prefloop.environments.guarded import EpisodeFailedError, GuardedEpisode
 from prefloop.records import (
     AuthorKind,
     Ended,
@@ -101,7 +103,7 @@ class LocalSpeaker:
         self,
         sampler: TokenSampler,
         renderer: ChatRenderer,
-        episodes: Sequence[Episode],
+        episodes: Sequence[GuardedEpisode],
         settings: SamplingSettings,
         seed: int,
     ) -> None:
@@ -111,7 +113,11 @@ class LocalSpeaker:
             self._parser.require_calls()
         self._settings = settings
         self._seed = seed
-        self._builders = [PathBuilder(renderer, episode.messages, episode.tools) for episode in episodes]
+        self._builders = {
+            i: PathBuilder(renderer, episode.messages, episode.tools)
+            for i, episode in enumerate(episodes)
+            if episode.failure is None
+        }
         self._begun: dict[int, Tokens] = {}
 
     def repeat(self, episode: int, tokens: Tokens, message: Message) -> None:
@@ -146,8 +152,8 @@ class LocalSpeaker:
         self._builders[episode].extend(messages)
 
     def paths(self, episode: int) -> tuple[TokenPath, ...]:
-        """The token paths of an episode so far."""
-        return self._builders[episode].paths()
+        """The token paths of an episode so far; none of one that could not be opened."""
+        return self._builders[episode].paths() if episode in self._builders else ()
 
 
 class RemoteSpeaker:
@@ -191,36 +197,55 @@ class _Record:
     ended: Ended | None = None
     error: str = ""
 
+    def fail(self, error: EpisodeFailedError) -> None:
+        """End by what the environment did."""
+        self.ended, self.error = error.ended, str(error)
+
 
 def roll_out(
     environment: Environment,
     attempts: Sequence[Attempt],
-    episodes: Sequence[Episode],
+    episodes: Sequence[GuardedEpisode],
     speaker: Speaker,
     provenance: Provenance,
 ) -> list[Rollout]:
     """Play every attempt to its end; one rollout for each attempt, in order.
 
-    `episodes` are those that `environment` opened for the attempts and that `speaker` was made with.
+    `episodes` are those that `environment` opened for the attempts and that `speaker` was made with; they are closed.
     """
     records = [_Record(list(episode.messages)) for episode in episodes]
-    for turn in range(environment.max_turns):
-        active = [i for i, record in enumerate(records) if record.ended is None]
-        if not active:
-            break
-        for i, said in zip(active, speaker.speak(active, turn), strict=True):
-            answered = _take_turn(records[i], episodes[i], said)
-            if records[i].ended is None:
-                _listen(records[i], speaker, i, answered)
-    return [
-        _finish(attempt, record, episode, speaker.paths(i), environment, provenance)
-        for i, (attempt, record, episode) in enumerate(zip(attempts, records, episodes, strict=True))
-    ]
+    for record, episode in zip(records, episodes, strict=True):
+        if episode.failure is not None:
+            record.fail(episode.failure)
+    with _closed_at_last(episodes):
+        for turn in range(environment.max_turns):
+            active = [i for i, record in enumerate(records) if record.ended is None]
+            if not active:
+                break
+            for i, said in zip(active, speaker.speak(active, turn), strict=True):
+                answered = _take_turn(records[i], episodes[i], said)
+                if records[i].ended is None:
+                    _listen(records[i], speaker, i, answered)
+        return [
+            _finish(attempt, record, episode, speaker.paths(i), environment, provenance)
+            for i, (attempt, record, episode) in enumerate(zip(attempts, records, episodes, strict=True))
+        ]
 
 
-def open_episodes(environment: Environment, attempts: Sequence[Attempt]) -> list[Episode]:
-    """An episode for each attempt."""
-    return [environment.reset(attempt.task, attempt.seed) for attempt in attempts]
+@contextmanager
+def _closed_at_last(episodes: Sequence[GuardedEpisode]) -> Iterator[None]:
+    """See that no process of an environment stays behind where the policy fails."""
+    try:
+        yield
+    finally:
+        for episode in episodes:
+            with suppress(EpisodeFailedError):
+                episode.close()
+
+
+def open_episodes(environment: Environment, attempts: Sequence[Attempt]) -> list[GuardedEpisode]:
+    """An episode for each attempt; one that could not be opened says why, and its rollout is that failure."""
+    return [GuardedEpisode(environment, attempt.task, attempt.seed) for attempt in attempts]
 
 
 def unit_seed(seed: int, provenance: Provenance, attempts: Sequence[Attempt]) -> int:
@@ -240,7 +265,7 @@ def _listen(record: _Record, speaker: Speaker, episode: int, answered: Sequence[
         record.ended, record.error = Ended.ERROR, str(error)
 
 
-def _take_turn(record: _Record, episode: Episode, said: Turn) -> tuple[Message, ...]:
+def _take_turn(record: _Record, episode: GuardedEpisode, said: Turn) -> tuple[Message, ...]:
     if said.message is not None:
         record.messages.append(said.message)
     if said.error:
@@ -251,8 +276,8 @@ def _take_turn(record: _Record, episode: Episode, said: Turn) -> tuple[Message, 
         return ()
     try:
         step = episode.step(said.message)
-    except Exception as error:  # whatever an environment raises belongs to its episode, not to the run
-        record.ended, record.error = Ended.ERROR, f"environment raised {type(error).__name__}: {error}"
+    except EpisodeFailedError as error:  # it belongs to its episode, not to the run
+        record.fail(error)
         return ()
     record.messages += step.messages
     record.ended = Ended.DONE if step.done else None
@@ -262,7 +287,7 @@ def _take_turn(record: _Record, episode: Episode, said: Turn) -> tuple[Message, 
 def _finish(
     attempt: Attempt,
     record: _Record,
-    episode: Episode,
+    episode: GuardedEpisode,
     paths: tuple[TokenPath, ...],
     environment: Environment,
     provenance: Provenance,
@@ -271,6 +296,10 @@ def _finish(
     extra: JSONObject = {"stage": provenance.stage}
     if record.error:
         extra["error"] = record.error
+    try:
+        episode.close()
+    except EpisodeFailedError as error:  # what was said and verified stays as it is
+        extra["error_at_close"] = str(error)
     trajectory = Trajectory(
         id=provenance.trajectory_id(attempt),
         task_id=attempt.task.id,
@@ -290,14 +319,14 @@ def _finish(
     return Rollout(trajectory, outcome)
 
 
-def _outcome(record: _Record, episode: Episode) -> Outcome | None:
+def _outcome(record: _Record, episode: GuardedEpisode) -> Outcome | None:
     """What the environment verifies; an episode that failed has no outcome, which is not a bad one."""
     if record.error:
         return None
     try:
         return episode.outcome()
-    except Exception as error:  # as in a step
-        record.ended, record.error = Ended.ERROR, f"environment raised {type(error).__name__}: {error}"
+    except EpisodeFailedError as error:
+        record.fail(error)
         return None
 
 

@@ -56,6 +56,9 @@ class Episode(ABC):
         None where the environment can verify nothing (a plain prompt dataset).
         """
 
+    def close(self) -> None:  # noqa: B027  (most hold nothing)
+        """Let go of what the episode holds (processes, files, connections); it is called once, when all is over."""
+
 
 class TaskSource(ABC):
     """A source of tasks.
@@ -100,10 +103,13 @@ class TaskSource(ABC):
 class Environment(TaskSource):
     """A source of tasks and of episodes.
 
-    `max_turns` is the number of assistant messages after which an episode is cut short.
+    `max_turns` is the number of assistant messages after which an episode is cut short. `step_deadline_s` is for
+    environments that may hang: the seconds after which a call of an episode is given up (see `environments.guarded`);
+    None waits for it, and needs no thread.
     """
 
     max_turns: int
+    step_deadline_s: float | None = None
 
     @abstractmethod
     def reset(self, task: Task, seed: int) -> Episode:

@@ -19,6 +19,7 @@ from typing import Literal
 from prefloop.chat.calls import call_problem
 from prefloop.config import Settings
 from prefloop.environments.base import Environment, Episode, Outcome, Step
+from prefloop.environments.tools import tool_message
 from prefloop.records import JSONObject, Message, Role, Split, Task, ToolCall, content_hash
 
 CITIES = (
@@ -170,7 +171,7 @@ class BookingEpisode(Episode):
         result = self._run(call)
         if isinstance(result, dict) and "error" in result:
             self._count["errors"] += 1
-        return Message(Role.TOOL, json.dumps(result), tool_call_id=call.id, name=call.name)
+        return tool_message(call, result)
 
     def _run(self, call: ToolCall) -> object:
         tools: dict[str, Callable[[JSONObject], object]] = {

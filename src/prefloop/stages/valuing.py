@@ -17,7 +17,6 @@ from prefloop.judges import judge_items
 from prefloop.judges.base import JudgeItem
 from prefloop.records import (
     Dataset,
-    Ended,
     Judgement,
     PrefloopError,
     Rater,
@@ -32,6 +31,7 @@ from prefloop.records import (
 from prefloop.rollout import Rollout, derived_seed
 from prefloop.stages.context import Run
 from prefloop.stages.continuing import Prefix, go_on, prefix_of
+from prefloop.stages.left_out import BROKEN
 from prefloop.stages.rollouts import iteration_rollouts
 from prefloop.store import Store
 
@@ -42,8 +42,8 @@ VERSION = 1
 def value_stage(run: Run, iteration: int) -> None:
     """Label the steps of an iteration's rollouts with what their policy makes of them, and freeze them as a dataset.
 
-    A unit of trajectories is committed whole; units that the store holds are not valued again. Trajectories that ended
-    with an error are left out and counted.
+    A unit of trajectories is committed whole; units that the store holds are not valued again. Trajectories that were
+    broken from outside are left out and counted.
 
     Raises:
         PrefloopError: the iteration is not rolled out yet, the policy is served, the environment verifies nothing (and
@@ -56,7 +56,7 @@ def value_stage(run: Run, iteration: int) -> None:
         raise PrefloopError(f"run {run.settings.name}: a served policy cannot go on from within a trajectory")
     steppable(run.environment, "the value of a step")
     found = iteration_rollouts(run, iteration, with_paths=True)
-    trajectories = [trajectory for trajectory in found if trajectory.ended is not Ended.ERROR]
+    trajectories = [trajectory for trajectory in found if trajectory.ended not in BROKEN]
     valuing = Valuing(run, run.checkpoint_before(iteration))
     with run.recorded(iteration, STAGE, len(trajectories)) as detail:
         labels = valuing.labels(trajectories)
@@ -197,7 +197,7 @@ class Valuing:
         rollouts = go_on(environment, prefixes, own, self._voice.sampler, self._voice.renderer, settings.sampling, seed)
         if settings.ended_well == "judge":
             return self._judged(rollouts, own)
-        unverified = [r for r in rollouts if r.outcome is None and r.trajectory.ended is not Ended.ERROR]
+        unverified = [r for r in rollouts if r.outcome is None and r.trajectory.ended not in BROKEN]
         if unverified:
             raise PrefloopError(f"environment {environment.name} verifies nothing: set value.ended_well to 'judge'")
         return [None if r.outcome is None else r.outcome.success for r in rollouts]

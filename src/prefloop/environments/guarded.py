@@ -1,0 +1,156 @@
+"""Episodes of environments for which nobody vouches: what they raise, how long they take, what they give.
+
+Each failure is an `EpisodeFailedError` of this one episode, to be kept as data; the run goes on. An environment with a
+`step_deadline_s` is called in a thread, one for each episode, which stays behind if the call hangs: Python cannot end a
+thread. A call that holds the interpreter's lock all along (one long call into C) cannot be left either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Any, TypeVar
+
+from prefloop.environments.base import Environment, Episode, Outcome, Step
+from prefloop.environments.malformed import outcome_problem, prompt_problem, step_problem
+from prefloop.records import Ended, JSONObject, Message, PrefloopError, Task
+
+Result = TypeVar("Result")
+
+
+class EpisodeFailedError(PrefloopError):
+    """An episode that its environment broke; `ended` says how."""
+
+    def __init__(self, message: str, ended: Ended = Ended.ERROR) -> None:
+        super().__init__(message)
+        self.ended = ended
+
+
+class GuardedEpisode(Episode):
+    """An episode of an environment, opened with a task and a seed; `failure` says why it could not be."""
+
+    def __init__(self, environment: Environment, task: Task, seed: int) -> None:
+        self._deadline_s = environment.step_deadline_s
+        self._worker = _Worker() if self._deadline_s is not None else None
+        self._episode: Episode | None = None
+        self.messages: tuple[Message, ...] = ()
+        self.tools: tuple[JSONObject, ...] = ()
+        self.failure: EpisodeFailedError | None = None
+        try:
+            self._open(environment, task, seed)
+        except EpisodeFailedError as error:
+            self.failure = error
+            self.messages = () if prompt_problem(task.messages, ()) else task.messages
+
+    def _open(self, environment: Environment, task: Task, seed: int) -> None:
+        episode = self._episode = self._run(lambda: environment.reset(task, seed))
+        messages, tools = self._run(lambda: (episode.messages, episode.tools))
+        if problem := prompt_problem(messages, tools):
+            raise EpisodeFailedError(f"environment gave a malformed episode: {problem}")
+        self.messages, self.tools = messages, tools
+
+    def step(self, message: Message) -> Step:
+        """Answer an assistant message.
+
+        Raises:
+            EpisodeFailedError: the environment raises, is too slow, or gives what is no answer.
+        """
+        episode = self._opened()
+        step = self._run(lambda: episode.step(message))
+        if problem := step_problem(step, message):
+            raise EpisodeFailedError(f"environment gave a malformed answer: {problem}")
+        return step
+
+    def outcome(self) -> Outcome | None:
+        """The verified outcome.
+
+        Raises:
+            EpisodeFailedError: the environment raises, is too slow, or gives what is no outcome.
+        """
+        outcome = self._run(self._opened().outcome)
+        if problem := outcome_problem(outcome):
+            raise EpisodeFailedError(f"environment gave a malformed outcome: {problem}")
+        return outcome
+
+    def close(self) -> None:
+        """Let go of what the episode holds; again, it does nothing.
+
+        Raises:
+            EpisodeFailedError: the environment raises, or is too slow.
+        """
+        episode, self._episode = self._episode, None
+        try:
+            if episode is not None:
+                self._run(episode.close)
+        finally:
+            if self._worker is not None:
+                self._worker.end()
+
+    def _opened(self) -> Episode:
+        if self._episode is None or self.failure is not None:
+            raise self.failure or EpisodeFailedError("the episode was not opened")
+        return self._episode
+
+    def _run(self, function: Callable[[], Result]) -> Result:
+        try:
+            if self._worker is None or self._deadline_s is None:
+                return function()
+            return self._worker.call(function, self._deadline_s)
+        except _HangsError:
+            self._worker = _Worker()  # for closing it: the other one may never come back
+            raise EpisodeFailedError(
+                f"environment gave no answer within {self._deadline_s:g} s (its step_deadline_s)", Ended.DEADLINE
+            ) from None
+        except (Exception, SystemExit) as error:
+            raise EpisodeFailedError(f"environment raised {type(error).__name__}: {_told(error)}") from error
+
+
+class _HangsError(Exception):
+    """A call that is not back in time."""
+
+
+class _Worker:
+    """A thread that makes calls one after another; it ends when it is told to, or with the process."""
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[tuple[Callable[[], Any], SimpleQueue[Any]] | None] = SimpleQueue()
+        Thread(target=self._work, name="environment", daemon=True).start()
+
+    def call(self, function: Callable[[], Result], deadline_s: float) -> Result:
+        """What a function returns or raises.
+
+        Raises:
+            _HangsError: it is not back in time; the thread ends once it is.
+        """
+        answers: SimpleQueue[tuple[Result, None] | tuple[None, BaseException]] = SimpleQueue()
+        self._calls.put((function, answers))
+        try:
+            result, error = answers.get(timeout=deadline_s)
+        except Empty:
+            self.end()
+            raise _HangsError from None
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]  # None is a result, too
+
+    def end(self) -> None:
+        """End the thread after the calls that it was given."""
+        self._calls.put(None)
+
+    def _work(self) -> None:
+        while (asked := self._calls.get()) is not None:
+            function, answers = asked
+            try:
+                answers.put((function(), None))
+            except BaseException as error:  # whoever asked gets it, whatever it is
+                answers.put((None, error))
+
+
+def _told(error: BaseException) -> str:
+    """What an exception says, as text that can be stored."""
+    try:
+        text = str(error)
+    except Exception as another:
+        text = f"(its text cannot be had: {type(another).__name__})"
+    return text.encode(errors="backslashreplace").decode()
