@@ -27,7 +27,8 @@ from prefloop.clients.sampling import SamplingSettings
 from prefloop.models.forward import forward
 from prefloop.models.sampler import LocalSampler
 from prefloop.records import Source, TokenPath
-from prefloop.training.algorithms import Algorithm, make_algorithm
+from prefloop.training.algorithm import Algorithm
+from prefloop.training.algorithms import make_algorithm
 from prefloop.training.logprobs import with_reference
 from prefloop.training.step import StepSettings, TrainingStep
 

@@ -19,7 +19,8 @@ from prefloop.batch import packing
 from prefloop.batch.examples import Example
 from prefloop.batch.packed import PackedBatch, pack
 from prefloop.losses.registry import Records, objective
-from prefloop.training.algorithms import Algorithm, make_algorithm
+from prefloop.training.algorithm import Algorithm
+from prefloop.training.algorithms import make_algorithm
 from prefloop.training.kl_samples import rotated
 from prefloop.training.logprobs import with_reference
 from prefloop.training.step import StepSettings, TrainingStep

@@ -12,7 +12,8 @@ from packed_examples import (
     single_turn_labels,
 )
 from prefloop.losses.registry import objective
-from prefloop.training.algorithms import Algorithm, make_algorithm
+from prefloop.training.algorithm import Algorithm
+from prefloop.training.algorithms import make_algorithm
 
 ROWS = {
     "demonstrations": agent_demonstrations,

@@ -48,6 +48,18 @@ class Objective:
         return loaded
 
 
+CREDITED: Mapping[str, Any] = {
+    "min_spread": 0.0, "kl_coef": 0.05, "kl_as": "reward", "entropy_coef": 0.0,
+    "mismatch": "truncate", "mismatch_low": 0.5, "mismatch_high": 2.0,
+}  # fmt: skip
+"""Knobs of all policy gradients, with their usual defaults."""
+
+
+def _rollouts(function: str, summary: str, knobs: Mapping[str, Any]) -> Objective:
+    """An objective of the policy's own rollouts."""
+    return Objective(function, summary, {**CREDITED, **knobs}, "rollouts")
+
+
 def _pairs(function: str, summary: str, knobs: Mapping[str, Any], **traits: Any) -> Objective:
     """An objective of preference pairs, to which the chosen's likelihood and other losses may be added."""
     return Objective(function, summary, {**ADDED, **knobs}, **traits)
@@ -76,6 +88,9 @@ OBJECTIVES: Mapping[str, Objective] = {
     "simpo": _pairs("reference_free.simpo", "simple preference optimisation", {"beta": 2.0, "gamma": 1.0, "label_smoothing": 0.0}, reference=False, per_token=True),
     "orpo": _pairs("reference_free.orpo", "odds-ratio preference optimisation", {"beta": 0.1, "nll_coef": 1.0}, reference=False, per_token=True),
     "kto": Objective("kto.kto", "Kahneman-Tversky optimisation", {"beta": 0.1, "kl": "derangement", "desirable_weight": 1.0, "undesirable_weight": 1.0}, "labelled samples"),
+    "reinforce": _rollouts("policy_gradient.reinforce", "REINFORCE with a running baseline", {"baseline": "running", "ratio": "none", "denominator": "samples"}),
+    "rloo": _rollouts("policy_gradient.sequence_clipped", "REINFORCE, leave-one-out", {"baseline": "leave_one_out", "ratio": "sequence", "clip_low": 0.2, "clip_high": 0.2, "denominator": "samples"}),
+    "grpo": _rollouts("policy_gradient.clipped", "group-relative policy optimisation", {"baseline": "group_mean", "scale": "none", "ratio": "token", "clip_low": 0.2, "clip_high": 0.28, "denominator": "constant"}),
     "reward": Objective("reward.bradley_terry", "a reward model of preference pairs", {"ties": "half", "tie_strength": 1.0, "center_coef": 0.0}, reference=False, of_policy=False, margins=True),
     "process_reward": Objective("reward.step_cross_entropy", "a reward model of steps", {}, "steps", reference=False, of_policy=False),
 }

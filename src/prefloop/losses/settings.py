@@ -49,4 +49,33 @@ class LossSettings(Settings):
     undesirable_weight: float | None = Field(default=None, gt=0, description="weight of undesirable samples")
     ties: Literal["half", "davidson"] | None = Field(default=None, description="what a tie says")
     tie_strength: float | None = Field(default=None, gt=0, description="ν of Davidson's model")
+    baseline: Literal["leave_one_out", "group_mean", "running", "none"] | None = Field(
+        default=None, description="what an attempt's reward is compared with"
+    )
+    scale: Literal["none", "group", "batch"] | None = Field(
+        default=None, description="whose standard deviation group_mean's advantages are divided by"
+    )
+    min_spread: float | None = Field(
+        default=None, ge=0, description="a group whose rewards' standard deviation is below teaches nothing"
+    )
+    ratio: Literal["none", "token", "sequence", "sequence_mean"] | None = Field(
+        default=None, description="what is clipped: no ratio, each token's, a sample's, or its mean over tokens (GSPO)"
+    )
+    clip_low: float | None = Field(default=None, gt=0, le=1, description="the ratio is clipped at 1 less this")
+    clip_high: float | None = Field(default=None, gt=0, description="the ratio is clipped at 1 plus this")
+    denominator: Literal["samples", "sequences", "tokens", "constant"] | None = Field(
+        default=None,
+        description="token losses are summed over a sample, meant over it, meant over all tokens, or summed and "
+        "divided by the longest reply",
+    )
+    kl_coef: float | None = Field(default=None, ge=0, description="β, the price of a nat of KL to the reference")
+    kl_as: Literal["reward", "k2", "k3"] | None = Field(
+        default=None, description="KL as part of the reward, or as a loss of each token (another optimum)"
+    )
+    entropy_coef: float | None = Field(default=None, ge=0, description="bonus for a nat of entropy of a token")
+    mismatch: Literal["none", "truncate", "mask", "sequence"] | None = Field(
+        default=None, description="how tokens are weighed whose sampler's probabilities differ from the trainer's"
+    )
+    mismatch_low: float | None = Field(default=None, ge=0, description="the least weight that is not left out")
+    mismatch_high: float | None = Field(default=None, gt=0, description="the largest weight")
     center_coef: float | None = Field(default=None, ge=0, description="weight of the centring of scores")

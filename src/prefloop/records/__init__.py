@@ -9,7 +9,7 @@ gives the same rows.
 from __future__ import annotations
 
 from prefloop.records.base import DivergedError, JSONObject, PrefloopError, canonical_json, content_hash, counted
-from prefloop.records.datasets import Checkpoint, Dataset, Labelled, Pair
+from prefloop.records.datasets import Checkpoint, Dataset, Labelled, Pair, Valued
 from prefloop.records.judgements import (
     Comparison,
     Judgement,
@@ -51,6 +51,7 @@ __all__ = [
     "TokenPath",
     "ToolCall",
     "Trajectory",
+    "Valued",
     "Verdict",
     "canonical_json",
     "content_hash",

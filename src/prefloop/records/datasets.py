@@ -42,10 +42,20 @@ class Labelled:
 
 
 @dataclass(frozen=True, slots=True)
+class Valued:
+    """What an attempt of a policy is worth: its reward, and the ids of the judgements that it was made of."""
+
+    trajectory_id: str
+    value: float
+    evidence: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Dataset:
     """A frozen selection: what was chosen, and the recipe that chose it.
 
-    Holds pairs (preferences), trajectory ids (demonstrations) or labelled trajectories, in training order.
+    Holds pairs (preferences), trajectory ids (demonstrations), labelled trajectories or rollouts with their values, in
+    training order.
     """
 
     recipe: JSONObject
@@ -54,11 +64,12 @@ class Dataset:
     run_id: str = ""
     iteration: int = -1
     labelled: tuple[Labelled, ...] = ()
+    valued: tuple[Valued, ...] = ()
 
     @property
     def num_members(self) -> int:
-        """How many pairs, demonstrations and labelled trajectories it holds."""
-        return len(self.pairs) + len(self.trajectory_ids) + len(self.labelled)
+        """How many pairs, demonstrations, labelled trajectories and rollouts it holds."""
+        return len(self.pairs) + len(self.trajectory_ids) + len(self.labelled) + len(self.valued)
 
     @property
     def id(self) -> str:
@@ -70,13 +81,16 @@ class Dataset:
         ]  # fmt: skip
         labelled = [(each.trajectory_id, each.desirable, each.weight, each.evidence) for each in self.labelled]
         # What a dataset does not hold is left out of its hash: older ones keep theirs.
-        return content_hash("dataset", self.recipe, members, self.trajectory_ids, *([labelled] if labelled else []))
+        valued = [("value", each.trajectory_id, each.value, each.evidence) for each in self.valued]
+        others = [found for found in (labelled, valued) if found]
+        return content_hash("dataset", self.recipe, members, self.trajectory_ids, *others)
 
     @property
     def all_trajectory_ids(self) -> list[str]:
         """The ids of all trajectories that members name, each once, in order."""
         of_pairs = [i for pair in self.pairs for i in (pair.chosen_id, pair.rejected_id)]
-        return list(dict.fromkeys([*self.trajectory_ids, *of_pairs, *(each.trajectory_id for each in self.labelled)]))
+        others = [*(each.trajectory_id for each in self.labelled), *(each.trajectory_id for each in self.valued)]
+        return list(dict.fromkeys([*self.trajectory_ids, *of_pairs, *others]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 
 from prefloop.config import apply_overrides, parse_settings
 from prefloop.curation import CurationSettings, curate
-from prefloop.losses.registry import Records
+from prefloop.losses.registry import Records, objective
 from prefloop.records import Dataset, JSONObject, PrefloopError, Split
 from prefloop.rollout import derived_seed
 from prefloop.stages.context import Run
 from prefloop.stages.judging import rejudge
+from prefloop.stages.rewarding import valued_dataset
 from prefloop.stages.rollouts import iteration_rollouts
 from prefloop.store import Store
 
@@ -19,6 +20,7 @@ DATASETS: Mapping[Records, str] = {
     "pairs": "dataset_id",
     "demonstrations": "kept_dataset_id",
     "labelled samples": "labelled_dataset_id",
+    "rollouts": "valued_dataset_id",
 }
 """Where the stage notes the dataset of each kind of records."""
 
@@ -57,6 +59,17 @@ def curate_stage(run: Run, iteration: int) -> None:
         run.store.add_dataset(curated.labelled)
         detail |= {**curated.report, "kept_dataset_id": curated.demonstrations.id}
         detail["labelled_dataset_id"] = curated.labelled.id
+        if objective(run.settings.train.algorithm).records == "rollouts":
+            detail |= _freeze_values(run, iteration)
+
+
+def _freeze_values(run: Run, iteration: int) -> JSONObject:
+    """Freeze what the rollouts are worth; how many have no reward."""
+    trajectories = iteration_rollouts(run, iteration, with_paths=True)
+    judgements = run.store.judgements(trajectory_ids=[t.id for t in trajectories], rater_id=run.judge.rater.id)
+    dataset = valued_dataset(run, iteration, trajectories, judgements)
+    run.store.add_dataset(dataset)
+    return {"valued_dataset_id": dataset.id, "num_without_reward": len(trajectories) - dataset.num_members}
 
 
 def adopt_dataset(run: Run, iteration: int, dataset_id: str) -> None:

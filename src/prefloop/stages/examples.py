@@ -27,6 +27,7 @@ from prefloop.records import (
     StepLabel,
     TokenPath,
     Trajectory,
+    Valued,
 )
 from prefloop.stages.selecting import Corpus, Member, Rows, Skips, nothing_left
 from prefloop.training.kl_samples import has_several_turns
@@ -230,6 +231,7 @@ def example_of(member: Member, paths: Mapping[str, Paths], name: str) -> Example
         return Demonstration(paths[member], name=name)
     if isinstance(member, Labelled):
         return LabelledSample(paths[member.trajectory_id], bool(member.desirable), member.weight, name)
+    assert not isinstance(member, Valued)  # rollouts are learned from in groups: `prefloop.stages.update_data`
     return PreferencePair(
         paths[member.chosen_id],
         paths[member.rejected_id],

@@ -31,13 +31,14 @@ from prefloop.records import (
     StepLabel,
     Task,
     Trajectory,
+    Valued,
     Verdict,
     counted,
 )
 from prefloop.stages.looking import ID_LENGTH
 from prefloop.store import Store
 
-Member: TypeAlias = Pair | Labelled | str
+Member: TypeAlias = Pair | Labelled | Valued | str
 OnError = Literal["stop", "skip"]
 NUM_REASONS = 3  # of many
 DESIRABLE_FROM = 0.5  # the score from which a judged trajectory counts as good
@@ -352,7 +353,7 @@ def rows_of_dataset(store: Store, dataset_id: str, records: Records, skips: Skip
     """
     dataset = store.dataset(dataset_id)
     rows, num_before = Rows({"records": records, "dataset": dataset.id}), skips.num
-    held: list[Member] = [*dataset.pairs, *dataset.trajectory_ids, *dataset.labelled]
+    held: list[Member] = [*dataset.pairs, *dataset.trajectory_ids, *dataset.labelled, *dataset.valued]
     names = _names(store, dataset.all_trajectory_ids)
     for member in held:
         where = names(member)
@@ -376,7 +377,10 @@ def _as_records(member: Member, records: Records) -> list[Member]:
         return [member]
     if isinstance(member, Labelled) and records == ("steps" if member.desirable is None else "labelled samples"):
         return [member]
-    kind = {Pair: "a pair", str: "a demonstration", Labelled: "a labelled trajectory"}[type(member)]
+    if isinstance(member, Valued) and records == "rollouts":
+        return [member]
+    kinds = {Pair: "a pair", str: "a demonstration", Labelled: "a labelled trajectory", Valued: "a rollout"}
+    kind = kinds[type(member)]
     raise RowProblemError("", f"the dataset holds {kind}, and this objective learns from {records}")
 
 
@@ -434,7 +438,7 @@ class Corpus:
         return place_prompt(self.tasks[trajectory.task_id].messages or trajectory.messages, share)
 
 
-def _trajectory_id(member: Labelled | str) -> str:
+def _trajectory_id(member: Labelled | Valued | str) -> str:
     return member if isinstance(member, str) else member.trajectory_id
 
 

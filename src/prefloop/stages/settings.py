@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from prefloop.chat import StepKind
 from prefloop.clients.sampling import SamplingSettings
 from prefloop.config import Settings
+from prefloop.credit.settings import RewardSettings
 from prefloop.curation.settings import CurationSettings
 from prefloop.environments import EnvironmentSettings
 from prefloop.gateway.settings import GatewaySettings
@@ -112,6 +113,7 @@ class RunSettings(Settings):
     gateway: GatewaySettings = GatewaySettings()
     judge: JudgeSettings = JudgeSettings()
     value: ValuingSettings = ValuingSettings()
+    reward: RewardSettings = RewardSettings()
     curation: CurationSettings = CurationSettings()
     train: UpdateSettings
     guard: GuardSettings = GuardSettings()
@@ -134,6 +136,20 @@ class RunSettings(Settings):
             raise ValueError("a table 'sft' is needed: a policy made from nothing must first learn from demonstrations")
         if self.policy.server is not None and self.sft is not None:
             raise ValueError("the table 'sft' should be left out: the weights of a served policy are not here")
+        return self
+
+    @model_validator(mode="after")
+    def _rollouts_can_be_learned_from(self) -> RunSettings:
+        if OBJECTIVES[self.train.algorithm].records != "rollouts":
+            return self
+        name, sampling = self.train.algorithm, self.rollout.sampling
+        if sampling.top_p < 1.0 or sampling.temperature == 0.0:
+            raise ValueError(
+                f"{name} needs the probability of every token that could have been sampled: set "
+                "rollout.sampling.top_p to 1 and its temperature above 0"
+            )
+        if self.rollout.samples_per_task < 2 and self.train.baseline not in ("running", "none"):
+            raise ValueError(f"{name} compares attempts at one task: set rollout.samples_per_task to 2 or more")
         return self
 
     @model_validator(mode="after")

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from prefloop.losses.registry import objective
-from prefloop.records import Dataset, PrefloopError, Split
+import numpy as np
+from numpy.typing import NDArray
+
+from prefloop.credit.groups import Baseline
+from prefloop.losses.registry import objective, resolve_knobs
+from prefloop.records import Dataset, JSONObject, PrefloopError, Split, Valued
 from prefloop.stages.context import Run
-from prefloop.stages.examples import example_of
+from prefloop.stages.examples import Paths, example_of
+from prefloop.stages.rewarding import check_sampled, credit_groups
 from prefloop.stages.rollouts import iteration_rollouts
 from prefloop.stages.selecting import Corpus, Rows, Skips, read_corpus, rows_of_dataset
 from prefloop.training.settings import UpdateSettings
@@ -16,16 +23,16 @@ from prefloop.training.settings import UpdateSettings
 if TYPE_CHECKING:
     from torch import nn
 
-    from prefloop.batch.examples import Demonstration, Example
+    from prefloop.batch.examples import Demonstration, Example, RolloutGroup
     from prefloop.models.load import Policy
-    from prefloop.training.algorithms import Algorithm
+    from prefloop.training.algorithm import Algorithm
 
 
 @dataclass(slots=True)
 class UpdateData:
     """What a training is given; `reference` is None where none is needed or all examples hold its log-probs.
 
-    `warnings` are what to know of it.
+    `warnings` are what to know of it, `detail` what is noted of how it was made.
     """
 
     algorithm: Algorithm
@@ -33,6 +40,7 @@ class UpdateData:
     held_out: list[Example]
     reference: nn.Module | None = None
     warnings: list[str] = field(default_factory=list)
+    detail: JSONObject = field(default_factory=dict)
 
 
 def rows_to_learn(run: Run, dataset: Dataset, settings: UpdateSettings) -> Rows:
@@ -52,7 +60,8 @@ def why_nothing_to_learn(rows: Rows, settings: UpdateSettings) -> str:
     """Why the rows are not enough for the objective; empty where they are."""
     records = objective(settings.algorithm).records
     if not rows.members:
-        return f"nothing to train on: no {'pair' if records == 'pairs' else 'trajectory'} met the margin"
+        lacks = {"pairs": "pair met the margin", "rollouts": "rollout has a reward"}
+        return f"nothing to train on: no {lacks.get(records, 'trajectory met the margin')}"
     if records == "labelled samples" and len({getattr(member, "desirable", None) for member in rows.members}) == 1:
         return "nothing to train on: all labels are of one class"
     return ""
@@ -69,6 +78,9 @@ def update_data(
     corpus = read_corpus(run.store, rows)
     found = run.policies.paths(policy, list(corpus.trajectories.values()), corpus.tasks)
     paths = dict(zip(corpus.trajectories, found, strict=True))
+    reference = run.checkpoint_before(0) if settings.reference == "start" else before
+    if objective(settings.algorithm).records == "rollouts":
+        return _of_rollouts(run, policy, iteration, reference, _Rollouts(rows, corpus, paths), settings)
 
     def examples(part: Rows) -> list[Example]:
         return [example_of(member, paths, name) for member, name in zip(part.members, part.names, strict=True)]
@@ -77,8 +89,62 @@ def update_data(
     data = UpdateData(_algorithm(run, policy, iteration, settings), examples(train), examples(held_out), None, warnings)
     data.warnings += _weight_advice(train, data.algorithm)
     if data.algorithm.needs_reference:
-        _add_reference(run, data, run.checkpoint_before(0) if settings.reference == "start" else before, settings)
+        _add_reference(run, data, reference, settings)
     return data
+
+
+class _Rollouts(NamedTuple):
+    """The rollouts that have a reward, and their token paths by trajectory."""
+
+    rows: Rows
+    corpus: Corpus
+    paths: Mapping[str, Paths]
+
+
+def _of_rollouts(
+    run: Run, policy: Policy, iteration: int, reference: str, rollouts: _Rollouts, settings: UpdateSettings
+) -> UpdateData:
+    """Groups of rollouts by task, each token with its advantage."""
+    from prefloop.training.logprobs import logprobs_of
+    from prefloop.training.policy_gradient import PolicyGradient
+
+    sampling = run.settings.rollout.sampling
+    knobs = online_knobs(run, settings)
+    algorithm = PolicyGradient(settings.algorithm, knobs, sampling.temperature, sampling.max_new_tokens)
+    groups, reward_S = _groups(rollouts)
+    options: dict[str, Any] = {"max_tokens": settings.max_tokens, "autocast": settings.precision == "bfloat16"}
+    olds = logprobs_of(policy.model, groups, temperature=sampling.temperature, **options)
+    groups = [replace(group, old_logprob=old) for group, old in zip(groups, olds, strict=True)]
+    if knobs["kl_coef"]:
+        groups = _with_reference(run, reference, settings, sampling.temperature)(groups)
+    before = (run.found(iteration - 1, "train") or {}).get("credit", {}).get("baseline", {})
+    credited = credit_groups(groups, reward_S, knobs, Baseline(**before))
+    return UpdateData(algorithm, list(credited.groups), [], detail=credited.detail)
+
+
+def online_knobs(run: Run, settings: UpdateSettings) -> dict[str, Any]:
+    """The knobs of an objective of rollouts; where the whole reward is verified, KL costs nothing unless it is set."""
+    knobs = resolve_knobs(settings.algorithm, settings)
+    if settings.kl_coef is None and not run.settings.reward.judge:
+        knobs["kl_coef"] = 0.0
+    return knobs
+
+
+def _groups(rollouts: _Rollouts) -> tuple[list[RolloutGroup], NDArray[np.float64]]:
+    """The attempts at each task together, and the reward of each, in their order."""
+    from prefloop.batch.examples import RolloutGroup
+
+    by_task: dict[str, list[Valued]] = {}
+    for member in rollouts.rows.members:
+        assert isinstance(member, Valued)  # as rows of rollouts are
+        trajectory = rollouts.corpus.trajectories[member.trajectory_id]
+        check_sampled(trajectory, rollouts.paths[trajectory.id])
+        by_task.setdefault(trajectory.task_id, []).append(member)
+    groups = [
+        RolloutGroup(tuple(rollouts.paths[one.trajectory_id] for one in members), (), name=task_id)
+        for task_id, members in by_task.items()
+    ]
+    return groups, np.array([one.value for members in by_task.values() for one in members])
 
 
 def _split(rows: Rows, corpus: Corpus, settings: UpdateSettings) -> tuple[Rows, Rows, list[str]]:
@@ -132,26 +198,12 @@ def _weight_advice(rows: Rows, algorithm: Algorithm) -> list[str]:
 def _add_reference(run: Run, data: UpdateData, checkpoint_id: str, settings: UpdateSettings) -> None:
     """The reference itself where it must be there, else its log-probs with the examples."""
     from prefloop.training.algorithms import KTO
-    from prefloop.training.reference import following, precision_of, stored_reference
-    from prefloop.training.weights import loaded_hash, weights_hash
+    from prefloop.training.reference import following
 
     if settings.sync_reference_every is not None:
         data.reference = following(run.policies.reference(checkpoint_id))
         return
-    checkpoint = run.store.checkpoint(checkpoint_id)
-    assert checkpoint is not None
-    model_hash = loaded_hash(weights_hash(checkpoint.path), run.settings.policy.quantization)
-
-    def scored(examples: Any) -> Any:
-        return stored_reference(
-            run.store,
-            lambda: run.policies.reference(checkpoint_id),
-            model_hash,
-            examples,
-            precision=precision_of(run.settings.policy.dtype, settings.precision),
-            max_tokens=settings.max_tokens,
-        )
-
+    scored = _with_reference(run, checkpoint_id, settings, 1.0)
     data.examples, data.held_out = scored(data.examples), scored(data.held_out)
     if not isinstance(data.algorithm, KTO):
         return
@@ -159,3 +211,21 @@ def _add_reference(run: Run, data: UpdateData, checkpoint_id: str, settings: Upd
         data.algorithm = replace(data.algorithm, samples=tuple(scored(data.algorithm.samples)))
     elif data.algorithm.knobs["kl"] != "none":
         data.reference = run.policies.reference(checkpoint_id)  # completions are dealt to other prompts at each step
+
+
+def _with_reference(run: Run, checkpoint_id: str, settings: UpdateSettings, temperature: float) -> Callable[[Any], Any]:
+    """What gives examples the log-probs of a checkpoint, those that the store keeps or computed."""
+    from prefloop.training.reference import precision_of, stored_reference
+    from prefloop.training.weights import loaded_hash, weights_hash
+
+    checkpoint = run.store.checkpoint(checkpoint_id)
+    assert checkpoint is not None
+    return partial(
+        stored_reference,
+        run.store,
+        lambda: run.policies.reference(checkpoint_id),
+        loaded_hash(weights_hash(checkpoint.path), run.settings.policy.quantization),
+        precision=precision_of(run.settings.policy.dtype, settings.precision),
+        max_tokens=settings.max_tokens,
+        temperature=temperature,
+    )

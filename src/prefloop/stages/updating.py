@@ -41,6 +41,7 @@ class _Attempt:
     warnings: list[str]
     evaluated: Evaluated | None
     decision: Decision
+    credit: JSONObject
 
     def to_dict(self) -> JSONObject:
         return {
@@ -91,6 +92,7 @@ def train_stage(run: Run, iteration: int) -> None:
             "attempts": [attempt.to_dict() for attempt in attempts],
             "rolled_back": not accepted,
             "warnings": last.warnings,
+            **({"credit": last.credit} if last.credit else {}),
         }
     shutil.rmtree(_states(run, iteration), ignore_errors=True)
 
@@ -126,7 +128,7 @@ def _attempt(
     evaluated, decision = (None, Decision(False, failure)) if failure else _guard(run, policy, success_before)
     warnings = [*data.warnings, *result.warnings]
     kept = policy if decision.accepted else None
-    return _Attempt(number, kept, settings.learning_rate, result, warnings, evaluated, decision)
+    return _Attempt(number, kept, settings.learning_rate, result, warnings, evaluated, decision, data.detail)
 
 
 def _fit(

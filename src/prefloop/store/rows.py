@@ -31,6 +31,7 @@ from prefloop.records import (
     Thread,
     TokenPath,
     Trajectory,
+    Valued,
     Verdict,
 )
 
@@ -239,7 +240,7 @@ def signal_row(signal: Signal, created_at: float) -> Row:
 
 
 def dataset_member_rows(dataset: Dataset) -> list[Row]:
-    """The rows of a dataset's members, in order: its pairs, then the trajectories, then those that are labelled."""
+    """The rows of a dataset's members, in order: pairs, trajectories, those that are labelled, those with a value."""
     members: list[Row] = [
         {**_member(pair.chosen_id, pair.weight, pair.evidence), "rejected_id": pair.rejected_id, "gap": pair.gap,
          "probability": pair.probability, "margin": pair.margin, "tied": pair.tied}
@@ -250,6 +251,7 @@ def dataset_member_rows(dataset: Dataset) -> list[Row]:
         {**_member(each.trajectory_id, each.weight, each.evidence), "labelled": True, "desirable": each.desirable}
         for each in dataset.labelled
     ]
+    members += [{**_member(each.trajectory_id, evidence=each.evidence), "value": each.value} for each in dataset.valued]
     dataset_id = dataset.id  # a hash of all members
     return [{"dataset_id": dataset_id, "position": position, **row} for position, row in enumerate(members)]
 
@@ -266,12 +268,13 @@ def _member(trajectory_id: str, weight: float = 1.0, evidence: Sequence[str] = (
         "tied": False,
         "labelled": False,
         "desirable": None,
+        "value": None,
     }
 
 
 def dataset_from_rows(head: RowMapping, members: Sequence[RowMapping]) -> Dataset:
     """The dataset of its row and those of its members, which hold the `task_id` of their (chosen) trajectory."""
-    pairs, trajectory_ids, labelled = [], [], []
+    pairs, trajectory_ids, labelled, valued = [], [], [], []
     for row in members:
         evidence = tuple(row["evidence"])
         if row["rejected_id"]:
@@ -279,10 +282,12 @@ def dataset_from_rows(head: RowMapping, members: Sequence[RowMapping]) -> Datase
             pairs.append(replace(pair, weight=row["weight"], evidence=evidence, margin=row["margin"], tied=row["tied"]))
         elif row["labelled"]:
             labelled.append(Labelled(row["chosen_id"], row["desirable"], row["weight"], evidence))
+        elif row["value"] is not None:
+            valued.append(Valued(row["chosen_id"], row["value"], evidence))
         else:
             trajectory_ids.append(row["chosen_id"])
     whose = (head["run_id"] or "", head["iteration"])
-    return Dataset(head["recipe"], tuple(pairs), tuple(trajectory_ids), *whose, tuple(labelled))
+    return Dataset(head["recipe"], tuple(pairs), tuple(trajectory_ids), *whose, tuple(labelled), tuple(valued))
 
 
 def checkpoint_row(checkpoint: Checkpoint, created_at: float) -> Row:

@@ -240,6 +240,7 @@ dataset_member = Table(
     Column("tied", Boolean, nullable=False, server_default=false()),
     Column("labelled", Boolean, nullable=False, server_default=false()),
     Column("desirable", Boolean, nullable=True),
+    Column("value", Float, nullable=True),
     CheckConstraint("probability >= 0 AND probability <= 1", name="probability_in_range"),
 )
 

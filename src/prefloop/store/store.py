@@ -402,6 +402,7 @@ class Store:
         count = select(func.count()).where(member.c.dataset_id == head.c.id).scalar_subquery()
         kind = case(
             (first.c.rejected_id.is_not(None), "pairs"),
+            (first.c.value.is_not(None), "rollouts"),
             (first.c.labelled.is_not(true()), "demonstrations"),
             (first.c.desirable.is_(None), "steps"),
             else_="labelled samples",

@@ -1,4 +1,4 @@
-"""What an algorithm is: the records it needs, what it reads of the model, and a loss for each of its units.
+"""The algorithms of demonstrations, pairs, labels and steps, and the one of an objective's name.
 
 The training step knows none of this. Losses are pure functions of `prefloop.losses`; an algorithm gathers their
 arguments from a batch.
@@ -10,105 +10,31 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from prefloop.batch.examples import Demonstration, Example
-from prefloop.batch.packed import PackedBatch, Unit
+from prefloop.batch.packed import PackedBatch
 from prefloop.config import parse_settings
 from prefloop.losses.kto import kto
 from prefloop.losses.pairs import Pairs
+from prefloop.losses.ratios import sum_of_samples
 from prefloop.losses.registry import Part, Records, objective, resolve_knobs, resolve_parts
 from prefloop.losses.reward import bradley_terry, step_cross_entropy
 from prefloop.losses.settings import LossSettings
 from prefloop.losses.sft import sft
 from prefloop.models.forward import Want
 from prefloop.records import PrefloopError
+from prefloop.training.algorithm import Algorithm, OwnTokens, Term, UnitLoss
 from prefloop.training.kl_samples import deranged, rotated
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Term:
-    """A loss for each unit, unreduced; `coef` weighs it in the sum of terms."""
-
-    unit: Unit
-    value_U: Tensor
-    coef: float = 1.0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class UnitLoss:
-    """The terms of a loss, and metrics (detached) for each unit of the first, NaN where a unit has none."""
-
-    terms: tuple[Term, ...]
-    metric_U: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-class Algorithm(Protocol):
-    """A way to learn from records.
-
-    The step weighs each unit's loss (`PackedBatch.weight`) and divides each term by the sum of its units' weights
-    over the whole optimizer step. `read_V` says at which visits the loss reads the model. Where `couples`, the loss of
-    a unit depends on others, and is computed over the whole optimizer step at once. Where it `reads_apart`, a unit
-    reads one visit, and the paths of a sample may be in different batches.
-    """
-
-    @property
-    def name(self) -> str:
-        """The objective's name."""
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the loss reads the reference's log-probs."""
-
-    @property
-    def couples(self) -> bool:
-        """Whether the loss of a unit depends on other units."""
-
-    @property
-    def reads(self) -> Collection[Want]:
-        """What the loss reads of the model: log-probs, with or without entropies, or scores."""
-
-    @property
-    def temperature(self) -> float:
-        """What logits are divided by: the temperature at which the examples were sampled."""
-
-    records: ClassVar[Records]
-    reads_apart: ClassVar[bool]
-
-    def read_V(self, batch: PackedBatch) -> Tensor:
-        """The visits whose log-prob or score the loss reads; bool [V]."""
-
-    def kl_samples(self, examples: Sequence[Example], seed: Sequence[int]) -> Sequence[Demonstration]:
-        """Samples over which the loss wants the mean log-ratio of policy to reference (`PackedBatch.kl`)."""
-
-    def loss(self, batch: PackedBatch, output_V: Tensor) -> UnitLoss:
-        """The loss, given what is read of each visit, 0 elsewhere: log-prob [V], with entropy [V, 2], scores [V, H]."""
-
-
-class _OwnTokens:
-    """What most algorithms have in common: the log-probs of the policy's own tokens, each unit on its own."""
-
-    reads_apart: ClassVar[bool] = False
-    reads: Collection[Want] = frozenset({"logprob"})
-    temperature = 1.0
-    couples = False
-    needs_reference = False
-
-    def read_V(self, batch: PackedBatch) -> Tensor:
-        """The policy's own tokens."""
-        return batch.loss_mask_V
-
-    def kl_samples(self, examples: Sequence[Example], seed: Sequence[int]) -> Sequence[Demonstration]:
-        """None."""
-        return ()
+from prefloop.training.policy_gradient import PolicyGradient
 
 
 @dataclass(frozen=True)
-class SFT(_OwnTokens):
+class SFT(OwnTokens):
     """Imitation of demonstrations: cross-entropy on the policy's own tokens."""
 
     dft: bool = False
@@ -123,7 +49,7 @@ class SFT(_OwnTokens):
 
 
 @dataclass(frozen=True)
-class Preference(_OwnTokens):
+class Preference(OwnTokens):
     """A weighted sum of losses of preference pairs, to which the chosen's likelihood may be added.
 
     The loss of a pair with probability p is p · L(chosen, rejected) + (1 - p) · L(rejected, chosen). The likelihood
@@ -220,7 +146,7 @@ class Preference(_OwnTokens):
 
 
 @dataclass(frozen=True)
-class KTO(_OwnTokens):
+class KTO(OwnTokens):
     """Kahneman-Tversky optimisation of labelled samples.
 
     Its reference point is the KL of policy to reference, estimated over the whole optimizer step: on completions
@@ -270,7 +196,7 @@ class KTO(_OwnTokens):
         return UnitLoss((Term("sample", value_S),), metrics)
 
 
-class _Scores(_OwnTokens):
+class _Scores(OwnTokens):
     """Algorithms whose model gives scores."""
 
     reads: Collection[Want] = frozenset({"score"})
@@ -341,13 +267,14 @@ def make_algorithm(name: str, settings: LossSettings | None = None, **knobs: Any
         return Reward(found)
     if name == "process_reward":
         return ProcessReward(**found)
+    if objective(name).records == "rollouts":
+        return PolicyGradient(name, found)
     return Preference(name, found, resolve_parts(name, settings))
 
 
 def sum_by_sample(batch: PackedBatch, visit_U: Tensor, value_U: Tensor) -> Tensor:
     """The sum of values at visits over each sample, [S] in float64: long sums differ by little."""
-    total_S = value_U.new_zeros(batch.num_samples, dtype=torch.float64)
-    return total_S.index_add(0, batch.visit_sample_V[visit_U], value_U.double())
+    return sum_of_samples(value_U, batch.visit_sample_V[visit_U], batch.num_samples)
 
 
 def _is_tail(batch: PackedBatch, visit_U: Tensor) -> Tensor:

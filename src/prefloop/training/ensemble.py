@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from prefloop.batch.examples import PreferencePair
 from prefloop.models.reward import RewardModel
 from prefloop.records import TokenPath
-from prefloop.training.algorithms import Algorithm
+from prefloop.training.algorithm import Algorithm
 from prefloop.training.metrics import Metrics
 from prefloop.training.settings import TrainingSettings
 from prefloop.training.state import TrainingResult

@@ -14,7 +14,9 @@ from prefloop.records import JSONObject
 LORA_RATE = 10.0
 """An adapter takes about ten times the learning rate of whole weights (Schulman et al. 2025, LoRA Without Regret)."""
 
-RATES: Mapping[Records, float] = {"demonstrations": 2e-5, "pairs": 1e-6, "labelled samples": 1e-6, "steps": 1e-5}
+RATES: Mapping[Records, float] = {
+    "demonstrations": 2e-5, "pairs": 1e-6, "labelled samples": 1e-6, "steps": 1e-5, "rollouts": 1e-6,
+}  # fmt: skip
 """The learning rate of whole weights, by what is learnt from."""
 
 REWARD_RATE = 1e-4

@@ -49,6 +49,7 @@ def stored_reference(
     *,
     precision: Precision,
     max_tokens: int = 16384,
+    temperature: float = 1.0,
 ) -> list[E]:
     """The same examples with the log-probs of a reference model: those that the store keeps, and the others computed.
 
@@ -60,6 +61,8 @@ def stored_reference(
     Raises:
         PrefloopError: naming the rows whose log-probs are of another model or other tokens; or as `with_reference`.
     """
+    if temperature != 1.0:  # log-probs of another distribution
+        model_hash = content_hash("temperature", model_hash, temperature)
     hashes = [[_path_hash(path) for sample in example.samples for path in sample] for example in examples]
     _check_scored(examples, hashes, model_hash, precision)
     todo = [i for i, example in enumerate(examples) if not example.ref_logprob]
@@ -67,7 +70,8 @@ def stored_reference(
     missing = [i for i in todo if not kept.keys() >= set(hashes[i])]
     if missing:
         autocast = precision == "float32 in bfloat16"
-        scored = with_reference(load(), [examples[i] for i in missing], max_tokens=max_tokens, autocast=autocast)
+        rows = [examples[i] for i in missing]
+        scored = with_reference(load(), rows, max_tokens=max_tokens, autocast=autocast, temperature=temperature)
         new: dict[str, bytes] = {}
         for i, example in zip(missing, scored, strict=True):
             for path_hash, path, logprob in zip(hashes[i], _paths(example), example.ref_logprob, strict=True):

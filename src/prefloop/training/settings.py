@@ -122,6 +122,20 @@ class UpdateSettings(TrainingSettings, LossSettings):
         return self
 
     @model_validator(mode="after")
+    def _learns_from_all_rollouts(self) -> UpdateSettings:
+        if objective(self.algorithm).records != "rollouts":
+            return self
+        if self.held_out or self.evaluate_every is not None or self.sync_reference_every is not None:
+            raise ValueError(
+                f"held_out, evaluate_every and sync_reference_every should be left out: {self.algorithm} learns from "
+                "fresh rollouts, and its guard tasks tell how it does"
+            )
+        knobs = resolve_knobs(self.algorithm, self)
+        if knobs["ratio"].startswith("sequence") and knobs["denominator"] != "samples":
+            raise ValueError(f"denominator should be 'samples': the ratio {knobs['ratio']!r} has one loss a sample")
+        return self
+
+    @model_validator(mode="after")
     def _logs_what_stops_it(self) -> UpdateSettings:
         has = telling_metrics(self.algorithm, self)
         if self.early_stopping_metric not in has:

@@ -33,7 +33,7 @@ from prefloop.models.attention import causal_model, disable_dropout, sharing, wh
 from prefloop.models.forward import LOGIT_BUDGET, forward, layout_for
 from prefloop.models.sparing import sparing
 from prefloop.records import DivergedError, PrefloopError
-from prefloop.training.algorithms import Algorithm, UnitLoss
+from prefloop.training.algorithm import Algorithm, UnitLoss
 from prefloop.training.logprobs import autocasting, join_pieces, logprob_of, pack_on_device, with_reference
 
 log = logging.getLogger(__name__)

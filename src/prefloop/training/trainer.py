@@ -26,7 +26,7 @@ from prefloop.batch.examples import Example
 from prefloop.models.allocation import map_large_blocks_of_wide
 from prefloop.models.attention import causal_model
 from prefloop.records import DivergedError, PrefloopError, content_hash
-from prefloop.training.algorithms import Algorithm
+from prefloop.training.algorithm import Algorithm
 from prefloop.training.metrics import HELD_OUT, LAST_STEPS, Metrics, is_better
 from prefloop.training.reference import follow
 from prefloop.training.settings import TrainingSettings, warm_up_problem

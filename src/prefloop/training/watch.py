@@ -11,7 +11,7 @@ from prefloop.losses.registry import objective
 from prefloop.training.metrics import LAST_STEPS, Metrics
 
 if TYPE_CHECKING:
-    from prefloop.training.algorithms import Algorithm
+    from prefloop.training.algorithm import Algorithm
 
 MAX_FALL = 5.0
 """Nats by which the log-prob of chosen completions may fall."""
