@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from prefloop.environments.booking import BOOKED, Booking
 from prefloop.models.initial import initial_model, train_tokenizer
 from prefloop.models.sampler import LocalSampler
 from prefloop.models.settings import InitialModelSettings
-from prefloop.records import AuthorKind, Ended, Message, Role, Source, Split, Status, Task, ToolCall
+from prefloop.records import AuthorKind, Ended, Message, PrefloopError, Role, Source, Split, Status, Task, ToolCall
 from prefloop.rollout import Attempt, LocalSpeaker, Provenance, RemoteSpeaker, derived_seed, open_episodes, roll_out
 
 ENVIRONMENT = Booking()
@@ -132,7 +133,7 @@ def test_a_served_policy_rolls_out_and_its_failures_are_data():
 
 
 class Moody(Environment):
-    """Raises in a step of every second task, and cannot say the outcome of every third."""
+    """Raises in a step of every second task, cannot say the outcome of every third, and has no task 7."""
 
     name = "moody"
     max_turns = 2
@@ -141,6 +142,8 @@ class Moody(Environment):
         return [Task("moody", {}, i, (Message(Role.USER, f"hello {i}"),)) for i in range(first, first + num)]
 
     def reset(self, task, seed):
+        if task.seed == 7:
+            raise LookupError("no such world")
         return MoodyEpisode(task)
 
 
@@ -168,6 +171,121 @@ def test_what_an_environment_raises_belongs_to_its_episode(policy):
     assert [r.trajectory.ended for r in rollouts] == [Ended.DONE, Ended.ERROR, Ended.ERROR, Ended.ERROR]
     assert [r.outcome is None for r in rollouts] == [False, True, True, True]
     assert rollouts[1].trajectory.extra["error"] == "environment raised ValueError: not today"
+
+
+def moody_rollouts(policy, tasks, environment):
+    tried = [Attempt(task, 0, 0) for task in tasks]
+    return local(policy, tried, environment)
+
+
+def test_an_episode_that_cannot_be_opened_is_data_too_and_the_others_are_played(policy):
+    environment = Moody()
+    rollouts = moody_rollouts(policy, environment.tasks(Split.TRAIN, 3, first=6), environment)
+    first, lost, last = (rollout.trajectory for rollout in rollouts)
+    assert lost.ended is Ended.ERROR
+    assert lost.extra["error"] == "environment raised LookupError: no such world"
+    assert (lost.num_turns, lost.token_paths, rollouts[1].outcome) == (0, (), None)
+    assert first.num_turns == last.num_turns == 1
+    alone = moody_rollouts(policy, environment.tasks(Split.TRAIN, 1, first=6), environment)[0].trajectory
+    assert alone.messages == first.messages
+
+
+class Hanging(Environment):
+    """Every second task hangs in its second step; what it says of the others' is no message now and then."""
+
+    name = "hanging"
+    max_turns = 3
+    step_deadline_s = 0.05
+
+    def __init__(self, gate) -> None:
+        self.gate = gate
+        self.closed: list[int] = []
+
+    def tasks(self, split, num, *, first=0):
+        return [Task("hanging", {}, i, (Message(Role.USER, f"hello {i}"),)) for i in range(first, first + num)]
+
+    def reset(self, task, seed):
+        return HangingEpisode(task, self)
+
+
+class HangingEpisode(Episode):
+    def __init__(self, task, environment):
+        self.messages, self.tools, self.seed = task.messages, (), task.seed
+        self.environment, self.turn = environment, 0
+
+    def step(self, message):
+        self.turn += 1
+        if self.turn == 2 and self.seed % 2:
+            self.environment.gate.wait()
+        if self.turn == 2 and self.seed == 2:
+            return Step((Message(Role.TOOL, "17", tool_call_id="call_7"),))
+        return Step((Message(Role.USER, "go on"),), done=self.turn == 3)
+
+    def outcome(self):
+        return Outcome(float(self.turn), 1.0, True)
+
+    def close(self):
+        self.environment.closed.append(self.seed)
+        if self.seed == 4:
+            raise OSError("still busy")
+
+
+def test_what_hangs_or_is_malformed_ends_its_own_episode_only():
+    gate = threading.Event()
+    environment = Hanging(gate)
+    tried = [Attempt(task, 0, 0) for task in environment.tasks(Split.TRAIN, 5)]
+    episodes = open_episodes(environment, tried)
+    rollouts = roll_out(environment, tried, episodes, RemoteSpeaker(Talker(), episodes, SETTINGS, 0), FROM)
+    gate.set()
+    ended = [rollout.trajectory.ended for rollout in rollouts]
+    assert ended == [Ended.DONE, Ended.DEADLINE, Ended.ERROR, Ended.DEADLINE, Ended.DONE]
+    assert [rollout.outcome and rollout.outcome.value for rollout in rollouts] == [3.0, None, None, None, 3.0]
+    assert [rollout.trajectory.num_turns for rollout in rollouts] == [3, 2, 2, 2, 3]
+    late, wrong = rollouts[1].trajectory, rollouts[2].trajectory
+    assert late.extra["error"] == "environment gave no answer within 0.05 s (its step_deadline_s)"
+    assert wrong.extra["error"] == (
+        "environment gave a malformed answer: message 0 answers the tool call 'call_7', which nobody asked for "
+        "(to be answered: none)"
+    )
+    assert wrong.messages[-1].role is Role.ASSISTANT  # what was malformed is not kept
+    assert sorted(environment.closed) == [0, 1, 2, 3, 4]
+    assert rollouts[4].trajectory.extra["error_at_close"] == "environment raised OSError: still busy"
+
+
+def test_episodes_are_closed_where_the_policy_fails():
+    class Silent:
+        def reply(self, conversations, settings, seed):
+            raise PrefloopError("no server")
+
+    environment = Hanging(threading.Event())
+    tried = [Attempt(task, 0, 0) for task in environment.tasks(Split.TRAIN, 2)]
+    episodes = open_episodes(environment, tried)
+    with pytest.raises(PrefloopError, match="no server"):
+        roll_out(environment, tried, episodes, RemoteSpeaker(Silent(), episodes, SETTINGS, 0), FROM)
+    assert environment.closed == [0, 1]
+
+
+def test_an_agent_is_told_what_is_wrong_with_its_call_and_may_go_on():
+    """A call that is no JSON, one of a tool that is not there, then the right way."""
+
+    class Clumsy(Expert):
+        def _reply(self, messages):
+            wrong = (ToolCall("search_flights", '{"city": "Par', "a"), ToolCall("find_flights", {}, "b"))
+            turn = sum(m.role is Role.ASSISTANT for m in messages)
+            if turn < len(wrong):
+                return Reply(Status.OK, Message(Role.ASSISTANT, tool_calls=(wrong[turn],)))
+            return super()._reply([messages[0], *messages[5:]])
+
+    tried = attempts(1, 1)
+    episodes = open_episodes(ENVIRONMENT, tried)
+    (rollout,) = roll_out(ENVIRONMENT, tried, episodes, RemoteSpeaker(Clumsy(), episodes, SETTINGS, 0), FROM)
+    told = [message for message in rollout.trajectory.messages if message.role is Role.TOOL][:2]
+    assert [message.tool_call_id for message in told] == ["a", "b"]
+    first, second = (json.loads(message.content)["error"] for message in told)
+    assert first.startswith("the arguments of search_flights are not a JSON object")
+    assert second == "there is no tool find_flights: did you mean search_flights?"
+    assert rollout.outcome.success
+    assert (rollout.outcome.metrics["malformed"], rollout.outcome.metrics["wrong_tool"]) == (1, 1)
 
 
 class Talker:

@@ -45,10 +45,9 @@ class GuardedEpisode(Episode):
 
     def _open(self, environment: Environment, task: Task, seed: int) -> None:
         episode = self._episode = self._run(lambda: environment.reset(task, seed))
-        messages, tools = self._run(lambda: (episode.messages, episode.tools))
-        if problem := prompt_problem(messages, tools):
-            raise EpisodeFailedError(f"environment gave a malformed episode: {problem}")
-        self.messages, self.tools = messages, tools
+        self.messages, self.tools = self._sound(
+            "episode", lambda: (episode.messages, episode.tools), lambda shown: prompt_problem(*shown)
+        )
 
     def step(self, message: Message) -> Step:
         """Answer an assistant message.
@@ -57,10 +56,7 @@ class GuardedEpisode(Episode):
             EpisodeFailedError: the environment raises, is too slow, or gives what is no answer.
         """
         episode = self._opened()
-        step = self._run(lambda: episode.step(message))
-        if problem := step_problem(step, message):
-            raise EpisodeFailedError(f"environment gave a malformed answer: {problem}")
-        return step
+        return self._sound("answer", lambda: episode.step(message), lambda step: step_problem(step, message))
 
     def outcome(self) -> Outcome | None:
         """The verified outcome.
@@ -68,10 +64,7 @@ class GuardedEpisode(Episode):
         Raises:
             EpisodeFailedError: the environment raises, is too slow, or gives what is no outcome.
         """
-        outcome = self._run(self._opened().outcome)
-        if problem := outcome_problem(outcome):
-            raise EpisodeFailedError(f"environment gave a malformed outcome: {problem}")
-        return outcome
+        return self._sound("outcome", self._opened().outcome, outcome_problem)
 
     def close(self) -> None:
         """Let go of what the episode holds; again, it does nothing.
@@ -91,6 +84,16 @@ class GuardedEpisode(Episode):
         if self._episode is None or self.failure is not None:
             raise self.failure or EpisodeFailedError("the episode was not opened")
         return self._episode
+
+    def _sound(self, what: str, function: Callable[[], Result], problem_of: Callable[[Result], str]) -> Result:
+        def looked_at() -> tuple[Result, str]:
+            result = function()
+            return result, problem_of(result)  # which may call what the environment made, and raise
+
+        result, problem = self._run(looked_at)
+        if problem:
+            raise EpisodeFailedError(f"environment gave a malformed {what}: {problem}")
+        return result
 
     def _run(self, function: Callable[[], Result]) -> Result:
         try:
