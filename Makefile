@@ -11,7 +11,7 @@ PIP     := $(BIN)/python -m pip install -qq --disable-pip-version-check -c const
 PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow chromium lint types bench docs clean
+.PHONY: help setup demo test test-slow test-adapters chromium lint types bench docs clean
 
 help:  ## say what can be made
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -26,6 +26,9 @@ test: setup lint types  ## lint, types and the quick tests
 
 test-slow: setup chromium  ## fault, browser, server and adapter tests
 	$(PYTEST) -m slow --dist worksteal
+
+test-adapters: setup  ## of test-slow: the environments of other packages (reasoning-gym, MCP, AgentDojo), run as they are
+	$(PYTEST) -m adapter
 
 lint: setup  ## style and format
 	$(BIN)/ruff check .

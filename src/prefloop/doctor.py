@@ -35,6 +35,8 @@ EXTRAS = {
     "anthropic": "judges over the Anthropic API",
     "openai": "judges and policies on OpenAI-compatible servers",
     "reasoning-gym": "the environments of reasoning-gym",
+    "mcp": "the tools of MCP servers",
+    "agentdojo": "the environments of AgentDojo",
     "langgraph": "the example agent that is written in it",
     "tensorboard": "metrics of training for TensorBoard",
     "trackio": "metrics of training for trackio",

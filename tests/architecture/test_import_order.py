@@ -22,7 +22,7 @@ HEAVY_MODULES = ("prefloop.stages.policies", "prefloop.rollout")
 # Extras: a command that does without one must start without it.
 LAZY = (
     *HEAVY, "jinja2", "matplotlib", "pyarrow", "anthropic", "openai", "reasoning_gym", "fastapi", "uvicorn",
-    "datasets", "trl",
+    "datasets", "trl", "mcp", "agentdojo",
 )  # fmt: skip
 
 

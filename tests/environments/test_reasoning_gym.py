@@ -12,7 +12,7 @@ DATASETS = (
     "family_relationships",
 )  # fmt: skip
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.adapter]
 
 
 @pytest.fixture(scope="module", autouse=True)

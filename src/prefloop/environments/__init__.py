@@ -7,6 +7,7 @@ from typing import Annotated, TypeAlias
 from pydantic import Field
 
 from prefloop.environments.agent import Agent, AgentSettings
+from prefloop.environments.agentdojo import AgentDojo, AgentDojoSettings
 from prefloop.environments.arithmetic import Arithmetic, ArithmeticSettings
 from prefloop.environments.base import TaskSource
 from prefloop.environments.booking import Booking, BookingSettings
@@ -15,7 +16,13 @@ from prefloop.environments.prompts import Prompts, PromptsSettings
 from prefloop.environments.reasoning_gym import ReasoningGym, ReasoningGymSettings
 
 EnvironmentSettings: TypeAlias = Annotated[
-    AgentSettings | ArithmeticSettings | BookingSettings | DialogueSettings | PromptsSettings | ReasoningGymSettings,
+    AgentDojoSettings
+    | AgentSettings
+    | ArithmeticSettings
+    | BookingSettings
+    | DialogueSettings
+    | PromptsSettings
+    | ReasoningGymSettings,
     Field(discriminator="name"),
 ]
 
@@ -24,6 +31,8 @@ def make_environment(settings: EnvironmentSettings) -> TaskSource:
     """What these settings describe: an environment, or an agent with its own."""
     if isinstance(settings, AgentSettings):
         return Agent(settings)
+    if isinstance(settings, AgentDojoSettings):
+        return AgentDojo(settings)
     if isinstance(settings, ArithmeticSettings):
         return Arithmetic(settings)
     if isinstance(settings, BookingSettings):
