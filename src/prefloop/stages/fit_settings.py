@@ -72,6 +72,15 @@ class FitSettings(TrainingSettings, LossSettings):
     # An error that is no ValueError leaves pydantic as it is: these speak of options, not of tables.
 
     @model_validator(mode="after")
+    def _has_rows(self) -> FitSettings:
+        if objective(self.objective).records == "rollouts":
+            raise PrefloopError(
+                f"{self.objective} learns from fresh rollouts, not from rows: set algorithm = {self.objective!r} in "
+                "the table [train] of a run file, and `prefloop run` it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _knobs_fit(self) -> FitSettings:
         resolve_knobs(self.objective, self)
         return self
