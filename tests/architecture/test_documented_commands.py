@@ -73,21 +73,7 @@ def test_links_lead_somewhere(path: Path):
 @pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
 def test_examples_in_python_run(path: Path):
     for block in code_blocks(path, ("python",)):
-        names: dict[str, object] = {}
-        exec(compile("\n".join(block), path.name, "exec"), names)
-        if "Guessing" in names:
-            check_guessing(names["Guessing"])
-
-
-def check_guessing(guessing: type) -> None:
-    from prefloop.records import Message, Role, Split
-
-    environment = guessing()
-    train, held_out = (environment.tasks(split, 3) for split in (Split.TRAIN, Split.HELD_OUT))
-    assert not {task.id for task in train} & {task.id for task in held_out}
-    episode = environment.reset(held_out[1], 0)
-    assert episode.step(Message(Role.ASSISTANT, "3")).done
-    assert episode.outcome().success
+        exec(compile("\n".join(block), path.name, "exec"), {})
 
 
 def test_tests_named_in_the_documentation_exist():
