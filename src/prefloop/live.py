@@ -140,7 +140,8 @@ def _found(stage: str, detail: JSONObject) -> str:
         case "sft":
             return f"{counted(detail['steps'], 'step')}, loss {_number(detail['loss'][-1], 3)}"
         case "rollout":
-            return f"{detail['num']} trajectories of {detail['mean_turns']:.1f} turns"
+            ended = f"; {counted(detail['errors'], 'error')}" if detail["errors"] else ""
+            return f"{detail['num']} trajectories of {detail['mean_turns']:.1f} turns{ended}"
         case "judge":
             return f"mean score {_number(detail['mean_score'])}, statuses {detail['statuses']}{_left_out(detail)}"
         case "curate":

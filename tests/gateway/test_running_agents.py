@@ -45,7 +45,7 @@ def roll_out(folder: Path, program: str, num: int = 2, grader: str | None = GRAD
     path = folder / "tasks.jsonl"
     path.write_text("".join(json.dumps({"id": f"t/{n}", "prompt": f"{n}. {PROMPT}"}) + "\n" for n in range(num)))
     limits = {"episode_deadline_s": 20.0, **settings}
-    max_parallel = limits.pop("max_parallel", 2)
+    max_parallel, proven = limits.pop("max_parallel", 2), limits.pop("proven", False)
     given = {
         "tasks": str(path),
         "held_out": 0.0,
@@ -56,7 +56,7 @@ def roll_out(folder: Path, program: str, num: int = 2, grader: str | None = GRAD
     }
     agent = Agent(parse_settings(AgentSettings, given, "test"))
     gateway = parse_settings(GatewaySettings, limits, "test")
-    runner = AgentRunner(agent, gateway, folder / "run")
+    runner = AgentRunner(agent, gateway, folder / "run", proven)
     attempts = [Attempt(task, 0, 7) for task in agent.tasks(Split.TRAIN, num)]
     model, renderer = policy()
     longest = model.config.max_position_embeddings
@@ -180,12 +180,23 @@ print("?" if said["task"]["id"] == "t/0" else '{"score": 1}')
         ("print('hello')", GRADE, "it ended without asking the policy: does it take its address from OPENAI_BASE_URL"),
         ("time.sleep(60)", GRADE, "was ended at its deadline"),  # before anything was asked: not the policy's doing
         ("ask(question)", "raise ValueError('broken')", "the grader exited with 1: ValueError: broken"),
+        ("ask(question); raise KeyError('city')", GRADE, "exited with 1: KeyError: 'city'"),
     ],
 )
 def test_nothing_is_kept_where_agent_or_grader_is_broken(tmp_path, program, grader, said):
     with pytest.raises(PrefloopError, match="of 2 attempts failed before the policy could succeed or fail") as caught:
         roll_out(tmp_path, program, grader=grader, **({"episode_deadline_s": 1.0} if "sleep" in program else {}))
     assert said in str(caught.value)
+
+
+def test_where_an_agent_that_has_worked_stumbles_in_a_few_attempts_it_may_be_the_policy(tmp_path):
+    crash = "ask(question); raise KeyError('city')"
+    for rollout in roll_out(tmp_path, crash, proven=True):
+        assert rollout.trajectory.ended is Ended.ERROR and rollout.outcome is None
+    with pytest.raises(PrefloopError, match="agent or grader of 8 attempts failed"):  # its tools are down
+        roll_out(tmp_path, crash, num=8, proven=True)
+    with pytest.raises(PrefloopError, match="agent or grader of 2 attempts failed"):  # nothing was asked
+        roll_out(tmp_path, "raise KeyError('city')", proven=True)
 
 
 def test_a_command_that_is_not_there_ends_the_rollout(tmp_path):

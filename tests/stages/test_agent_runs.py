@@ -53,6 +53,7 @@ def test_a_run_goes_on_with_the_same_tasks_and_grader_only(model, tmp_path, monk
     with agent_run(model, command=["python"], grader=["python", "grade.py"]) as run:
         with opened(run):
             rater = run.verifier.id
+            episodes(run, ["graded"])
         Path("grade.py").write_text("print(2)")
         with pytest.raises(PrefloopError, match=r"^grade\.py changed since run mini began"), opened(run):
             pass
@@ -60,6 +61,32 @@ def test_a_run_goes_on_with_the_same_tasks_and_grader_only(model, tmp_path, monk
         with pytest.raises(PrefloopError, match=r"^grade\.py, tasks\.jsonl changed"), opened(run):
             pass
         assert Run(run.settings, run.store).verifier.id != rater  # another grader is another rater
+
+
+def test_until_something_is_kept_an_agent_that_never_worked_can_be_mended(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("agent.py").write_text("import not_installed")
+    with agent_run(model, command=["python", "agent.py"]) as run:
+        with opened(run), pytest.raises(PrefloopError, match="failed before the policy could succeed or fail"):
+            rollout_stage(run, 0)
+        Path("agent.py").write_text("import installed")
+        other = run.settings.environment.model_copy(update={"command": ["python", "agent.py", "--quietly"]})
+        mended = Run(run.settings.model_copy(update={"environment": other}), run.store)
+        with opened(mended):
+            episodes(mended, ["graded"])
+        with pytest.raises(PrefloopError, match="other settings .environment.command"), opened(run):
+            pass
+        Path("agent.py").write_text("import others")
+        with pytest.raises(PrefloopError, match=r"^agent\.py changed since run mini began"), opened(mended):
+            pass
+        with pytest.raises(PrefloopError, match="its settings stay"):
+            run.store.change_settings(run.id, {})
+
+
+def test_rollouts_that_ended_in_errors_are_said():
+    detail = {"num": 4, "mean_turns": 1.0, "errors": 3}
+    assert _line(0, "rollout", detail).endswith("4 trajectories of 1.0 turns; 3 errors")
+    assert _line(0, "rollout", {**detail, "errors": 0}).endswith("4 trajectories of 1.0 turns")
 
 
 def test_an_agent_elsewhere_gives_no_rollouts_of_itself(model, tmp_path, monkeypatch):
@@ -185,6 +212,7 @@ def test_limits_on_which_no_result_depends_may_change(model, tmp_path, monkeypat
 def test_what_a_result_depends_on_may_not(model, tmp_path, monkeypatch, table, change):
     monkeypatch.chdir(tmp_path)
     with agent_run(model, command=["python"]) as run:
+        episodes(run, ["graded"])
         other = run.settings.model_copy(update={table: getattr(run.settings, table).model_copy(update=change)})
         with pytest.raises(PrefloopError, match=f"other settings .{table}"), opened(Run(other, run.store)):
             pass

@@ -23,6 +23,7 @@ MAX_KEPT = 20_000  # characters of an agent's output that are kept with its traj
 NEVER_ASKED = "it ended without asking the policy: does it take its address from OPENAI_BASE_URL and OPENAI_API_KEY?"
 # Ends that the policy brought about, or may have: one that loops until its deadline must look worse for it.
 GRADED = (Ended.DONE, Ended.LENGTH, Ended.MAX_TURNS, Ended.DEADLINE)
+MANY = 8  # attempts that all end in errors: no policy does that to an agent that works
 
 Made = tuple[Rollout, bool]  # and whether agent or grader was broken, whatever the policy did
 
@@ -32,12 +33,13 @@ class AgentRunner:
     """Runs an agent on attempts, `max_parallel` at once, each against its own episode of one gateway.
 
     `directory` is the run's: what an agent or grader that failed had printed is kept there, in a file of its episode's
-    name.
+    name. `proven`: the agent has worked before in this run, so that what it stumbles over may be the policy's doing.
     """
 
     agent: Agent
     settings: GatewaySettings
     directory: Path
+    proven: bool = False
     _stop: Event = field(default_factory=Event, init=False)
 
     def roll_out(
@@ -60,13 +62,19 @@ class AgentRunner:
         # A key that nobody else on this machine knows: what is recorded here is trained on.
         with GatewayServer(gateway, port=0, token=secrets.token_urlsafe(24)) as server:
             made = self._all(gateway, server, attempts)
-        if all(broken for _, broken in made):
+        if self._all_broken(made):
             first = made[0][0].trajectory.extra["error"]
             raise PrefloopError(
                 f"agent or grader of {len(made)} attempts failed before the policy could succeed or fail; the first: "
                 f"{first}; what was printed is in {self.directory / AGENT_LOGS}"
             )
         return [rollout for rollout, _ in made]
+
+    def _all_broken(self, made: Sequence[Made]) -> bool:
+        """Whether what failed in every attempt is the agent or its grader, of which nothing is to be kept."""
+        if any(not broken and rollout.trajectory.ended is not Ended.ERROR for rollout, broken in made):
+            return False
+        return not self.proven or len(made) >= MANY or all(broken for _, broken in made)
 
     def _all(self, gateway: Gateway, server: GatewayServer, attempts: Sequence[Attempt]) -> list[Made]:
         workers = min(self.agent.settings.max_parallel, self.settings.max_episodes, len(attempts))

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from prefloop.stages.policies import Policies
     from prefloop.training.writers import MetricsWriter
 
+FILES = "files"  # the event that says what a run's first trajectories were made from
 LOCK = "lock"  # of a run's directory
 AGENT_LOGS = "agents"  # in it: what agents and graders that failed had printed
 PAYING = {"retry", "concurrency", "budget_usd", "input_price", "output_price", "key_variable"}  # of a judge's calls
@@ -54,6 +55,9 @@ CIRCUMSTANTIAL: dict[str, Any] = {
 """Settings that may change while a run goes on, since no result depends on them: where things are, how servers are
 reached, and how long and how often something is tried. Deadlines of episodes are not among them: an episode that ends
 at one is graded."""
+
+OF_ROLLOUTS = ("environment.", "gateway.")
+"""Settings that may change until a run has its first trajectory, such as the command of an agent that never worked."""
 
 BEFORE = -1  # the "iteration" of what comes before the loop
 
@@ -184,6 +188,12 @@ class Run:
         criteria = {**outcome.metrics, "success": float(outcome.success)}
         return Judgement(trajectory_id, self.verifier.id, Status.OK, outcome.value, outcome.score, criteria=criteria)
 
+    def keep_files(self) -> None:
+        """Record what the environment's files are as the first trajectories are kept: from then on they stay so."""
+        files = self.verifier.specification.get("files")
+        if files and self.found(BEFORE, FILES) is None:
+            self.store.add_event(self.id, BEFORE, FILES, files)
+
     def verdicts(self, trajectory_ids: Iterable[str]) -> dict[str, Judgement]:
         """The test rater's judgements by trajectory."""
         found = self.store.judgements(trajectory_ids=trajectory_ids, rater_id=self.verifier.id)
@@ -228,10 +238,10 @@ def opened(run: Run) -> Iterator[Run]:
 
 
 def _check_files(run: Run) -> None:
-    started = run.found(BEFORE, "start")
-    if started is None:
+    began = run.found(BEFORE, FILES)
+    if began is None:
         return
-    before, now = started.get("files", {}), run.environment.files()
+    before, now = began, run.environment.files()
     changed = sorted(path for path in before.keys() | now.keys() if before.get(path) != now.get(path))
     if changed:
         raise PrefloopError(
@@ -254,11 +264,12 @@ def claimed(store: Store, name: str, directory: Path, settings: JSONObject, othe
     with _locked(directory / LOCK, name):
         known = store.run(run_id(name))
         changed = _differences(known["settings"], settings) if known is not None else []
-        if changed and store.events(run_id(name)):
+        begun = store.has_trajectories(run_id(name)) or not all(one.startswith(OF_ROLLOUTS) for one in changed)
+        if changed and begun and store.events(run_id(name)):
             raise PrefloopError(
                 f"run {name} was started with other settings ({', '.join(changed)}): {otherwise}, or set them back"
             )
-        if changed:  # nothing was done under the settings before, such as a model that is not there
+        if changed:  # nothing was done under those that change, such as a model that is not there
             store.change_settings(run_id(name), settings)
         store.add_run(run_id(name), name, str(directory), settings)
         yield

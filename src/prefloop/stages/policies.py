@@ -187,7 +187,8 @@ class Policies:
         sampler, renderer = voice.sampler, voice.renderer
         if isinstance(environment, Agent):
             with closing(self.batcher(voice)) as batcher:
-                runner = AgentRunner(environment, self._run.settings.gateway, self._run.directory)
+                proven = self._run.store.has_trajectories(self._run.id)
+                runner = AgentRunner(environment, self._run.settings.gateway, self._run.directory, proven)
                 return runner.roll_out(renderer, batcher, sampler.max_context, attempts, sampling, provenance)
         environment = steppable(environment, "a rollout")
         episodes = open_episodes(environment, attempts)

@@ -141,6 +141,7 @@ def _roll_out_served(
 def save_rollouts(run: Run, rollouts: Sequence[Rollout], tasks: Iterable[Task]) -> None:
     """Commit a unit: its tasks, trajectories and verified outcomes."""
     with run.store.transaction():
+        run.keep_files()
         run.store.add_tasks({task.id: task for task in tasks}.values())
         run.store.add_trajectories(rollout.trajectory for rollout in rollouts)
         run.store.add_judgements(

@@ -44,9 +44,7 @@ def start_policy(run: Run) -> str:
     elif run.settings.policy.server is None:
         run.policies.check(checkpoint.id)  # a model that is not there is said now, while the run can still be changed
     with run.store.transaction():
-        files = run.environment.files()
-        start = {**circumstances(run.settings), **_origin(base), **({"files": files} if files else {})}
-        run.store.add_event(run.id, BEFORE, "start", start)
+        run.store.add_event(run.id, BEFORE, "start", {**circumstances(run.settings), **_origin(base)})
         run.store.add_event(run.id, BEFORE, "policy", {"checkpoint_id": checkpoint.id})
     return checkpoint.id
 
@@ -76,6 +74,7 @@ def _demonstrations(run: Run) -> Dataset:
             trajectory = _demonstration(task, messages, provenance, run.settings.seed)
             trajectories.append(trajectory)
             verdicts.append(run.verified(trajectory.id, outcome))
+        run.keep_files()
         run.store.add_tasks(tasks)
         run.store.add_trajectories(trajectories)
         run.store.add_judgements(verdicts)

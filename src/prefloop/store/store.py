@@ -155,12 +155,12 @@ class Store:
         self.insert(schema.run, [row])
 
     def change_settings(self, run_id: str, settings: JSONObject) -> None:
-        """Replace the settings of a run that has not done anything yet.
+        """Replace the settings of a run; the caller sees to it that nothing it did depends on those that change.
 
         Raises:
-            PrefloopError: the run has recorded what it did.
+            PrefloopError: the run has trajectories, which depend on all of them.
         """
-        if self.events(run_id):
+        if self.has_trajectories(run_id):
             raise PrefloopError(f"run {run_id} has begun: its settings stay")
         values = {"settings": settings, "settings_hash": content_hash(settings)}
         with self.transaction() as connection:
@@ -322,6 +322,12 @@ class Store:
             return result
         by_id = {trajectory.id: trajectory for trajectory in result}
         return [by_id[i] for i in ids if i in by_id]
+
+    def has_trajectories(self, run_id: str) -> bool:
+        """Whether a run has made a trajectory, erased ones included."""
+        return (
+            self._first(select(schema.trajectory.c.id).where(schema.trajectory.c.run_id == run_id).limit(1)) is not None
+        )
 
     def _token_paths(self, ids: Sequence[str]) -> dict[str, tuple[TokenPath, ...]]:
         table = schema.token_path
