@@ -15,7 +15,7 @@ from prefloop.loop import run_loop
 from prefloop.losses.registry import OBJECTIVES
 from prefloop.records import PrefloopError
 from prefloop.stages.context import Run, opened
-from prefloop.stages.curating import adopt_dataset, curate_stage
+from prefloop.stages.curating import DATASETS, adopt_dataset, curate_stage
 from prefloop.stages.judging import judge_stage
 from prefloop.stages.rollouts import rollout_stage
 from prefloop.stages.settings import RunSettings
@@ -26,7 +26,7 @@ from prefloop.store import Store
 from prefloop.store.metrics import Training, read_metrics
 
 OF_POLICIES = [name for name, found in OBJECTIVES.items() if found.of_policy]
-QUICK = ("dpo", "simpo", "kto")
+QUICK = ("dpo", "simpo", "kto", "grpo")
 
 
 def run_settings(**changes):
@@ -77,16 +77,14 @@ def test_each_objective_updates_the_policy(update, name):
     run = update(train__algorithm=name)
     trained, curation = run.found(0, "train"), run.found(0, "curate")
     records = OBJECTIVES[name].records
-    key = {"pairs": "dataset_id", "demonstrations": "kept_dataset_id", "labelled samples": "labelled_dataset_id"}[
-        records
-    ]
-    assert trained["dataset_id"] == curation[key]
+    assert trained["dataset_id"] == curation[DATASETS[records]]
     assert trained["attempts"][-1]["accepted"]
     checkpoint = run.store.checkpoint(trained["checkpoint_id"])
     assert checkpoint.algorithm == name and checkpoint.parent_id == run.checkpoint_before(0)
     steps = kept_metrics(run, len(trained["attempts"]) - 1)
     assert [metrics["loss"] for metrics in steps] == trained["loss"]
-    num_rows = run.store.dataset(trained["dataset_id"]).num_members
+    dataset = run.store.dataset(trained["dataset_id"])
+    num_rows = trained["credit"]["num_groups"] if records == "rollouts" else dataset.num_members
     assert len(steps) == trained["steps"] == 2 * math.ceil(num_rows / 4) > 2
     assert all(0 < metrics["num_tokens"] <= metrics["num_visits"] for metrics in steps)
     assert (run.store.counts()["logprob"] > 0) == OBJECTIVES[name].reference

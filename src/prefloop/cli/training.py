@@ -71,6 +71,11 @@ def update(
     """Update the policy on an iteration's dataset, guarded; or train an objective on data of your own."""
     from prefloop.planning import check_memory
 
+    if file.name in OBJECTIVES and not file.exists():
+        raise PrefloopError(
+            f'{file.name} learns from fresh rollouts, not from rows: set algorithm = "{file.name}" in the table '
+            "[train] of a run file, and `prefloop run` it"
+        )
     given = read_run_file(file)
     if "objective" in given:
         if dataset or iteration is not None or ignore_memory:
@@ -229,4 +234,5 @@ def _parameter(name: str, annotation: Any, default: Any, parameter: Parameter) -
 
 
 for _name, _found in OBJECTIVES.items():
-    app.command(_command(_name, _found), name=_name)
+    if _found.records != "rollouts":
+        app.command(_command(_name, _found), name=_name)

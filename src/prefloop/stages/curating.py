@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from prefloop.config import apply_overrides, parse_settings
 from prefloop.curation import CurationSettings, curate
-from prefloop.losses.registry import Records, objective
+from prefloop.losses.registry import Records
 from prefloop.records import Dataset, JSONObject, PrefloopError, Split
 from prefloop.rollout import derived_seed
 from prefloop.stages.context import Run
@@ -59,17 +59,9 @@ def curate_stage(run: Run, iteration: int) -> None:
         run.store.add_dataset(curated.labelled)
         detail |= {**curated.report, "kept_dataset_id": curated.demonstrations.id}
         detail["labelled_dataset_id"] = curated.labelled.id
-        if objective(run.settings.train.algorithm).records == "rollouts":
-            detail |= _freeze_values(run, iteration)
-
-
-def _freeze_values(run: Run, iteration: int) -> JSONObject:
-    """Freeze what the rollouts are worth; how many have no reward."""
-    trajectories = iteration_rollouts(run, iteration, with_paths=True)
-    judgements = run.store.judgements(trajectory_ids=[t.id for t in trajectories], rater_id=run.judge.rater.id)
-    dataset = valued_dataset(run, iteration, trajectories, judgements)
-    run.store.add_dataset(dataset)
-    return {"valued_dataset_id": dataset.id, "num_without_reward": len(trajectories) - dataset.num_members}
+        valued = valued_dataset(run, iteration, trajectories)
+        run.store.add_dataset(valued)
+        detail |= {"valued_dataset_id": valued.id, "num_without_reward": len(trajectories) - valued.num_members}
 
 
 def adopt_dataset(run: Run, iteration: int, dataset_id: str) -> None:

@@ -26,17 +26,18 @@ Floats = NDArray[np.float64]
 # --- rewards ----------------------------------------------------------------------------------------------------
 
 
-def valued_dataset(
-    run: Run, iteration: int, trajectories: Sequence[Trajectory], judgements: Sequence[Judgement]
-) -> Dataset:
+def valued_dataset(run: Run, iteration: int, trajectories: Sequence[Trajectory]) -> Dataset:
     """The rollouts that have a reward and say something, with it; those whose judge failed are not in it."""
     settings = run.settings.reward
-    said = [trajectory for trajectory in trajectories if _num_own(trajectory)]
+    said = [trajectory for trajectory in trajectories if trajectory.num_turns]
+    if settings.length_penalty:
+        said = run.store.trajectories([trajectory.id for trajectory in said], with_paths=True)
     by_trajectory: dict[str, list[Judgement]] = {}
-    for judgement in judgements:
+    ids = [trajectory.id for trajectory in said]
+    for judgement in run.store.judgements(trajectory_ids=ids, rater_id=run.judge.rater.id):
         if judgement.status is Status.OK and judgement.value is not None:
             by_trajectory.setdefault(judgement.trajectory_id, []).append(judgement)
-    verdicts = run.verdicts([trajectory.id for trajectory in said]) if settings.verified else {}
+    verdicts = run.verdicts(ids) if settings.verified else {}
     values = {
         "judge": [_mean(by_trajectory.get(t.id, ())) for t in said],
         "verified": [_mean([verdicts[t.id]] if t.id in verdicts else ()) for t in said],

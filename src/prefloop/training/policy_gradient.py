@@ -85,7 +85,7 @@ class PolicyGradient(OwnTokens):
 
     def _gained(self, tokens: _Tokens, batch: PackedBatch) -> Tensor:
         """The policy's loss, of each token [U] or, of ratios of whole samples, of each sample [S]."""
-        ratio, clips = self.knobs["ratio"], {key: self.knobs[key] for key in ("clip_low", "clip_high")}
+        ratio, clips = self.knobs["ratio"], self._clips
         weight_U = self._weights(tokens, batch)
         if ratio == "none":
             return weight_U * reinforce(tokens.logprob_U, tokens.advantage_U)
@@ -93,6 +93,11 @@ class PolicyGradient(OwnTokens):
             return weight_U * clipped(tokens.logprob_U, tokens.old_logprob_U, tokens.advantage_U, **clips)
         whole = (tokens.logprob_U, tokens.old_logprob_U, tokens.advantage_U, tokens.sample_U, tokens.num_samples)
         return tokens.means(weight_U) * sequence_clipped(*whole, **clips, exponent=EXPONENTS[ratio])
+
+    @property
+    def _clips(self) -> dict[str, float]:
+        """The bounds of the ratio, where it has any."""
+        return {key: self.knobs[key] for key in ("clip_low", "clip_high") if key in self.knobs}
 
     def _weights(self, tokens: _Tokens, batch: PackedBatch) -> Tensor:
         """What corrects for a sampler whose probabilities are not quite the trainer's, [U]."""
@@ -152,8 +157,7 @@ class PolicyGradient(OwnTokens):
             each = (tokens.logprob_U, tokens.old_logprob_U, tokens.sample_U, tokens.num_samples)
             ratio, advantage = sample_ratio(*each, exponent=exponent), tokens.means(tokens.advantage_U)
         if self.knobs["ratio"] != "none":
-            clips = {key: self.knobs[key] for key in ("clip_low", "clip_high")}
-            hit = is_clipped(ratio, advantage, **clips).double()
+            hit = is_clipped(ratio, advantage, **self._clips).double()
             metrics["clip_ratio"] = of_unit(hit) if self.knobs["ratio"] == "token" else hit
         if output_V.ndim == 2:
             metrics["entropy"] = of_unit(output_V[tokens.visit_U, 1])

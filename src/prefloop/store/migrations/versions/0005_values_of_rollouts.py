@@ -12,5 +12,5 @@ down_revision = "0004"
 
 
 def upgrade() -> None:
-    with op.batch_alter_table("dataset_member") as batch:
+    with op.batch_alter_table("dataset_member", recreate="always") as batch:
         batch.add_column(sa.Column("value", sa.Float(), nullable=True))
