@@ -74,7 +74,7 @@ def test_until_something_is_kept_an_agent_that_never_worked_can_be_mended(model,
         mended = Run(run.settings.model_copy(update={"environment": other}), run.store)
         with opened(mended):
             episodes(mended, ["graded"])
-        with pytest.raises(PrefloopError, match="other settings .environment.command"), opened(run):
+        with pytest.raises(PrefloopError, match=r"other settings .environment\.command"), opened(run):
             pass
         Path("agent.py").write_text("import others")
         with pytest.raises(PrefloopError, match=r"^agent\.py changed since run mini began"), opened(mended):
