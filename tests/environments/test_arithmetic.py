@@ -1,7 +1,9 @@
 import pytest
 
-from prefloop.environments.arithmetic import Arithmetic, ArithmeticSettings, right_steps
-from prefloop.records import Message, PrefloopError, Role, Split, Task
+from prefloop.chat.steps import steps_of
+from prefloop.credit.steps import step_rewards
+from prefloop.environments.arithmetic import Arithmetic, ArithmeticSettings, right_steps, verified_steps
+from prefloop.records import AuthorKind, Ended, Message, PrefloopError, Role, Split, Task, Trajectory
 
 ENVIRONMENT = Arithmetic()
 TASK = Task("arithmetic", {"start": 7, "operations": [["+", 5], ["-", 4], ["+", 1]], "modulus": 10})
@@ -43,6 +45,7 @@ def eval_chain(chain):
         ("7 + 5 = 2\n2 - 5 = 8\n8 + 1 = 9", [True, False, True], True),  # another operand than was asked
         ("7 + 5 = " + "9" * 5000, [False], False),
         ("", [], False),
+        ("7 + 5 = 2\n\n2 - 4 = 8\n  \n8 + 1 = 9\n", [True, True, True], True),  # blank lines are no steps
     ],
 )
 def test_a_step_is_right_or_wrong_by_the_line_before_and_the_last_result_counts(text, right, success):
@@ -51,6 +54,39 @@ def test_a_step_is_right_or_wrong_by_the_line_before_and_the_last_result_counts(
     assert outcome.success is success
     assert outcome.value == outcome.score == float(success)
     assert outcome.metrics == {"wrong_steps": right.count(False), "missing_steps": max(0, 3 - len(right))}
+
+
+def answered(text):
+    messages = (*TASK.messages, Message(Role.USER, "count"), Message(Role.ASSISTANT, text))
+    return Trajectory("t", TASK.id, messages, len(messages) - 1, Ended.DONE, AuthorKind.DEMONSTRATOR, "somebody")
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("7 + 5 = 2\n2 - 4 = 7\n7 + 1 = 8", [True, False, True]),
+        ("\n7 + 5 = 2\n\n \n2 - 4 = 8\n", [True, True]),
+        ("7 + 5 = 2\x0b2 - 4 = 8", [False]),  # no line break to those who cut text into steps
+        ("I cannot count.", [False]),
+        (" \n", [False]),
+        ("", [False]),
+    ],
+)
+def test_the_steps_of_a_trajectory_are_verified_where_they_stand(text, right):
+    trajectory = answered(text)
+    verified = verified_steps(TASK, trajectory)
+    assert [place for place, _ in verified] == list(steps_of(trajectory, "separator"))
+    assert [flag for _, flag in verified] == right
+    lines = [line for line in text.split("\n") if line.strip()]
+    assert [text[slice(*place.span)] for place, _ in verified if place.span] == lines
+
+
+def test_verified_steps_pay_as_a_process_reward_model_would_that_is_never_wrong():
+    verified = verified_steps(TASK, answered("7 + 5 = 2\n2 - 4 = 7\n7 + 1 = 8"))
+    right = [float(flag) for _, flag in verified]
+    assert step_rewards(right, "min").tolist() == [0.0, 0.0, 0.0]
+    assert step_rewards(right, "difference", baseline=1.0).tolist() == [0.0, -1.0, 1.0]
+    assert step_rewards([1.0, 1.0, 1.0], "min").tolist() == [0.0, 0.0, 1.0]
 
 
 def test_an_episode_without_an_answer_has_failed():

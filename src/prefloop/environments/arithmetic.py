@@ -13,10 +13,11 @@ from typing import Literal
 
 from pydantic import Field
 
+from prefloop.chat.steps import SEPARATOR, StepPlace, steps_of
 from prefloop.config import Settings
 from prefloop.environments.base import Environment, Outcome
 from prefloop.environments.single_turn import SingleTurn
-from prefloop.records import JSONObject, Message, PrefloopError, Role, Split, Task, content_hash
+from prefloop.records import JSONObject, Message, PrefloopError, Role, Split, Task, Trajectory, content_hash
 
 MAX_DRAWS = 1000
 MAX_DIGITS = 9
@@ -99,7 +100,7 @@ class ArithmeticEpisode(SingleTurn):
         text = self.answer.content if self.answer else ""
         right = right_steps(self._task, text)
         num_steps = len(self._task.specification["operations"])
-        success = len(right) == num_steps and result_of(text.splitlines()[-1]) == solution(self._task)
+        success = len(right) == num_steps and result_of(_lines(text)[-1]) == solution(self._task)
         metrics = {"wrong_steps": float(right.count(False)), "missing_steps": float(max(0, num_steps - len(right)))}
         return Outcome(float(success), float(success), success, metrics)
 
@@ -129,12 +130,24 @@ def solution(task: Task) -> int:
     return value
 
 
+def verified_steps(task: Task, trajectory: Trajectory) -> list[tuple[StepPlace, bool]]:
+    """Each step of a trajectory, as `steps_of(trajectory, "separator")` has them, and whether it is right.
+
+    They are what labels (`StepLabel`), a process reward model and step rewards (`prefloop.credit.steps`) are about. An
+    answer that says nothing is one step, which is wrong.
+    """
+    right = [
+        flag for i in trajectory.own_turns for flag in right_steps(task, trajectory.messages[i].content) or [False]
+    ]
+    return list(zip(steps_of(trajectory, "separator"), right, strict=True))
+
+
 def right_steps(task: Task, text: str) -> list[bool]:
-    """Whether each line of an answer does its step right, from the result of the line before."""
+    """Whether each line of an answer does its step right, from the result of the line before. Blank lines are none."""
     chain = task.specification
     before: int | None = chain["start"]
     found = []
-    for number, written in enumerate(text.splitlines()):
+    for number, written in enumerate(_lines(text)):
         asked = chain["operations"][number : number + 1]
         wanted = None
         if asked and before is not None:
@@ -143,3 +156,7 @@ def right_steps(task: Task, text: str) -> list[bool]:
         found.append(written == wanted)
         before = result_of(written)
     return found
+
+
+def _lines(text: str) -> list[str]:
+    return [written for written in text.split(SEPARATOR) if written.strip()]
