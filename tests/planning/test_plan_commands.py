@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fit_runs import tiny_model
 from prefloop.cli import main
 from prefloop.config import parse_settings, read_run_file
 from prefloop.models.settings import InitialModelSettings
@@ -173,6 +174,54 @@ def test_smaller_packs_come_before_an_adapter_where_they_are_enough():
 def test_a_model_from_nothing_has_the_shape_of_its_table():
     made = initial_shape(InitialModelSettings(hidden_size=48, num_heads=6, num_kv_heads=2, num_embeddings=5000))
     assert (made.hidden, made.key_width, made.vocabulary) == (48, 16, 5000)
+
+
+# --- agents -----------------------------------------------------------------------------------------------------
+
+AGENT = {"name": "agent", "tasks": "tasks.jsonl", "command": ["agent"]}
+
+
+def test_of_agents_as_many_conversations_are_held_as_run_at_once():
+    def work(**tables):
+        environment = AGENT | tables.pop("environment", {})
+        return need().workload(settings(environment=environment, rollout={"num_tasks": 48}, **tables))
+
+    found = work()
+    assert [one.num_rows for one in (found.rollout, found.guard, found.evaluation)] == [8, 8, 8]
+    assert found.rollout.num_tasks == 8  # each conversation has a prompt of its own
+    assert found.num_trajectories == 48 * 8
+    assert work(environment={"max_parallel": 3}).rollout.num_rows == 3
+    assert work(gateway={"max_episodes": 2}).guard.num_rows == 2
+    elsewhere = work(environment={"command": None}, gateway={"max_batch": 4, "cached_rows": 6})
+    assert elsewhere.rollout.num_rows == 10
+    assert work(gateway={"max_context": 300}).rollout.after == 100
+
+
+def test_an_agents_turns_are_not_taken_to_be_all_that_it_might_have(capsys):
+    Path("tasks.jsonl").write_text("".join(f'{{"id": "t{i}", "prompt": "How many {i}?"}}\n' for i in range(10)))
+    changes = ["--set", 'environment={name="agent", tasks="tasks.jsonl", command=["agent"], grader=["grade"]}']
+    Path("agent.toml").write_text(RUN.replace(RUN[RUN.index("[sft]") : RUN.index("[rollout]")], ""))
+    with Path("agent.toml").open("a") as file:
+        file.write("[policy.lora]\n")
+    model = tiny_model(Path.cwd())
+    changes += ["--set", f'policy={{model="{model}"}}', "--memory", "24", "--json"]
+    assert main(["plan", "agent.toml", *changes]) == 0
+    tokens = json.loads(capsys.readouterr().out)["tokens"]
+    assert tokens["after"] == 8 * 12 + 7 * 64  # replies of half of max_new_tokens, answers between them
+    assert "8 turns (an agent's own are not known)" in tokens["source"]
+    assert main(["plan", "agent.toml", *changes, "--set", "gateway.max_turns=2"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"]["after"] == 2 * 12 + 64
+
+
+def test_fewer_agents_at_once_are_advised_where_their_conversations_are_too_large():
+    run = settings(
+        policy={"dtype": "bfloat16", "lora": {"rank": 8}}, environment=AGENT | {"max_parallel": 64},
+        train={"max_tokens": 1024, "gradient_checkpointing": True},
+    )  # fmt: skip
+    asked = need(prompt=20_000)
+    limit = largest(asked.peaks(run)).total * 2 // 3
+    (only,) = advise(asked, run, limit)
+    assert only.key == "environment.max_parallel"
 
 
 # --- what there is ----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from prefloop.environments.agent import AgentSettings
 from prefloop.losses.registry import objective
 from prefloop.planning.memory import (
     Peak,
@@ -157,7 +158,16 @@ Lever = tuple[str, str, Callable[[RunSettings], list[str]]]
 """A key, what it does, and the values to try, the mildest first."""
 
 LEVERS: tuple[Lever, ...] = (
-    ("rollout.tasks_per_unit", "fewer rows at once: slower rollouts", lambda s: _halved(s.rollout.tasks_per_unit, 1)),
+    (
+        "rollout.tasks_per_unit",
+        "fewer rows at once: slower rollouts",
+        lambda s: [] if isinstance(s.environment, AgentSettings) else _halved(s.rollout.tasks_per_unit, 1),
+    ),
+    (
+        "environment.max_parallel",
+        "fewer agents at once: slower rollouts",
+        lambda s: _halved(s.environment.max_parallel, 1) if isinstance(s.environment, AgentSettings) else [],
+    ),
     (
         "train.max_tokens",
         "smaller packs: the same result",
@@ -202,7 +212,7 @@ LEVERS: tuple[Lever, ...] = (
         lambda s: _halved(s.rollout.sampling.max_new_tokens, 32),
     ),
 )
-"""The least intrusive first: the first five change no result beyond rounding."""
+"""The least intrusive first: the first six change no result beyond rounding."""
 
 BELOW_ADAPTERS = {"policy.dtype", "policy.quantization"}
 HELPS = 0.98

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from prefloop.environments.agent import Agent
+from prefloop.environments.agent import Agent, AgentSettings
 from prefloop.environments.base import Demonstrator
 from prefloop.planning.memory import Sampling, Update
 from prefloop.records import JSONObject, Message, PrefloopError, Split
@@ -29,6 +29,9 @@ CHARACTERS_PER_TOKEN = 3.5
 
 ANSWER_TOKENS = 64
 """Of what a tool or user says between two turns, where no rollout tells."""
+
+AGENT_TURNS = 8
+"""Of an agent whose turns nobody knows before its first episode; `gateway.max_turns` is there to stop it."""
 
 Count = Callable[[Sequence[Message], Sequence[JSONObject]], int]
 
@@ -80,11 +83,13 @@ def lengths_of(run: Run, renderer: ChatRenderer | None) -> Lengths:
     if recorded is not None:
         return Lengths(*recorded, shown, "the run's own rollouts")
     new = settings.rollout.sampling.max_new_tokens
-    turns = settings.gateway.max_turns if isinstance(environment, Agent) else int(getattr(environment, "max_turns", 1))
+    agent = isinstance(environment, Agent)
+    turns = min(settings.gateway.max_turns, AGENT_TURNS) if agent else int(getattr(environment, "max_turns", 1))
     by = "the chat template" if renderer is not None else f"{CHARACTERS_PER_TOKEN} characters a token"
     if turns == 1:
         return Lengths(prompt, new, new, shown, f"prompts by {by}, each reply max_new_tokens long")
-    said = f"prompts by {by}, max_turns turns of half of max_new_tokens, answers of {ANSWER_TOKENS} tokens"
+    bound = f"{turns} turns (an agent's own are not known)" if agent else "max_turns turns"
+    said = f"prompts by {by}, {bound} of half of max_new_tokens, answers of {ANSWER_TOKENS} tokens"
     turn = max(1, new // 2)
     return Lengths(prompt, turns * turn + (turns - 1) * ANSWER_TOKENS, turns * turn, shown, said)
 
@@ -94,27 +99,43 @@ def workload(
 ) -> Workload:
     """The stages' tokens; `tasks` are how many tasks there are to train on and held out, None without end."""
     rollout, there_are, held_out = settings.rollout, *tasks
+    agents = _agents_at_once(settings)
+    if agents is not None:
+        max_context = min(max_context, settings.gateway.max_context or max_context)
     prompt = min(lengths.prompt, max_context)
     after = min(lengths.after, max_context - prompt)
     num_tasks = min(rollout.num_tasks, there_are or rollout.num_tasks)
     unit = min(rollout.tasks_per_unit, num_tasks)
     guards = min(settings.guard.num_tasks, there_are or settings.guard.num_tasks)
-    guards_at_once = min(guards, rollout.rows_per_unit)
     evaluated = min(settings.evaluation.num_tasks, held_out or settings.evaluation.num_tasks)
-    at_once = min(rollout.tasks_per_unit, evaluated)
 
     def alone(rows: int) -> Sampling:
+        rows = min(rows, agents or rows)
         return Sampling(rows, rows, prompt, after)
 
+    attempts = unit * rollout.samples_per_task
     return Workload(
-        Sampling(unit * rollout.samples_per_task, unit, prompt, after),
-        alone(guards_at_once),
-        alone(at_once),
+        Sampling(attempts, unit, prompt, after) if agents is None else alone(attempts),
+        alone(min(guards, rollout.rows_per_unit)),
+        alone(min(rollout.tasks_per_unit, evaluated)),
         _update(settings, num_tasks, prompt, after, lengths),
         None if settings.sft is None else _imitation(settings.sft, settings.sft.num_demonstrations, lengths),
         num_tasks * rollout.samples_per_task,
         guards,
     )
+
+
+def _agents_at_once(settings: RunSettings) -> int | None:
+    """How many conversations of agents the gateway holds at once; None where the environment steps all rows itself.
+
+    Each has a row of its own, as its agent comes when it comes; of agents elsewhere nobody knows how many there are.
+    """
+    environment, gateway = settings.environment, settings.gateway
+    if not isinstance(environment, AgentSettings):
+        return None
+    if environment.command is None:
+        return min(gateway.max_episodes, gateway.max_batch + gateway.cached_rows)
+    return min(gateway.max_episodes, environment.max_parallel)
 
 
 def _update(settings: RunSettings, num_tasks: int, prompt: int, after: int, lengths: Lengths) -> Update:
