@@ -12,6 +12,7 @@ from prefloop.environments.arithmetic import Arithmetic, ArithmeticSettings
 from prefloop.environments.base import TaskSource
 from prefloop.environments.booking import Booking, BookingSettings
 from prefloop.environments.dialogue import Dialogue, DialogueSettings
+from prefloop.environments.mcp import MCP, MCPSettings
 from prefloop.environments.prompts import Prompts, PromptsSettings
 from prefloop.environments.reasoning_gym import ReasoningGym, ReasoningGymSettings
 
@@ -21,6 +22,7 @@ EnvironmentSettings: TypeAlias = Annotated[
     | ArithmeticSettings
     | BookingSettings
     | DialogueSettings
+    | MCPSettings
     | PromptsSettings
     | ReasoningGymSettings,
     Field(discriminator="name"),
@@ -39,6 +41,8 @@ def make_environment(settings: EnvironmentSettings) -> TaskSource:
         return Booking(settings)
     if isinstance(settings, DialogueSettings):
         return Dialogue(settings)
+    if isinstance(settings, MCPSettings):
+        return MCP(settings)
     if isinstance(settings, PromptsSettings):
         return Prompts(settings)
     return ReasoningGym(settings)

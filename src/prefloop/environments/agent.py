@@ -24,7 +24,8 @@ from prefloop.environments.graders import run_grader
 from prefloop.environments.task_files import TaskFile, given_of
 from prefloop.records import JSONObject, Message, PrefloopError, Split, Task
 
-RUN_LIMITS = {"max_parallel", "grader_deadline_s"}  # settings that bound running and say nothing of what is run
+# Settings of environments that bound running and say nothing of what is run.
+RUN_LIMITS = {"max_parallel", "grader_deadline_s", "start_deadline_s", "call_deadline_s"}
 PROMPT, TASK_ID = "{prompt}", "{id}"
 
 

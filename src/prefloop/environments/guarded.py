@@ -105,6 +105,8 @@ class GuardedEpisode(Episode):
             raise EpisodeFailedError(
                 f"environment gave no answer within {self._deadline_s:g} s (its step_deadline_s)", Ended.DEADLINE
             ) from None
+        except EpisodeFailedError:  # the environment itself says how its episode ended
+            raise
         except (Exception, SystemExit) as error:
             raise EpisodeFailedError(f"environment raised {type(error).__name__}: {_told(error)}") from error
 
