@@ -18,7 +18,7 @@ class RewardSettings(Settings):
 
     judge: float = Field(default=1.0, ge=0)
     verified: float = Field(default=0.0, ge=0)
-    clip: tuple[float, float] | None = None
+    clip: list[float] | None = Field(default=None, min_length=2, max_length=2)
     missing_stop_penalty: float = Field(default=0.0, ge=0)
     length_penalty: float = Field(default=0.0, ge=0)
     free_tokens: int = Field(default=0, ge=0)
@@ -29,5 +29,5 @@ class RewardSettings(Settings):
         if not self.judge and not self.verified:
             raise ValueError("judge and verified are both 0: give one of them a weight")
         if self.clip is not None and not self.clip[0] < self.clip[1]:
-            raise ValueError(f"clip should be [low, high] with low below high, not {list(self.clip)}")
+            raise ValueError(f"clip should be [low, high] with low below high, not {self.clip}")
         return self

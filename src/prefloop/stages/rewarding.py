@@ -60,7 +60,7 @@ def rewards_of(
     value_S = weighted_sum({name: np.array(found, dtype=np.float64) for name, found in values.items()}, weights)
     value_S = shaped(
         value_S,
-        clip=settings.clip,
+        clip=None if settings.clip is None else (settings.clip[0], settings.clip[1]),
         stopped_S=[t.ended not in (Ended.LENGTH, Ended.MAX_TURNS, Ended.DEADLINE) for t in trajectories],
         missing_stop_penalty=settings.missing_stop_penalty,
         num_tokens_S=[_num_own(t) for t in trajectories],

@@ -1,0 +1,174 @@
+"""Objectives of rollouts in the loop: what rollouts are worth, how it is frozen, and what of it reaches the tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tiny_runs import tiny_settings
+
+from prefloop.config import parse_settings
+from prefloop.credit.groups import Baseline
+from prefloop.credit.settings import RewardSettings
+from prefloop.loop import run_loop
+from prefloop.records import AuthorKind, Ended, Judgement, Message, PrefloopError, Role, Status, Trajectory, Valued
+from prefloop.stages.context import Run, opened
+from prefloop.stages.curating import curate_stage
+from prefloop.stages.judging import judge_stage
+from prefloop.stages.rewarding import credit_groups, rewards_of
+from prefloop.stages.rollouts import iteration_rollouts, rollout_stage
+from prefloop.stages.settings import RunSettings
+from prefloop.stages.start import start_policy
+from prefloop.stages.update_data import online_knobs, rows_to_learn, update_data
+from prefloop.stages.updating import train_stage
+from prefloop.store import Store
+
+
+def settings_of(**changes):
+    rules = {"lowest": -2.0, "noise_sd": 0.3}
+    train = {"train__algorithm": "grpo", "train__beta": None, **changes}
+    return parse_settings(
+        RunSettings, tiny_settings(iterations=2, rollout__num_tasks=4, judge__rules=rules, **train), "t"
+    )
+
+
+@pytest.fixture
+def curated(tmp_path, monkeypatch):
+    """A run whose first iteration is curated."""
+    monkeypatch.chdir(tmp_path)
+    with Store("runs/prefloop.db") as store, opened(Run(settings_of(), store)) as run:
+        start_policy(run)
+        rollout_stage(run, 0)
+        judge_stage(run, 0)
+        yield run
+
+
+def test_a_rollout_is_worth_its_judge_s_value_and_one_whose_judge_failed_is_left_out_and_counted(curated):
+    run, rater_id = curated, curated.judge.rater.id
+    rollouts = iteration_rollouts(run, 0)
+    failed = Judgement(rollouts[0].id, rater_id, Status.TIMEOUT, replicate=1)
+    run.store.add_judgements([failed])  # a replicate that failed says nothing
+    curate_stage(run, 0)
+    event = run.found(0, "curate")
+    dataset = run.store.dataset(event["valued_dataset_id"])
+    judged = {j.trajectory_id: j for j in run.store.judgements(rater_id=rater_id) if j.status is Status.OK}
+    assert {v.trajectory_id: v.value for v in dataset.valued} == {i: j.value for i, j in judged.items()}
+    assert all(v.evidence == (judged[v.trajectory_id].id,) for v in dataset.valued)
+    assert event["num_without_reward"] == len(rollouts) - dataset.num_members == 0
+
+
+def test_advantages_are_rewards_less_kl_against_their_group_s_mean(curated):
+    run = curated
+    curate_stage(run, 0)
+    settings = run.settings.train
+    dataset = run.store.dataset(run.found(0, "curate")["valued_dataset_id"])
+    rows = rows_to_learn(run, dataset, settings)
+    before = run.checkpoint_before(0)
+    data = update_data(run, run.policies.take(before), 0, before, rows, settings)
+    value, task = {v.trajectory_id: v.value for v in dataset.valued}, {}
+    for rollout in iteration_rollouts(run, 0):
+        task.setdefault(rollout.task_id, []).append(rollout.id)
+    assert [group.name for group in data.examples] == list(task)
+    for group in data.examples:  # the policy is its own reference still: no KL
+        values = np.array([value[i] for i in task[group.name]])
+        counts = [len(sample) for sample in group.samples]
+        said = [
+            array[path.loss_mask]
+            for array, path in zip(group.advantage, [p for s in group.samples for p in s], strict=True)
+        ]
+        for advantage, own in zip(np.repeat(values - values.mean(), counts), said, strict=True):
+            np.testing.assert_allclose(own, advantage, atol=1e-4)
+    assert data.detail["num_groups"] == len(task) and data.detail["kl_of_rollouts"] == pytest.approx(0.0, abs=1e-4)
+    assert data.detail["reward"] == pytest.approx(np.mean(list(value.values())))
+
+
+@pytest.mark.parametrize("algorithm", ["reinforce", "rloo"])
+def test_two_iterations_of_the_loop(algorithm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Store("runs/prefloop.db") as store:
+        run = Run(settings_of(train__algorithm=algorithm, guard__max_kl=50.0, train__num_epochs=2), store)
+        finished = run_loop(run)
+        first, second = (run.found(number, "train") for number in range(2))
+    assert finished["end_checkpoint"] == second["checkpoint_id"]
+    assert first["steps"] == 2 * math.ceil(first["credit"]["num_groups"] / run.settings.train.batch_size)
+    if algorithm == "reinforce":  # what came before is the baseline of what comes
+        kept = {key: 0.9 * value for key, value in first["credit"]["baseline"].items()}
+        assert second["credit"]["baseline"]["num"] == pytest.approx(kept["num"] + second["credit"]["num"])
+    assert second["credit"]["kl_of_rollouts"] != 0.0
+
+
+def trajectory(name, ended=Ended.DONE):
+    messages = (Message(Role.USER, "q"), Message(Role.ASSISTANT, "a"))
+    return Trajectory(name, "task", messages, 1, ended, AuthorKind.CHECKPOINT, "c")
+
+
+def test_sources_are_summed_clipped_and_stops_are_priced():
+    rows = [trajectory("a"), trajectory("b", Ended.LENGTH), trajectory("c")]
+    values = {"judge": [1.0, 5.0, math.nan], "verified": [0.5, 1.0, 1.0]}
+    settings = RewardSettings(judge=1.0, verified=2.0, clip=(0.0, 4.0), missing_stop_penalty=0.25)
+    np.testing.assert_allclose(rewards_of(rows, values, settings), [2.0, 3.75, math.nan])
+    only_verified = RewardSettings(judge=0.0, verified=1.0)
+    np.testing.assert_allclose(rewards_of(rows, values, only_verified), [0.5, 1.0, 1.0])  # its judge failed: no matter
+    white = rewards_of(rows[:2], {"judge": [1.0, 3.0], "verified": [0, 0]}, RewardSettings(whiten=True))
+    assert np.std(white, ddof=1) == pytest.approx(1.0) and white.mean() == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rollout__sampling": {"top_p": 0.9}}, "grpo needs the probability of every token"),
+        ({"rollout__sampling": {"temperature": 0.0}}, "grpo needs the probability of every token"),
+        ({"rollout__samples_per_task": 1}, "compares attempts at one task"),
+        ({"train__held_out": 0.2}, "held_out, evaluate_every and sync_reference_every should be left out"),
+        ({"train__ratio": "sequence"}, "denominator should be 'samples'"),
+        ({"train__beta": 0.1}, "beta: objective 'grpo' has no such knob"),
+        ({"reward__judge": 0.0}, "judge and verified are both 0"),
+        ({"reward__clip": [1.0, 0.0]}, "low below high"),
+    ],
+)
+def test_what_cannot_be_learned_from_is_said_before_the_run(changes, message):
+    with pytest.raises(PrefloopError, match=message):
+        settings_of(**changes)
+
+
+def test_kl_costs_nothing_where_the_whole_reward_is_verified(tmp_path):
+    for reward, given, expected in (
+        ({}, None, 0.05),
+        ({"judge": 0, "verified": 1}, None, 0.0),
+        ({"judge": 0, "verified": 1}, 0.3, 0.3),
+    ):
+        settings = settings_of(reward=reward, train__kl_coef=given)
+        with Store(str(tmp_path / "s.db")) as store:
+            assert online_knobs(Run(settings, store), settings.train)["kl_coef"] == expected
+
+
+def test_rendered_messages_are_not_what_was_sampled(curated):
+    run = curated
+    curate_stage(run, 0)
+    dataset = run.store.dataset(run.found(0, "curate")["valued_dataset_id"])
+    first = run.store.trajectories([dataset.valued[0].trajectory_id], with_paths=True)[0]
+    imported = replace(first, id="imported", token_paths=())
+    run.store.add_trajectories([imported])
+    other = replace(dataset, valued=(Valued("imported", 1.0),))
+    run.store.add_dataset(other)
+    rows, before = rows_to_learn(run, other, run.settings.train), run.checkpoint_before(0)
+    with pytest.raises(PrefloopError, match="trajectory imported: its tokens are not those that this policy sampled"):
+        update_data(run, run.policies.take(before), 0, before, rows, run.settings.train)
+
+
+def test_groups_whose_rewards_differ_by_noise_teach_nothing(curated):
+    run = curated
+    curate_stage(run, 0)
+    train_stage(run, 0)
+    assert run.found(0, "train")["credit"]["num_groups_without_spread"] < 4
+    quiet = {"min_spread": 100.0, "kl_coef": 0.0, "kl_as": "reward", "baseline": "leave_one_out"}
+    data = run.store.dataset(run.found(0, "curate")["valued_dataset_id"])
+    before = run.checkpoint_before(0)
+    groups = update_data(
+        run, run.policies.take(before), 0, before, rows_to_learn(run, data, run.settings.train), run.settings.train
+    )
+    found = credit_groups(groups.examples, np.array([v.value for v in data.valued]), quiet, Baseline())
+    assert found.detail["num_groups_without_spread"] == found.detail["num_groups"] == 4
+    assert all(not array.any() for group in found.groups for array in group.advantage)
