@@ -200,7 +200,14 @@ def test_a_model_whose_template_refuses_answers(tmp_path: Path):
 def test_a_model_that_is_not_there(tmp_path: Path):
     healthy, text = examined(tmp_path / "none.db", str(tmp_path / "nowhere"))
     assert not healthy
-    assert "its tokenizer cannot be loaded" in text
+    assert "cannot be loaded: there is no such directory" in text
+
+
+def test_a_model_whose_tokenizer_is_damaged(tmp_path: Path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    healthy, text = examined(tmp_path / "none.db", str(tmp_path))
+    assert not healthy
+    assert "its tokenizer cannot be loaded: a file of it seems to be damaged: KeyError: 'added_tokens'" in text
 
 
 def test_a_model_asked_for_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -20,6 +20,7 @@ from sqlalchemy.exc import DatabaseError
 
 from prefloop import __version__
 from prefloop.clients import anthropic, openai_compatible
+from prefloop.hub import fetch_model, readable
 from prefloop.records import JSONObject, Message, PrefloopError, Role, Source, ToolCall
 from prefloop.store import Store, database
 
@@ -191,10 +192,9 @@ def _built_in_tokenizer() -> Any:
 def _tokenizer_of(model: str) -> Any:
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise PrefloopError(f"its tokenizer cannot be loaded: {_one_line(error)}") from None
+    directory = fetch_model(model, weights=False)
+    with readable("its tokenizer"):
+        return AutoTokenizer.from_pretrained(directory)
 
 
 def _template(name: str, load: Callable[[], Any]) -> Iterator[Finding]:

@@ -141,6 +141,27 @@ def fetch_model(name: str, *, weights: bool = True) -> Path:
     return directory
 
 
+@contextmanager
+def readable(what: str, expected: str = "") -> Iterator[None]:
+    """Read the files of `what`; whatever a damaged one makes its reader raise becomes one line.
+
+    Raises:
+        PrefloopError: they cannot be read; `expected`, a sentence, ends it.
+    """
+    try:
+        yield
+    except (PrefloopError, MemoryError):
+        raise
+    except Exception as error:
+        if "memory" in str(error) and isinstance(error, RuntimeError):  # torch has no other type for it on a CPU
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        if not isinstance(error, OSError | ValueError):
+            why = " ".join(line.strip() for line in lines)[:300].rstrip(".")
+            lines = [f"a file of it seems to be damaged: {type(error).__name__}: {why}."]
+        raise PrefloopError(f"{what} cannot be loaded: {lines[0]} {expected}".rstrip()) from None
+
+
 def is_adapter(name: str) -> bool:
     """Whether a model's name means an adapter; False, too, where it cannot be had, as loading it is going to say."""
     if Path(name).exists():

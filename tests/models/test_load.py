@@ -1,5 +1,7 @@
 """Policies that share their base weights, and those that must not."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -110,3 +112,40 @@ def test_another_rank_than_that_of_the_adapter_is_said(adapter):
     for other in (LoraSettings(rank=8), LoraSettings(rank=2, alpha=2)):
         with pytest.raises(PrefloopError, match=r"is an adapter of rank 2 and alpha 4 already.*\[policy\.lora\] out"):
             load_policy(adapter, lora=other)
+
+
+# --- damaged files ----------------------------------------------------------------------------------------------
+
+
+def change(file: str, **keys: object):
+    def damage(directory: Path) -> None:
+        path = directory / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+
+    return damage
+
+
+def cut_short(file: str):
+    return lambda directory: (directory / file).write_bytes((directory / file).read_bytes()[:100])
+
+
+@pytest.mark.parametrize(
+    ("which", "damage", "said"),
+    [
+        ("base", cut_short("model.safetensors"), "SafetensorError"),
+        ("base", change("config.json", hidden_size="32"), "hidden_size"),
+        ("base", change("config.json", hidden_size=48), "size mismatch|cannot be loaded"),
+        ("base", lambda at: (at / "tokenizer.json").write_text("{}"), "KeyError: 'added_tokens'"),
+        ("adapter", cut_short("adapter_model.safetensors"), "SafetensorError"),
+        ("adapter", change("adapter_config.json", r=3), "size mismatch"),
+        ("adapter", lambda at: (at / "adapter_config.json").write_text("[1]"), "damaged"),
+    ],
+)
+def test_a_damaged_file_is_one_line(request, tmp_path, which, damage, said):
+    directory = tmp_path / "model"
+    shutil.copytree(request.getfixturevalue(which), directory)
+    damage(directory)
+    with pytest.raises(PrefloopError, match=said) as caught:
+        load_policy(str(directory))
+    line = str(caught.value)
+    assert line.startswith(f"model '{directory}' cannot be loaded: ") and "\n" not in line

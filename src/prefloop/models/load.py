@@ -22,11 +22,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from prefloop.hub import ADAPTER_CONFIG, fetch_model, model_name
+from prefloop.hub import ADAPTER_CONFIG, fetch_model, model_name, readable
 from prefloop.models.settings import Dtype, LoraSettings, Quantization
 from prefloop.records import PrefloopError
 
 REWARD_CONFIG = "reward_model.json"
+EXPECTED = "Expected a directory in Hugging Face's layout or a hub id"
 TOKENIZERS = ("*token*", "*vocab*", "*.model")
 """Names of the files that a tokenizer is read from, one of which there must be."""
 
@@ -97,27 +98,21 @@ def load_policy(
     if not any(next(directory.glob(pattern), None) for pattern in TOKENIZERS):
         raise PrefloopError(f"model {name!r} cannot be loaded: it has no tokenizer; put its tokenizer.json there")
     adapter = (directory / ADAPTER_CONFIG).is_file()
-    if adapter and lora is not None:
-        _check_same(directory, lora, name)
-    base = adapter_base(directory) if adapter else name
-    weights = f"{fetch_model(base).resolve()} in {quantization or ''}{dtype} on {device}"
-    more = adapter and _holds_more(directory)
-    keeps_base = (adapter or lora is not None or frozen) and not more
-    if quantization is not None and not keeps_base:
-        raise _untrainable(name, quantization)
-    sharing = (one for one in beside if keeps_base and one.base == weights and _keeps_base(one))
-    try:
+    with readable(f"model {name!r}", EXPECTED):
+        if adapter and lora is not None:
+            _check_same(directory, lora, name)
+        base = adapter_base(directory) if adapter else name
+        weights = f"{fetch_model(base).resolve()} in {quantization or ''}{dtype} on {device}"
+        more = adapter and _holds_more(directory)
+        keeps_base = (adapter or lora is not None or frozen) and not more
+        if quantization is not None and not keeps_base:
+            raise _untrainable(name, quantization)
         tokenizer = AutoTokenizer.from_pretrained(directory)
-        sharer = next(sharing, None)
+        sharer = next((one for one in beside if keeps_base and one.base == weights and _keeps_base(one)), None)
         model: Any = _load_causal(base, name, dtype, device, quantization) if sharer is None else _bare(sharer)
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise PrefloopError(
-            f"model {name!r} cannot be loaded: {first_line} Expected a directory in Hugging Face's layout or a hub id"
-        ) from None
-    if adapter:
-        model = load_peft().PeftModel.from_pretrained(model, directory, is_trainable=not frozen)
-    elif lora is not None:
+        if adapter:
+            model = load_peft().PeftModel.from_pretrained(model, directory, is_trainable=not frozen)
+    if not adapter and lora is not None:
         model = _with_adapter(model, lora)
     model = (model if quantization is not None else model.to(device)).eval()
     return Policy(model.requires_grad_(False) if frozen else model, tokenizer, weights, frozen, more)
@@ -135,8 +130,16 @@ def _load_causal(base: str, name: str, dtype: Dtype, device: str, quantization: 
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype), **options)
     if quantization == "4bit" and device.startswith("cpu"):
         _check_widths(model, name)
+    for module in model.modules():
+        if type(module).__name__ == "Linear8bitLt":
+            module.register_forward_pre_hook(_as_in_training)
     remember_hub(model, base)
     return model
+
+
+def _as_in_training(layer: torch.nn.Module, _given: object) -> None:
+    """Let an 8-bit layer evaluate what it trains: on a CPU bitsandbytes rounds activations, too, where it does not."""
+    layer.training = True
 
 
 def _check_widths(model: PreTrainedModel, name: str) -> None:
@@ -172,7 +175,8 @@ def _bits(quantization: Quantization, dtype: Dtype) -> BitsAndBytesConfig:
     # It uses that product where nothing needs its gradient; a test holds all gradients against plain matrices.
     warnings.filterwarnings("ignore", message="bitsandbytes::gemv_4bit: an autograd kernel was not registered")
     if quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        # Without outliers: which columns have some depends on all rows of a batch, so a row's result would, too.
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

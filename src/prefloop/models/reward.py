@@ -34,7 +34,7 @@ from prefloop.batch.examples import Demonstration
 from prefloop.batch.packing import pack_group, split_examples
 from prefloop.chat import ChatRenderer, StepKind, stop_ids
 from prefloop.chat.steps import SEPARATOR
-from prefloop.hub import ADAPTER_CONFIG, fetch_model
+from prefloop.hub import ADAPTER_CONFIG, fetch_model, readable
 from prefloop.models.attention import causal_model, why_not_shared
 from prefloop.models.forward import forward, score_head
 from prefloop.models.load import (
@@ -340,7 +340,8 @@ def _open(name: str, kind: Kind, adapters: Sequence[str], num_heads: int, dtype:
     """Tokenizer and model of a directory or a hub id."""
     directory = fetch_model(name)
     places = {one: directory if one == "default" else directory / one for one in adapters}
-    try:
+    expected = f"Expected what `prefloop train reward` saved, or a {kind} classification model of transformers"
+    with readable(f"reward model {name!r}", expected):
         tokenizer = AutoTokenizer.from_pretrained(directory)
         base, options = name, {}
         if adapters:
@@ -354,12 +355,6 @@ def _open(name: str, kind: Kind, adapters: Sequence[str], num_heads: int, dtype:
                 model = load_peft().PeftModel.from_pretrained(model, str(place), adapter_name=adapter)
             else:
                 model.load_adapter(str(place), adapter_name=adapter)
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise PrefloopError(
-            f"reward model {name!r} cannot be loaded: {first_line} Expected what `prefloop train reward` saved, or a "
-            f"{kind} classification model of transformers"
-        ) from None
     score_head(model)
     return tokenizer, model
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefloop.hub import fetch_model
+from prefloop.hub import fetch_model, readable
 from prefloop.planning.budget import Advice, Need, advise, available_memory, setup_of
 from prefloop.planning.cost import JudgeCost, judge_cost
 from prefloop.planning.memory import Peak, Setup, largest
@@ -160,8 +160,5 @@ def _renderer(run: Run) -> ChatRenderer | None:
     from transformers import AutoTokenizer
 
     directory: Path = fetch_model(policy.model, weights=False)
-    try:
+    with readable(f"the tokenizer of {policy.model!r}"):
         return policy.renderer(AutoTokenizer.from_pretrained(directory))
-    except (OSError, ValueError) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise PrefloopError(f"the tokenizer of {policy.model!r} cannot be loaded: {first}") from None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from prefloop.hub import fetch_model, readable
 from prefloop.models.settings import InitialModelSettings
 from prefloop.records import JSONObject, PrefloopError
 
@@ -85,15 +86,14 @@ def shape_of(directory: Path) -> ModelShape:
     """
     adapter = directory / "adapter_config.json"
     if adapter.is_file():
-        from prefloop.hub import fetch_model
-
-        said = _json(adapter)
-        base, revision = str(said.get("base_model_name_or_path", "")), said.get("revision")
-        named = f"{base}@{revision}" if revision and not Path(base).is_dir() else base
+        with readable(f"the adapter in {directory}"):
+            said = _json(adapter)
+            base, revision = str(said.get("base_model_name_or_path", "")), said.get("revision")
+            named = f"{base}@{revision}" if revision and not Path(base).is_dir() else base
         return replace(shape_of(fetch_model(named)), adapted=True)
-    config = _json(directory / "config.json")
-    sizes = [_stored(file) for file in sorted(directory.glob("*.safetensors"))]
-    shape = shape_of_config(config, str(directory))
+    with readable(f"the model in {directory}"):
+        sizes = [_stored(file) for file in sorted(directory.glob("*.safetensors"))]
+        shape = shape_of_config(_json(directory / "config.json"), str(directory))
     if not sizes:
         return shape
     num, stored = (sum(one) for one in zip(*sizes, strict=True))
@@ -145,15 +145,14 @@ def _num_parameters(shape: ModelShape, feed_forward: int) -> int:
 
 def _stored(file: Path) -> tuple[int, int]:
     """Numbers and bytes of a file of tensors, as its header says (https://github.com/huggingface/safetensors)."""
-    try:
-        with file.open("rb") as opened:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            header = json.loads(opened.read(length))
-    except (OSError, ValueError, struct.error) as error:
-        raise PrefloopError(f"{file} cannot be read: {error}; restore it") from None
-    tensors = [value for name, value in header.items() if name != "__metadata__"]
-    num = sum(math.prod(tensor["shape"]) for tensor in tensors)
-    return num, sum(tensor["data_offsets"][1] - tensor["data_offsets"][0] for tensor in tensors)
+    with readable(f"the weights in {file}", "Restore the file"), file.open("rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        if length > file.stat().st_size:
+            raise ValueError(f"its header should have {length} bytes.")
+        header = json.loads(opened.read(length))
+        tensors = [value for name, value in header.items() if name != "__metadata__"]
+        num = sum(math.prod(tensor["shape"]) for tensor in tensors)
+        return num, sum(tensor["data_offsets"][1] - tensor["data_offsets"][0] for tensor in tensors)
 
 
 def _json(file: Path) -> JSONObject:

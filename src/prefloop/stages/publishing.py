@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefloop.config import parse_settings
-from prefloop.hub import check_repository, fetch_model, model_name, pinned_model, upload
+from prefloop.hub import check_repository, fetch_model, model_name, pinned_model, readable, upload
 from prefloop.losses.registry import resolve_knobs
 from prefloop.records import Checkpoint, JSONObject, PrefloopError
 from prefloop.stages.context import BEFORE
@@ -148,7 +148,8 @@ def card_of(found: Found, called: str, *, merged: bool) -> str | None:
 def _base_of(directory: Path) -> str:
     from prefloop.models.load import adapter_base
 
-    return adapter_base(directory)
+    with readable(f"the adapter in {directory}"):
+        return adapter_base(directory)
 
 
 def _run_facts(store: Store, checkpoint: Checkpoint) -> JSONObject:

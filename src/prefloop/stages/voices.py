@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefloop.chat import ChatRenderer, stop_ids
 from prefloop.clients.vllm import Adapter, BaseModel, VLLMSampler, VLLMServer, VLLMSettings
-from prefloop.hub import ADAPTER_CONFIG, fetch_model, model_name
+from prefloop.hub import ADAPTER_CONFIG, fetch_model, model_name, readable
 from prefloop.records import PrefloopError
 
 if TYPE_CHECKING:
@@ -123,4 +123,5 @@ def describe(base: str) -> BaseModel:
 def _tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(directory)
+    with readable(f"the tokenizer in {directory}"):
+        return AutoTokenizer.from_pretrained(directory)
