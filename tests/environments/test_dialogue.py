@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
+from prefloop import cli
 from prefloop.environments.dialogue import (
     CLOSED_QUESTIONS,
     DRINKS,
@@ -23,6 +25,8 @@ from prefloop.environments.dialogue import (
     sentence,
 )
 from prefloop.records import Message, Role, Split, ToolCall
+from prefloop.stages.context import BEFORE, run_id
+from prefloop.store import Store
 
 ENVIRONMENT = Dialogue()
 NUM = 600
@@ -237,3 +241,17 @@ def test_the_demonstrators_majority_habit_is_bad():
     assert sum(HABITS.values()) == pytest.approx(1.0)
     assert ENVIRONMENT.demonstrate(tasks[0], 0) == ENVIRONMENT.demonstrate(tasks[0], 0)
     assert {messages[-1].role for messages, _ in shown} == {Role.ASSISTANT}
+
+
+@pytest.mark.slow
+def test_the_example_starts_as_its_demonstrator_and_learns_to_take_notice(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    example = Path(__file__).parents[2] / "examples" / "dialogue.toml"
+    assert cli.main(["run", str(example), "--set", "iterations=3", "--set", "evaluation.num_tasks=128"]) == 0
+    with Store("runs/prefloop.db") as store:
+        start, end = (store.event(run_id("dialogue"), iteration, "evaluate") for iteration in (BEFORE, 3))
+    assert 0.15 < start["sampled"]["success"]["value"] < 0.5
+    assert start["greedy"]["success"]["value"] < 0.5
+    assert end["sampled"]["success"]["value"] > THRESHOLD
+    assert end["greedy"]["success"]["value"] > THRESHOLD
+    assert end["sampled"]["metrics"]["questions"] > start["sampled"]["metrics"]["questions"]
