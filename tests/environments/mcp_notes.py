@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from mcp.server.mcpserver import MCPServer
-from mcp_types import ImageContent, TextContent
+from mcp.types import ImageContent, TextContent
 
 server = MCPServer("notes")
 notes: list[str] = []

@@ -198,7 +198,7 @@ async def _list_tools(client: Any) -> list[Any]:
 
 async def _call_tool(client: Any, name: str, arguments: JSONObject) -> Answer:
     from mcp import MCPError
-    from mcp_types import CONNECTION_CLOSED
+    from mcp.types import CONNECTION_CLOSED
 
     try:
         result = await client.call_tool(name, arguments)
