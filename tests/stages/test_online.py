@@ -28,10 +28,8 @@ from prefloop.store import Store
 
 def settings_of(**changes):
     rules = {"lowest": -2.0, "noise_sd": 0.3}
-    train = {"train__algorithm": "grpo", "train__beta": None, **changes}
-    return parse_settings(
-        RunSettings, tiny_settings(iterations=2, rollout__num_tasks=4, judge__rules=rules, **train), "t"
-    )
+    given = {"train__algorithm": "grpo", "train__beta": None, "rollout__num_tasks": 4, "judge__rules": rules, **changes}
+    return parse_settings(RunSettings, tiny_settings(iterations=2, **given), "t")
 
 
 @pytest.fixture
@@ -74,10 +72,8 @@ def test_advantages_are_rewards_less_kl_against_their_group_s_mean(curated):
     for group in data.examples:  # the policy is its own reference still: no KL
         values = np.array([value[i] for i in task[group.name]])
         counts = [len(sample) for sample in group.samples]
-        said = [
-            array[path.loss_mask]
-            for array, path in zip(group.advantage, [p for s in group.samples for p in s], strict=True)
-        ]
+        paths = [path for sample in group.samples for path in sample]
+        said = [array[path.loss_mask] for array, path in zip(group.advantage, paths, strict=True)]
         for advantage, own in zip(np.repeat(values - values.mean(), counts), said, strict=True):
             np.testing.assert_allclose(own, advantage, atol=1e-4)
     assert data.detail["num_groups"] == len(task) and data.detail["kl_of_rollouts"] == pytest.approx(0.0, abs=1e-4)
@@ -134,11 +130,8 @@ def test_what_cannot_be_learned_from_is_said_before_the_run(changes, message):
 
 
 def test_kl_costs_nothing_where_the_whole_reward_is_verified(tmp_path):
-    for reward, given, expected in (
-        ({}, None, 0.05),
-        ({"judge": 0, "verified": 1}, None, 0.0),
-        ({"judge": 0, "verified": 1}, 0.3, 0.3),
-    ):
+    verified = {"judge": 0.0, "verified": 1.0}
+    for reward, given, expected in (({}, None, 0.05), (verified, None, 0.0), (verified, 0.3, 0.3)):
         settings = settings_of(reward=reward, train__kl_coef=given)
         with Store(str(tmp_path / "s.db")) as store:
             assert online_knobs(Run(settings, store), settings.train)["kl_coef"] == expected
@@ -165,10 +158,8 @@ def test_groups_whose_rewards_differ_by_noise_teach_nothing(curated):
     assert run.found(0, "train")["credit"]["num_groups_without_spread"] < 4
     quiet = {"min_spread": 100.0, "kl_coef": 0.0, "kl_as": "reward", "baseline": "leave_one_out"}
     data = run.store.dataset(run.found(0, "curate")["valued_dataset_id"])
-    before = run.checkpoint_before(0)
-    groups = update_data(
-        run, run.policies.take(before), 0, before, rows_to_learn(run, data, run.settings.train), run.settings.train
-    )
+    before, settings = run.checkpoint_before(0), run.settings.train
+    groups = update_data(run, run.policies.take(before), 0, before, rows_to_learn(run, data, settings), settings)
     found = credit_groups(groups.examples, np.array([v.value for v in data.valued]), quiet, Baseline())
     assert found.detail["num_groups_without_spread"] == found.detail["num_groups"] == 4
     assert all(not array.any() for group in found.groups for array in group.advantage)

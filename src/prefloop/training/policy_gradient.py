@@ -91,8 +91,16 @@ class PolicyGradient(OwnTokens):
             return weight_U * reinforce(tokens.logprob_U, tokens.advantage_U)
         if ratio == "token":
             return weight_U * clipped(tokens.logprob_U, tokens.old_logprob_U, tokens.advantage_U, **clips)
-        whole = (tokens.logprob_U, tokens.old_logprob_U, tokens.advantage_U, tokens.sample_U, tokens.num_samples)
-        return tokens.means(weight_U) * sequence_clipped(*whole, **clips, exponent=EXPONENTS[ratio])
+        whole = sequence_clipped(
+            tokens.logprob_U,
+            tokens.old_logprob_U,
+            tokens.advantage_U,
+            tokens.sample_U,
+            tokens.num_samples,
+            exponent=EXPONENTS[ratio],
+            **clips,
+        )
+        return tokens.means(weight_U) * whole
 
     @property
     def _clips(self) -> dict[str, float]:
