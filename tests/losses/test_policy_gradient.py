@@ -90,6 +90,7 @@ def test_sums_and_means_of_samples():
     value = vector(1.0, 2.0, 5.0, 3.0, 7.0)
     assert sum_of_samples(value, SAMPLE, 3).tolist() == [6.0, 0.0, 12.0]
     assert mean_of_samples(value, SAMPLE, 3).tolist() == [2.0, 0.0, 6.0]
+    assert mean_of_samples(value[:1], SAMPLE[:1], 1).tolist() == [1.0]
     assert sum_of_samples(value.float(), SAMPLE, 3).dtype == torch.float64
 
 
