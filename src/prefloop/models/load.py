@@ -131,14 +131,18 @@ def _load_causal(base: str, name: str, dtype: Dtype, device: str, quantization: 
     if quantization == "4bit" and device.startswith("cpu"):
         _check_widths(model, name)
     for module in model.modules():
-        if type(module).__name__ == "Linear8bitLt":
+        if type(module).__name__ in ("Linear8bitLt", "Linear4bit"):
             module.register_forward_pre_hook(_as_in_training)
     remember_hub(model, base)
     return model
 
 
 def _as_in_training(layer: torch.nn.Module, _given: object) -> None:
-    """Let an 8-bit layer evaluate what it trains: on a CPU bitsandbytes rounds activations, too, where it does not."""
+    """Let a layer of few bits compute in evaluations what it does in training.
+
+    On a CPU bitsandbytes else rounds activations to 8 bits there, too, and packs weights of 4 bits for good, through
+    which no gradient passes from then on.
+    """
     layer.training = True
 
 
