@@ -118,8 +118,12 @@ def test_an_agent_has_no_demonstrator(model, tmp_path, monkeypatch):
         changed = run.settings.model_copy(
             update={"name": "other", "sft": parse_settings(RunSettings, tiny_settings(), "t").sft}
         )
-        with pytest.raises(PrefloopError, match="environment agent has no demonstrator: leave out the table"):
-            start_policy(Run(changed, run.store))
+        other = Run(changed, run.store)
+        with (
+            opened(other),
+            pytest.raises(PrefloopError, match="environment agent has no demonstrator: leave out the table"),
+        ):
+            start_policy(other)
 
 
 # --- episodes that nobody graded --------------------------------------------------------------------------------

@@ -170,11 +170,14 @@ def test_a_run_does_not_change_between_a_server_and_here(talker, fake, tmp_path,
             pass
 
 
-def test_a_server_with_another_model_is_said_before_anything_is_done(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("imitates", [False, True])
+def test_a_server_with_another_model_is_said_before_anything_is_done(model, tmp_path, monkeypatch, imitates):
     monkeypatch.chdir(tmp_path)
     with FakeVLLM(model, served_name="other") as fake, Store("runs/prefloop.db") as store:
         fake.flags.model = tmp_path
-        run = Run(parse_settings(RunSettings, served_settings(model, fake.url), "test"), store)
+        settings = served_settings(model, fake.url)
+        settings |= {"sft": tiny_settings()["sft"]} if imitates else {}
+        run = Run(parse_settings(RunSettings, settings, "test"), store)
         with opened(run), pytest.raises(PrefloopError, match=f"serves 'other'.*run `vllm serve {model}`"):
             start_policy(run)
         assert not store.events(run.id)

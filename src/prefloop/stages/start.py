@@ -37,12 +37,12 @@ def start_policy(run: Run) -> str:
     found = run.found(BEFORE, "policy")
     if found is not None:
         return str(found["checkpoint_id"])
-    demonstrations = _demonstrations(run) if run.settings.sft is not None else None
-    checkpoint = base = _base(run, demonstrations)
-    if demonstrations is not None:
-        checkpoint = _learn(run, checkpoint, demonstrations)
-    elif run.settings.policy.server is None:
-        run.policies.check(checkpoint.id)  # a model that is not there is said now, while the run can still be changed
+    policy = run.settings.policy
+    checkpoint = base = _base(run, _demonstrations(run) if policy.initial is not None else None)
+    if policy.model is not None:
+        run.policies.check(base.id)  # a model or server that is not there is said now: the run can still be changed
+    if run.settings.sft is not None:
+        checkpoint = _learn(run, base, _demonstrations(run))
     with run.store.transaction():
         run.store.add_event(run.id, BEFORE, "start", {**circumstances(run.settings), **_origin(base)})
         run.store.add_event(run.id, BEFORE, "policy", {"checkpoint_id": checkpoint.id})
