@@ -17,8 +17,8 @@ from prefloop.environments.prompts import Prompts, PromptsSettings
 from prefloop.environments.reasoning_gym import ReasoningGym, ReasoningGymSettings
 
 EnvironmentSettings: TypeAlias = Annotated[
-    AgentDojoSettings
-    | AgentSettings
+    AgentSettings
+    | AgentDojoSettings
     | ArithmeticSettings
     | BookingSettings
     | DialogueSettings
