@@ -30,6 +30,10 @@ from prefloop.records import JSONObject, Message, PrefloopError, Source
 _FOLDED = '\n {0}é"\\<{0} \n'  # shows what a template does with white space, quotes and letters beyond ASCII
 
 
+Data = tuple[list[dict[str, Any]], list[Any] | None]
+"""The messages and tools as a template sees them."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """The entries of a rendering, and whether it is known how the template changes what fills each hole.
@@ -56,19 +60,19 @@ class Conversation:
     add_generation_prompt: bool
     dialect: Dialect
 
-    def render(self, template: ChatTemplate, leaf: Callable[[Any, str, bool, Kind], Any], sentinels: Sentinels) -> str:
-        """The template's text, each untrusted value passed through `leaf`; tells `sentinels` where it is."""
+    def data(self, leaf: Callable[[Any, str, bool, Kind], Any], sentinels: Sentinels) -> Data:
+        """What the template is given, each untrusted value passed through `leaf`; tells `sentinels` where it is."""
         data = []
         sentinels.message, sentinels.source = -1, Source.PROMPT
         tools = tools_data(self.tools, leaf) if self.tools else None
         for index, message in enumerate(self.messages):
             sentinels.message, sentinels.source = index, SOURCE_OF_ROLE[message.role]
             data.append(message_data(message, leaf, self.dialect))
-        return template.render(data, tools, self.add_generation_prompt)
+        return data, tools
 
     def plain(self, template: ChatTemplate) -> str:
         """The template's text of the messages as they are."""
-        return self.render(template, lambda value, *_: value, Sentinels())
+        return template.render(*self.data(lambda value, *_: value, Sentinels()), self.add_generation_prompt)
 
     def names(self) -> list[tuple[str, bool]]:
         """All names, each with whether it is the tools', for stand-ins that sort as they do."""
@@ -91,6 +95,8 @@ class Conversation:
 class Skeleton:
     """A rendering of stand-ins: literals with slots between them."""
 
+    data: Data
+    text: str
     literals: list[str]
     slots: list[Slot]
     numbers: list[int]  # of the slots' sentinels
@@ -104,7 +110,8 @@ def skeleton(template: ChatTemplate, conversation: Conversation, sentinels: Sent
     Raises:
         PrefloopError: the template fails, or leaves out something that it must show.
     """
-    text = conversation.render(template, sentinels.leaf, sentinels)
+    data = conversation.data(sentinels.leaf, sentinels)
+    text = template.render(*data, conversation.add_generation_prompt)
     parts = re.split(sentinels.pattern, text)
     numbers = [int(part) for part in parts[1::2]]
     _check_shown(sentinels, set(numbers), conversation)
@@ -119,7 +126,7 @@ def skeleton(template: ChatTemplate, conversation: Conversation, sentinels: Sent
     for owners in sentinels.slots:
         fillers.append(counts[owners[0].kind])
         counts[owners[0].kind] += 1
-    return Skeleton(parts[0::2], slots, numbers, [fillers[number] for number in numbers], sentinels)
+    return Skeleton(data, text, parts[0::2], slots, numbers, [fillers[number] for number in numbers], sentinels)
 
 
 def _check_shown(sentinels: Sentinels, shown: set[int], conversation: Conversation) -> None:
@@ -139,17 +146,29 @@ def _check_shown(sentinels: Sentinels, shown: set[int], conversation: Conversati
         )
 
 
-def learn_layout(template: ChatTemplate, encoder: TextEncoder, conversation: Conversation) -> Layout:
-    """The layout of all conversations with this one's shape.
+@dataclass(frozen=True)
+class Folded:
+    """A rendering of stand-ins that show what the template does to them: what it was given, its text, its slots'."""
+
+    data: Data
+    text: str
+    spans: list[str]
+    transforms: list[int]
+
+
+def learn_layout(
+    template: ChatTemplate, encoder: TextEncoder, conversation: Conversation
+) -> tuple[Layout, Skeleton, Folded | None]:
+    """The layout of all conversations with this one's shape, and the renderings from which it is known.
 
     Raises:
         PrefloopError: as `skeleton`.
     """
     bones = skeleton(template, conversation, Sentinels(conversation.names()))
-    transforms = _transforms(template, conversation, bones)
+    folded = _folded_rendering(template, conversation, bones)
     entries: list[Entry] = literal_pieces(encoder, bones.literals[0])
     for index, slot in enumerate(bones.slots):
-        transform = transforms[index] if transforms else 0
+        transform = folded.transforms[index] if folded else 0
         if slot.kind is Kind.NAME:
             entries.append(Piece(TRANSFORMS[transform](slot.text), -1, slot.source, slot.message))
         else:
@@ -157,7 +176,7 @@ def learn_layout(template: ChatTemplate, encoder: TextEncoder, conversation: Con
             entries.append(Hole(bones.fillers[index], shared, transform, slot.source, slot.message))
         entries += literal_pieces(encoder, bones.literals[index + 1])
     names = frozenset(slot.text for slot in bones.slots if slot.kind is Kind.NAME)
-    return Layout(tuple(entries), transforms is not None, names)
+    return Layout(tuple(entries), folded is not None, names), bones, folded
 
 
 def literal_pieces(encoder: TextEncoder, literal: str) -> list[Entry]:
@@ -165,7 +184,7 @@ def literal_pieces(encoder: TextEncoder, literal: str) -> list[Entry]:
     return [Piece(text, control, Source.TEMPLATE, -1) for text, control in encoder.split(literal)]
 
 
-def _transforms(template: ChatTemplate, conversation: Conversation, bones: Skeleton) -> list[int] | None:
+def _folded_rendering(template: ChatTemplate, conversation: Conversation, bones: Skeleton) -> Folded | None:
     """Which of `TRANSFORMS` the template applies to each slot, None where it is none of them."""
     sentinels = bones.sentinels
     sentinels.restart()
@@ -173,18 +192,20 @@ def _transforms(template: ChatTemplate, conversation: Conversation, bones: Skele
     def fold(value: Any, what: str, required: bool, kind: Kind) -> Any:
         return _folded(sentinels.leaf(value, what, required, kind))
 
+    data = conversation.data(fold, sentinels)
     try:
-        text = conversation.render(template, fold, sentinels)
+        text = template.render(*data, conversation.add_generation_prompt)
     except PrefloopError:
         return None
     fillers = [str(_folded(sentinels.stand_ins[number])) for number in bones.numbers]
     spans = align(text, bones.literals, fillers, all_images)
     if spans is None:
         return None
-    return [
+    transforms = [
         next(index for index, image in enumerate(all_images(filler)) if image == span)
         for filler, span in zip(fillers, spans, strict=True)
     ]
+    return Folded(data, text, spans, transforms)
 
 
 def _folded(stand_in: Any) -> Any:

@@ -11,11 +11,12 @@ from typing import Any, Final, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from prefloop.chat.breaks import Place, PromptEnds, UnclearError, breaks_of, end_of, with_breaks
 from prefloop.chat.calls import ToolFormat
 from prefloop.chat.encoding import TextEncoder
 from prefloop.chat.layout import Conversation, Layout, learn_layout, read_layout
 from prefloop.chat.outline import Dialect, Outline, tools_key
-from prefloop.chat.pieces import Entry, Piece, fill, text_of, with_break
+from prefloop.chat.pieces import Entry, Piece, fill, split_after, text_of, with_break
 from prefloop.chat.template import ChatTemplate
 from prefloop.records import JSONObject, Message, PrefloopError, Role, Source, ToolCall, content_hash
 
@@ -187,18 +188,40 @@ class ChatRenderer:
         if layout is not None:
             return layout
         conversation = self._conversation(rendering, count, prompt)
-        learnt = learn_layout(self._template, self.encoder, conversation)
+        learnt, bones, folded = learn_layout(self._template, self.encoder, conversation)
         entries, certain = learnt.entries, learnt.certain
         if certain and rendering.first_risky >= count and not all(map(self._is_inert, learnt.names)):
             certain = text_of(_filled(learnt, rendering)) == conversation.plain(self._template)
-        for turn in _assistant_turns(rendering.messages, count):
-            broken = with_break(entries, self._layout(rendering, turn, True).entries)
-            if broken is not None:
-                entries = broken
-                break
+        try:
+            if folded is None:
+                raise UnclearError
+            ends = PromptEnds(self._template, self.encoder, bones, folded)
+            entries = with_breaks(entries, self._places(rendering, count, entries, ends))
+        except UnclearError:
+            for turn in _assistant_turns(rendering.messages, count):
+                broken = with_break(entries, self._layout(rendering, turn, True).entries)
+                if broken is not None:
+                    entries = broken
+                    break
         layout = Layout(entries, certain, learnt.names)
         self._layouts[key] = layout
         return layout
+
+    def _places(self, rendering: Rendering, count: int, entries: tuple[Entry, ...], ends: PromptEnds) -> list[Place]:
+        """Where turns begin: each prompt that the conversation, up to the turn found before, begins with."""
+        places: list[Place] = []
+        for turn in _assistant_turns(rendering.messages, count):
+            known = self._layouts.get(rendering.outline.key(turn, True))
+            if known is None:
+                place = ends.place(turn)
+            else:
+                place = end_of(known.entries) if split_after(entries, known.entries) is not None else None
+            if place is None or (places and place > places[-1]):
+                continue
+            places.append(place)
+            if known is not None:
+                return places + breaks_of(known.entries)
+        return places
 
     def _broken(self, entries: tuple[Entry, ...], rendering: Rendering, count: int) -> tuple[Entry, ...]:
         for turn in _assistant_turns(rendering.messages, count):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
@@ -38,6 +40,27 @@ _TYPE_TESTS = words("defined undefined none string mapping iterable sequence num
 _EQUALITY_TESTS = frozenset({"equalto", "eq", "ne", "==", "!=", "in"})
 
 
+class StoppedError(Exception):
+    """A rendering was stopped (`stoppable`): nothing is known of the messages."""
+
+
+_STOP: ContextVar[Callable[[], bool] | None] = ContextVar("stop", default=None)
+
+
+@contextmanager
+def stoppable(stop: Callable[[], bool]) -> Iterator[None]:
+    """Within, no template is run any more once `stop` is true: a long conversation takes many runs.
+
+    Raises:
+        StoppedError: it was stopped.
+    """
+    token = _STOP.set(stop)
+    try:
+        yield
+    finally:
+        _STOP.reset(token)
+
+
 class ChatTemplate:
     """A Jinja chat template; renders plain data to text.
 
@@ -64,7 +87,11 @@ class ChatTemplate:
 
         Raises:
             PrefloopError: the template refuses them; the error names the roles and the template's own words.
+            StoppedError: within `stoppable`.
         """
+        stop = _STOP.get()
+        if stop is not None and stop():
+            raise StoppedError
         try:
             return self._compiled.render(
                 **self._variables, messages=messages, tools=tools, add_generation_prompt=add_generation_prompt
