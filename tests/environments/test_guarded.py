@@ -236,6 +236,11 @@ def test_what_hangs_is_given_up_at_the_deadline(call, gate):
     episode.close()
 
 
+def test_an_environment_may_say_itself_how_its_episode_ended():
+    own = EpisodeFailedError("the tool server gave no answer within 9 s", Ended.DEADLINE)
+    assert failure_of(lambda: opened(step=raises(own)).step(SAID)) is own
+
+
 def test_an_episode_that_hangs_can_still_be_closed(gate):
     environment = Wild(0.05, step=gate.wait)
     episode = GuardedEpisode(environment, environment.tasks(Split.TRAIN, 1)[0], 0)

@@ -1,10 +1,12 @@
 import subprocess
 import sys
+import threading
 
 import pytest
 
+from prefloop.environments.guarded import EpisodeFailedError, GuardedEpisode
 from prefloop.environments.reasoning_gym import INSTRUCTION, ReasoningGym, ReasoningGymSettings
-from prefloop.records import Message, PrefloopError, Role, Split, Task
+from prefloop.records import Ended, Message, PrefloopError, Role, Split, Task
 
 DATASETS = (
     "basic_arithmetic", "leg_counting", "chain_sum", "gcd", "lcm", "spell_backward", "word_sorting", "base_conversion",
@@ -101,3 +103,17 @@ def test_without_the_package_the_error_names_the_extra():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert "pip install 'prefloop[reasoning-gym]'" in done.stderr
+
+
+def test_a_scorer_that_hangs_ends_its_own_episode(monkeypatch):
+    gate = threading.Event()
+    gym = make(step_deadline_s=0.05)
+    first, second = (GuardedEpisode(gym, task, 0) for task in gym.tasks(Split.TRAIN, 2))
+    monkeypatch.setattr(type(gym._dataset), "score_answer", lambda *_, **__: gate.wait())
+    with pytest.raises(EpisodeFailedError, match=r"no answer within 0\.05 s") as failed:
+        first.step(Message(Role.ASSISTANT, "<answer>9**9**9</answer>"))
+    assert failed.value.ended is Ended.DEADLINE
+    monkeypatch.setattr(type(gym._dataset), "score_answer", lambda *_, **__: 1.0)
+    second.step(Message(Role.ASSISTANT, "7"))
+    assert second.outcome().success
+    gate.set()

@@ -25,7 +25,7 @@ from prefloop.environments.task_files import TaskFile, given_of
 from prefloop.records import JSONObject, Message, PrefloopError, Split, Task
 
 # Settings of environments that bound running and say nothing of what is run.
-RUN_LIMITS = {"max_parallel", "grader_deadline_s", "start_deadline_s", "call_deadline_s"}
+RUN_LIMITS = {"max_parallel", "grader_deadline_s", "start_deadline_s", "call_deadline_s", "step_deadline_s"}
 PROMPT, TASK_ID = "{prompt}", "{id}"
 
 

@@ -25,7 +25,7 @@ MAX_REPEATS = 1000  # questions in a row that bring nothing new, after which a d
 
 class ReasoningGymSettings(Settings):
     """Settings of a reasoning-gym dataset: its name, its own configuration, the seed of its questions, the share of
-    questions held out, and the system message (empty: none).
+    questions held out, the system message (empty: none), and how long a scorer may take.
     """
 
     name: Literal["reasoning-gym"] = "reasoning-gym"
@@ -34,6 +34,7 @@ class ReasoningGymSettings(Settings):
     seed: int = Field(default=0, ge=0, lt=2**63)
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
     instruction: str = INSTRUCTION
+    step_deadline_s: float = Field(default=60.0, gt=0.0)
 
 
 class ReasoningGym(Environment):
@@ -48,6 +49,7 @@ class ReasoningGym(Environment):
 
     def __init__(self, settings: ReasoningGymSettings) -> None:
         self.settings = settings
+        self.step_deadline_s = settings.step_deadline_s  # a parser may try for ever what a policy wrote
         self._tasks: dict[Split, list[Task]] = {split: [] for split in Split}
         self._questions: set[str] = set()
         self._next_index = 0
