@@ -141,7 +141,7 @@ def test_a_conversation_that_is_too_long_says_so(monkeypatch: pytest.MonkeyPatch
     [
         (
             "environment.name=bokking",
-            "environment.name should be one of 'agent', 'agentdojo', 'arithmetic', 'booking', 'dialogue', 'mcp', 'prompts'",
+            "environment.name should be one of 'agent', 'agentdojo', 'arithmetic', 'booking', 'dialogue', 'mcp',",
         ),
         ("name=ünï", "name should be text that matches ^[A-Za-z0-9]"),
         ("policy.server={base_url='ftp://x', model='m'}", "base_url should be a base URL that begins with http"),
