@@ -100,3 +100,16 @@ def test_kills_of_a_run_that_trains_an_adapter(tmp_path):
         assert run.go(point=point).code == -signal.SIGKILL, f"{point} was never reached"
     run.finish().assert_same(undisturbed)
     assert len(undisturbed.rows["checkpoint"]) > 1
+
+
+def test_kills_of_a_run_that_learns_from_its_rollouts(tmp_path):
+    """Several passes over one batch of rollouts: none is rolled out or judged again, whatever was killed."""
+    settings = miniature(train__algorithm="grpo", train__num_epochs=2, train__learning_rate=1e-3, guard__max_kl=50.0)
+    for key in ("beta", "nll_coef"):
+        settings["train"].pop(key, None)
+    undisturbed = MiniatureRun(tmp_path / "undisturbed", settings).finish()
+    run = MiniatureRun(tmp_path / "killed", settings)
+    for point in ("curate/0:commit:4", "train/0:step:2", "train/0:turn:5", "rollout/1:turn:2", "train/1:step:3"):
+        assert run.go(point=point).code == -signal.SIGKILL, f"{point} was never reached"
+    run.finish().assert_same(undisturbed)
+    assert len(undisturbed.rows["checkpoint"]) > 1
