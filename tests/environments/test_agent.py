@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -186,6 +187,26 @@ open({str(tmp_path / "pids")!r}, "w").write(str(child.pid))
     ran = run_command(python(program), child_environment([]), deadline_s=20)
     assert ran.exit_code == 0
     assert gone(int((tmp_path / "pids").read_text()))
+
+
+def test_agents_of_a_process_that_is_killed_end_with_it(tmp_path):
+    family = """
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+open("pids.new", "w").write(f"{os.getpid()} {child.pid}")
+os.rename("pids.new", "pids")
+time.sleep(60)
+"""
+    runner = f"""
+import sys
+from prefloop.environments.commands import child_environment, run_command
+run_command([sys.executable, "-c", {family!r}], child_environment([]), deadline_s=60)
+"""
+    with subprocess.Popen([sys.executable, "-c", runner], cwd=tmp_path) as process:
+        while not (tmp_path / "pids").exists() and process.poll() is None:
+            time.sleep(0.02)
+        process.kill()
+    assert all(gone(int(pid)) for pid in (tmp_path / "pids").read_text().split())
 
 
 def test_one_that_will_not_end_is_made_to(monkeypatch):

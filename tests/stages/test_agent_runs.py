@@ -234,7 +234,8 @@ def test_a_run_whose_next_episodes_are_had_elsewhere_ends_kindly(model, tmp_path
 
 
 @pytest.mark.slow
-def test_sigterm_ends_a_run_and_its_agents(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_run_and_its_agents(model, tmp_path, monkeypatch, number):
     monkeypatch.chdir(tmp_path)
     program = "import os, time; open(f'pid-{os.getpid()}', 'w').close(); time.sleep(60)"
     with agent_run(model, command=[sys.executable, "-c", program], max_parallel=2) as run:
@@ -243,11 +244,11 @@ def test_sigterm_ends_a_run_and_its_agents(model, tmp_path, monkeypatch):
     try:
         while not (started := list(Path().glob("pid-*"))) and process.poll() is None:
             time.sleep(0.05)
-        process.terminate()
+        process.send_signal(number)
         said = process.communicate(timeout=60)[1].decode()
     finally:
         process.kill()
-    assert started and process.returncode == 128 + signal.SIGTERM
+    assert started and process.returncode == 128 + number
     assert said.endswith("interrupted; the same command goes on from here\n")
     for found in Path().glob("pid-*"):
         assert not Path("/proc", found.name.removeprefix("pid-")).exists()

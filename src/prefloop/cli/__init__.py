@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -58,8 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error.filename or 'operating system'}: {error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        return 128 + (signal.SIGTERM if isinstance(stop, TerminatedError) else signal.SIGINT)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 128 + (stop.number if isinstance(stop, TerminatedError) else signal.SIGINT)
     return 0
 
 

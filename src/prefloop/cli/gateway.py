@@ -12,7 +12,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from prefloop.cli.plumbing import RunFile, SetOption, StoreOption, console, open_stage
+from prefloop.cli.plumbing import RunFile, SetOption, StoreOption, console, ending_signals, open_stage
 from prefloop.gateway.core import Gateway
 from prefloop.records import PrefloopError, counted
 
@@ -59,9 +59,9 @@ def gateway(
 
 @contextmanager
 def interrupted() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set, so that what is in work can end; the second Ctrl-C is as always."""
+    """An event that Ctrl-C, SIGTERM and SIGHUP set, so that what is in work can end; the second Ctrl-C is as always."""
     stop = threading.Event()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *ending_signals())}
 
     def ask_to_stop(number: int, _frame: object) -> None:
         stop.set()

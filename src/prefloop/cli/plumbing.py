@@ -94,29 +94,40 @@ def described_run(file: Path, store: str | None, overrides: list[str] | None) ->
         raise PrefloopError(f"{file} is a training of its own, not a run: `prefloop train {file}`")
     settings = parse_settings(RunSettings, data, str(file))
     default = str(Path(settings.directory) / Path(DEFAULT_STORE).name)
-    with Store(location_of(store, settings.store or default)) as opened, _ended_by_sigterm():
+    with Store(location_of(store, settings.store or default)) as opened, _ended_in_order():
         yield Run(settings, opened)
 
 
 class TerminatedError(KeyboardInterrupt):
-    """SIGTERM, which ends a run as Ctrl-C does."""
+    """A signal of `ending_signals`, which ends a run as Ctrl-C does."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+def ending_signals() -> list[signal.Signals]:
+    """What ends a command from outside: SIGTERM, and SIGHUP where a terminal that closes is to end it (no nohup)."""
+    hung_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    return [signal.SIGTERM, *([signal.SIGHUP] if hung_up else [])]
 
 
 @contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end what was started here, too, such as agents: by itself it would leave them behind."""
+def _ended_in_order() -> Iterator[None]:
+    """Let a signal end what was started here, too, such as agents: by itself it would leave them behind."""
     if threading.current_thread() is not threading.main_thread():  # Python tells signals to no other
         yield
         return
-    before = signal.signal(signal.SIGTERM, _terminate)
+    before = {number: signal.signal(number, _terminate) for number in ending_signals()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _terminate(_number: int, _frame: FrameType | None) -> None:
-    raise TerminatedError
+def _terminate(number: int, _frame: FrameType | None) -> None:
+    raise TerminatedError(number)
 
 
 @contextmanager

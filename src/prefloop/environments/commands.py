@@ -8,7 +8,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Event
 from typing import IO, Literal
@@ -24,6 +24,9 @@ PASSED_ON = (
     "PYTHONPATH", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE",
 )  # fmt: skip
 
+
+# Nothing is ever written to it: its standard input ends when whoever started it does, be it by SIGKILL.
+WATCH = 'read -r _; kill -s TERM -- "-$1"; sleep "$2"; kill -s KILL -- "-$1"'
 
 Limit = Literal["deadline", "printed", "stopped"]
 BEYOND: dict[Limit, str] = {
@@ -79,7 +82,7 @@ def run_command(
     """Run a command in a process group of its own, which has ended when this returns.
 
     It is ended after `deadline_s` seconds, when it has printed more than `MAX_PRINTED` bytes, or when `stop` is set:
-    asked first, and two seconds later made to.
+    asked first, and two seconds later made to; so it is, too, when this process is killed.
 
     Raises:
         PrefloopError: it cannot be started.
@@ -96,15 +99,30 @@ def run_command(
         except ValueError as error:  # a NUL in an argument or in a variable
             raise PrefloopError(f"the command {command[0]!r} cannot be started: {error}") from None
         try:
-            limit = _wait(process, (output, errors), time.monotonic() + deadline_s, stop or Event())
-            if limit:
-                _signal(process, signal.SIGTERM)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(GRACE_S)
+            with _watched(process.pid):
+                limit = _wait(process, (output, errors), time.monotonic() + deadline_s, stop or Event())
+                if limit:
+                    _signal(process, signal.SIGTERM)
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(GRACE_S)
         finally:
             _signal(process, signal.SIGKILL)  # also children that outlive it
             process.wait()
         return Ran(None if limit else process.returncode, _text(output), _text(errors), limit)
+
+
+@contextlib.contextmanager
+def _watched(group: int) -> Iterator[None]:
+    """Have a process group ended as soon as this process is gone, however that comes about."""
+    command = ["/bin/sh", "-c", WATCH, "prefloop", str(group), f"{GRACE_S:.0f}"]
+    nowhere = subprocess.DEVNULL
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=nowhere, stderr=nowhere, start_new_session=True
+    ) as watchdog:
+        try:
+            yield
+        finally:
+            watchdog.kill()  # and only then, at the end of the block, its standard input is closed
 
 
 def _wait(process: subprocess.Popen[bytes], printed: Sequence[IO[bytes]], end: float, stop: Event) -> Limit | None:
