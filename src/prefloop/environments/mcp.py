@@ -178,6 +178,7 @@ class MCPEpisode(Episode):
         self._said += (message, *answers)
         if not answers:
             self._ended = Ended.DONE
+            self._server.dismiss()
         elif self._count["turns"] >= self._settings.max_turns:
             self._ended = Ended.MAX_TURNS
         return Step(answers, done=not answers)

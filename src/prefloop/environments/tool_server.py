@@ -55,6 +55,7 @@ class ToolServer:
         background = _background()
         held = _hold(connect, start_deadline_s, background.starting, self._client, stop, ended)
         task = asyncio.run_coroutine_threadsafe(held, background.loop)
+        self._stop = stop
         self._end = weakref.finalize(self, _end, background, self._client, task, stop, ended)
 
     def tools(self) -> list[JSONObject]:
@@ -65,6 +66,10 @@ class ToolServer:
     def call(self, name: str, arguments: JSONObject) -> Answer:
         """Call a tool; that the server refuses the call is an answer, too."""
         return self._ask(lambda client: _call_tool(client, name, arguments))
+
+    def dismiss(self) -> None:
+        """Have the connection end, and do not wait for it: others are served meanwhile."""
+        _background().loop.call_soon_threadsafe(self._stop.set)
 
     def close(self) -> None:
         """End the connection, and the server where it was started here; again, it does nothing."""
