@@ -13,6 +13,7 @@ from prefloop.config import parse_settings
 from prefloop.credit.groups import Baseline
 from prefloop.credit.settings import RewardSettings
 from prefloop.loop import run_loop
+from prefloop.losses.registry import objective
 from prefloop.records import AuthorKind, Ended, Judgement, Message, PrefloopError, Role, Status, Trajectory, Valued
 from prefloop.stages.context import Run, opened
 from prefloop.stages.curating import curate_stage
@@ -77,7 +78,23 @@ def test_advantages_are_rewards_less_kl_against_their_group_s_mean(curated):
         for advantage, own in zip(np.repeat(values - values.mean(), counts), said, strict=True):
             np.testing.assert_allclose(own, advantage, atol=1e-4)
     assert data.detail["num_groups"] == len(task) and data.detail["kl_of_rollouts"] == pytest.approx(0.0, abs=1e-4)
+    gap = data.detail["sampling_mismatch"]  # sampler and trainer compute the same by different code
+    assert gap["mean"] < 1e-4 and gap["effective_share"] == pytest.approx(1.0, abs=1e-4) and not gap["num_unknown"]
     assert data.detail["reward"] == pytest.approx(np.mean(list(value.values())))
+
+
+def test_the_price_of_kl_follows_its_target(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    knobs = {"train__kl_target": 1e-6, "train__kl_horizon": 16, "train__kl_coef": 0.1, "guard__max_kl": 50.0}
+    with Store("runs/prefloop.db") as store:
+        run = Run(settings_of(**knobs), store)
+        run_loop(run)
+        first, second = (run.found(number, "train")["credit"] for number in range(2))
+    # Before the first update there is no KL, so that it gets cheaper by a fifth; 16 attempts make one whole horizon.
+    assert abs(first["kl_of_rollouts"]) < 1e-4 and first["kl_coef"] == 0.1
+    assert second["kl_coef"] == first["next_kl_coef"]
+    change = np.clip(second["kl_of_rollouts"] / 1e-6 - 1, -0.2, 0.2)
+    assert second["next_kl_coef"] == pytest.approx(second["kl_coef"] * (1 + change))
 
 
 @pytest.mark.parametrize("algorithm", ["reinforce", "rloo"])
@@ -134,7 +151,7 @@ def test_kl_costs_nothing_where_the_whole_reward_is_verified(tmp_path):
     for reward, given, expected in (({}, None, 0.05), (verified, None, 0.0), (verified, 0.3, 0.3)):
         settings = settings_of(reward=reward, train__kl_coef=given)
         with Store(str(tmp_path / "s.db")) as store:
-            assert online_knobs(Run(settings, store), settings.train)["kl_coef"] == expected
+            assert online_knobs(Run(settings, store), 0, settings.train)["kl_coef"] == expected
 
 
 def test_rendered_messages_are_not_what_was_sampled(curated):
@@ -156,7 +173,7 @@ def test_groups_whose_rewards_differ_by_noise_teach_nothing(curated):
     curate_stage(run, 0)
     train_stage(run, 0)
     assert run.found(0, "train")["credit"]["num_groups_without_spread"] < 4
-    quiet = {"min_spread": 100.0, "kl_coef": 0.0, "kl_as": "reward", "baseline": "leave_one_out"}
+    quiet = {**objective("rloo").knobs, "min_spread": 100.0, "kl_coef": 0.0}
     data = run.store.dataset(run.found(0, "curate")["valued_dataset_id"])
     before, settings = run.checkpoint_before(0), run.settings.train
     groups = update_data(run, run.policies.take(before), 0, before, rows_to_learn(run, data, settings), settings)

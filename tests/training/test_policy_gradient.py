@@ -104,7 +104,7 @@ def padded(model, groups, algorithm, old_model, reference):
             else:
                 r = torch.exp((logp - old).sum() if knobs["ratio"] == "sequence" else (logp - old).mean())
                 whole = -torch.minimum(r * adv[0], r.clamp(1 - knobs["clip_low"], 1 + knobs["clip_high"]) * adv[0])
-                losses.append(weight.mean() * whole + extra.sum())
+                losses.append(weight.mean() * whole + (extra.sum() if knobs["ratio"] == "sequence" else extra.mean()))
                 continue
             all_tokens.append(own)
             losses.append(

@@ -49,7 +49,7 @@ class Objective:
 
 
 CREDITED: Mapping[str, Any] = {
-    "min_spread": 0.0, "kl_coef": 0.05, "kl_as": "reward", "entropy_coef": 0.0,
+    "min_spread": 0.0, "kl_coef": 0.05, "kl_target": None, "kl_horizon": 10_000, "kl_as": "reward", "entropy_coef": 0.0,
     "mismatch": "truncate", "mismatch_low": 0.5, "mismatch_high": 2.0,
 }  # fmt: skip
 """Knobs of all policy gradients, with their usual defaults."""

@@ -69,6 +69,10 @@ class LossSettings(Settings):
         "divided by the longest reply",
     )
     kl_coef: float | None = Field(default=None, ge=0, description="β, the price of a nat of KL to the reference")
+    kl_target: float | None = Field(
+        default=None, gt=0, description="nats a trajectory to which kl_coef is adapted, from one iteration to the next"
+    )
+    kl_horizon: int | None = Field(default=None, ge=1, description="trajectories over which kl_coef is adapted")
     kl_as: Literal["reward", "k2", "k3"] | None = Field(
         default=None, description="KL as part of the reward, or as a loss of each token (another optimum)"
     )

@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from prefloop.losses.registry import needs_reference, resolve_knobs, resolve_par
 from prefloop.losses.settings import LossSettings
 from prefloop.records import Checkpoint, JSONObject, PrefloopError, content_hash
 from prefloop.stages.context import BEFORE, LOCK, claimed, run_id
-from prefloop.stages.fit_data import FitData, files_of, ready, select
+from prefloop.stages.fit_data import FitData, Selected, files_of, ready, select
 from prefloop.stages.fit_settings import FitProgress, FitSettings, reads, work_directory
 from prefloop.stages.looking import ancestors
 from prefloop.stages.selecting import sha256_of
@@ -46,17 +47,23 @@ class Fitted:
     done_before: bool = False
 
 
-def fit(settings: FitSettings, store: Store, output: Path, progress: FitProgress | None = None) -> Fitted:
+Check = Callable[[FitSettings, Selected], None]
+
+
+def fit(
+    settings: FitSettings, store: Store, output: Path, progress: FitProgress | None = None, check: Check | None = None
+) -> Fitted:
     """Train an objective on stored data, or go on with it where it was killed; `output` becomes the checkpoint.
 
-    A training that fails before its first step leaves neither a run nor its directory, but for the store in it.
+    `check` sees the rows before a model is loaded, and may refuse. A training that fails before its first step leaves
+    neither a run nor its directory, but for the store in it.
 
     Raises:
         PrefloopError: the output is there and comes of something else, another process is at it, or a bad row, model
             or setting, each in one line.
     """
     output = Path(os.path.relpath(output))  # one name for one place, however it is spelled
-    fitting = _Fitting(settings, store, output, progress or FitProgress())
+    fitting = _Fitting(settings, store, output, progress or FitProgress(), check)
     made_here = not (fitting.directory / LOCK).exists()
     with claimed(store, str(output), fitting.directory, fitting.recipe(), "give another --output"):
         try:
@@ -75,6 +82,7 @@ class _Fitting:
     store: Store
     output: Path
     progress: FitProgress
+    check: Check | None = None
 
     @property
     def id(self) -> str:
@@ -173,6 +181,8 @@ class _Fitting:
         settle(self.settings)
         self.progress.begin("load the model")
         settings = self._pinned()
+        if self.check is not None:
+            self.check(settings, selected)
         learner = load_learner(settings)
         self.progress.begin("render rows")
         start = circumstances(settings)

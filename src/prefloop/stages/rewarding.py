@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from prefloop.credit.gae import whiten
 from prefloop.credit.groups import Baseline, Credit, group_mean, leave_one_out, running_baseline, without_spread
 from prefloop.credit.settings import RewardSettings
-from prefloop.credit.shaping import shaped, weighted_sum
+from prefloop.credit.shaping import adapted_kl_coef, shaped, weighted_sum
 from prefloop.records import Dataset, Ended, JSONObject, Judgement, PrefloopError, Source, Status, Trajectory, Valued
 from prefloop.stages.context import Run
 
@@ -118,8 +118,12 @@ def credit_groups(
         "num_groups": len(groups),
         "num_groups_without_spread": len(set(group_S[flat_S].tolist())),
         "kl_of_rollouts": float(kl_S.mean()) if pays else None,
+        "kl_coef": knobs["kl_coef"],
         "baseline": {"total": after.total, "num": after.num},
     }
+    if pays and knobs["kl_target"] is not None:
+        how = {"horizon": knobs["kl_horizon"], "num": len(reward_S)}
+        detail["next_kl_coef"] = adapted_kl_coef(knobs["kl_coef"], float(kl_S.mean()), knobs["kl_target"], **how)
     return Credited(credited, detail)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +19,8 @@ from prefloop.stages.rewarding import check_sampled, credit_groups
 from prefloop.stages.rollouts import iteration_rollouts
 from prefloop.stages.selecting import Corpus, Rows, Skips, read_corpus, rows_of_dataset
 from prefloop.training.settings import UpdateSettings
+
+Floats = NDArray[np.floating[Any]]
 
 if TYPE_CHECKING:
     from torch import nn
@@ -105,11 +107,14 @@ def _of_rollouts(
     run: Run, policy: Policy, iteration: int, reference: str, rollouts: _Rollouts, settings: UpdateSettings
 ) -> UpdateData:
     """Groups of rollouts by task, each token with its advantage."""
+    import torch
+
+    from prefloop.losses.mismatch import sampling_mismatch
     from prefloop.training.logprobs import logprobs_of
     from prefloop.training.policy_gradient import PolicyGradient
 
     sampling = run.settings.rollout.sampling
-    knobs = online_knobs(run, settings)
+    knobs = online_knobs(run, iteration, settings)
     algorithm = PolicyGradient(settings.algorithm, knobs, sampling.temperature, sampling.max_new_tokens)
     groups, reward_S = _groups(rollouts)
     options: dict[str, Any] = {"max_tokens": settings.max_tokens, "autocast": settings.precision == "bfloat16"}
@@ -117,17 +122,36 @@ def _of_rollouts(
     groups = [replace(group, old_logprob=old) for group, old in zip(groups, olds, strict=True)]
     if knobs["kl_coef"]:
         groups = _with_reference(run, reference, settings, sampling.temperature)(groups)
-    before = (run.found(iteration - 1, "train") or {}).get("credit", {}).get("baseline", {})
-    credited = credit_groups(groups, reward_S, knobs, Baseline(**before))
-    return UpdateData(algorithm, list(credited.groups), [], detail=credited.detail)
+    gap = sampling_mismatch(*(torch.from_numpy(np.concatenate(own)) for own in _own_logprobs(groups)))
+    credited = credit_groups(groups, reward_S, knobs, Baseline(**_credit_before(run, iteration).get("baseline", {})))
+    detail = {**credited.detail, "sampling_mismatch": asdict(gap)}
+    return UpdateData(algorithm, list(credited.groups), [], detail=detail)
 
 
-def online_knobs(run: Run, settings: UpdateSettings) -> dict[str, Any]:
-    """The knobs of an objective of rollouts; where the whole reward is verified, KL costs nothing unless it is set."""
+def _own_logprobs(groups: Sequence[RolloutGroup]) -> tuple[list[Floats], list[Floats]]:
+    """The log-probs of own tokens, path by path: the trainer's, and those that they were sampled with."""
+    paths = [path for group in groups for sample in group.samples for path in sample]
+    olds = [array for group in groups for array in group.old_logprob]
+    own = [array[path.loss_mask] for array, path in zip(olds, paths, strict=True)]
+    return own, [path.logprob[path.loss_mask] for path in paths]
+
+
+def online_knobs(run: Run, iteration: int, settings: UpdateSettings) -> dict[str, Any]:
+    """The knobs of an objective of rollouts in an iteration.
+
+    Where the whole reward is verified, KL costs nothing unless it is set; where it has a target, what it costs follows
+    from the iteration before.
+    """
     knobs = resolve_knobs(settings.algorithm, settings)
     if settings.kl_coef is None and not run.settings.reward.judge:
         knobs["kl_coef"] = 0.0
+    knobs["kl_coef"] = _credit_before(run, iteration).get("next_kl_coef", knobs["kl_coef"])
     return knobs
+
+
+def _credit_before(run: Run, iteration: int) -> JSONObject:
+    """What was noted of credit in the iteration before; nothing in the first."""
+    return dict((run.found(iteration - 1, "train") or {}).get("credit", {})) if iteration else {}
 
 
 def _groups(rollouts: _Rollouts) -> tuple[list[RolloutGroup], NDArray[np.float64]]:

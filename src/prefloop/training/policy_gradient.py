@@ -77,7 +77,7 @@ class PolicyGradient(OwnTokens):
         tokens = _Tokens(visit_U, sample_U, batch.num_samples, logprob_U, old_U, advantage_U)
         value, added_U = self._gained(tokens, batch), self._added(tokens, batch, output_V)
         if self.knobs["ratio"] in EXPONENTS:  # of samples already
-            value = value + tokens.sums(added_U)
+            value = value + (tokens.means if self.knobs["ratio"] == "sequence_mean" else tokens.sums)(added_U)
         else:
             value = self._reduced(value + added_U, tokens)
         unit: Unit = "loss token" if self.knobs["denominator"] == "tokens" else "sample"
