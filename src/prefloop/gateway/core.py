@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from urllib.parse import quote
 
 from prefloop.chat import ChatRenderer
+from prefloop.chat.template import StoppedError, stoppable
 from prefloop.clients.sampling import Sampled, SamplingSettings
 from prefloop.environments.base import Outcome
 from prefloop.gateway.batcher import Batcher, Job
@@ -137,25 +139,35 @@ class Gateway:
         Raises:
             RefusedError: it is not open, or it cannot be written now: it is closed all the same, and will be written.
         """
-        rollout = self._closed_now(name, outcome, ended, extra)
+        with self._lock:
+            episode = self._open.get(name)
+        if episode is None:
+            raise self._not_open(name)
+        with self._halted(episode):
+            if self._open.get(name) is not episode:
+                raise self._not_open(name)
+            rollout = self._closed_now(episode, outcome, ended, extra)
         self._keeper.keep(name)
         return rollout
 
+    @contextmanager
+    def _halted(self, episode: OpenEpisode) -> Iterator[None]:
+        """Within, nothing of an episode that is over is being rendered; what was has been given up."""
+        episode.over = True
+        with episode.rendering, self._lock:
+            yield
+
     def _closed_now(
-        self, name: Name, outcome: Outcome | None, ended: Ended | None = None, extra: Mapping[str, str] | None = None
+        self, episode: OpenEpisode, outcome: Outcome | None, ended: Ended | None, extra: Mapping[str, str]
     ) -> Rollout:
-        """End an episode and leave the writing to the keeper."""
-        with self._lock:
-            episode = self._open.get(name)
-            if episode is None:
-                raise self._not_open(name)
-            self._abandon(episode, RefusedError(409, "episode_closed", f"episode {name[1]!r} was closed"))
-            found = outcome or episode.posted
-            rollout = episode.close(self.provenance, found, ended, extra, group_seeded=self._group_seeded)
-            del self._open[name]
-            self._closed.add(name)
-            if not episode.owned:
-                self._keeper.put(name, rollout, episode.attempt.task)
+        """End an episode that is halted, and leave the writing to the keeper."""
+        self._abandon(episode, _was_closed(episode.name))
+        found = outcome or episode.posted
+        rollout = episode.close(self.provenance, found, ended, extra, group_seeded=self._group_seeded)
+        del self._open[episode.name]
+        self._closed.add(episode.name)
+        if not episode.owned:
+            self._keeper.put(episode.name, rollout, episode.attempt.task)
         self._batcher.release(episode.keys)
         return rollout
 
@@ -198,8 +210,9 @@ class Gateway:
         """
         self.drain()
         with self._lock:
-            for episode in [episode for episode in self._open.values() if not episode.owned]:
-                self._end(episode, Ended.INTERRUPTED)
+            left = [episode for episode in self._open.values() if not episode.owned]
+        for episode in left:
+            self._end(episode, Ended.INTERRUPTED)
         failed = self.keep_closed()
         if failed is not None:
             raise failed
@@ -221,39 +234,62 @@ class Gateway:
                 if now - episode.opened_at > limits.episode_deadline_s
                 or (not episode.in_work and now - episode.last_at > limits.idle_deadline_s)
             ]
-            for episode in overdue:
-                episode.stop(Ended.DEADLINE)
-                self._abandon(
-                    episode, RefusedError(504, "episode_deadline", f"episode {episode.name[1]!r} took too long")
-                )
-                if not episode.owned:
-                    self._end(episode, Ended.DEADLINE)
+        for episode in overdue:
+            self._end(episode, Ended.DEADLINE)
 
     def _end(self, episode: OpenEpisode, ended: Ended) -> None:
-        """Close an episode that nobody closed; one in which nothing was asked is forgotten."""
-        if episode.is_empty:
-            del self._open[episode.name]
-            self._closed.add(episode.name)
-            return
-        if episode.ended is None:
-            episode.stop(ended)
-        self._closed_now(episode.name, None)
+        """End an episode, and close it unless it has an owner; one in which nothing was asked is forgotten."""
+        with self._halted(episode):
+            if self._open.get(episode.name) is not episode:
+                return
+            if episode.ended is None:
+                episode.stop(ended)
+            if ended is Ended.DEADLINE:
+                self._abandon(episode, _took_too_long(episode.name))
+            if episode.owned:
+                return
+            if episode.is_empty:
+                del self._open[episode.name]
+                self._closed.add(episode.name)
+            else:
+                self._closed_now(episode, None, None, {})
 
     def _not_open(self, name: Name) -> RefusedError:
         if name in self._closed:
-            return RefusedError(409, "episode_closed", f"episode {name[1]!r} was closed: use another id")
-        return RefusedError(404, "unknown_episode", f"there is no open episode {name[1]!r}")
+            return _was_closed(name)
+        of_task = f" of task {name[0]!r}" if name[0] else ""
+        return RefusedError(404, "unknown_episode", f"there is no open episode {name[1]!r}{of_task}")
 
     # --- replies ------------------------------------------------------------------------------------------------
 
-    def begin(self, name: Name, asked: Asked) -> tuple[OpenEpisode, Turn, SamplingSettings]:
-        """Make the next turn of an episode, which is opened if it is new.
+    def begin(
+        self, name: Name, asked: Asked, unwanted: Callable[[], bool] = lambda: False
+    ) -> tuple[OpenEpisode, Turn, SamplingSettings]:
+        """Make the next turn of an episode, which is opened if it is new; stops where it becomes `unwanted`.
 
-        Whoever begins a turn hands it to `submit` and then to `finish` or `give_up`.
+        A long conversation takes a while, in which only requests of the same episode wait. Whoever begins a turn
+        hands it to `submit` and then to `finish` or `give_up`.
 
         Raises:
             RefusedError: the episode is over, the queue is full, or as `OpenEpisode.begin`.
         """
+        episode = self._admitted(name, asked)
+        begun = False
+        try:
+            with episode.rendering, stoppable(lambda: episode.over or unwanted()):
+                self._check_going_on(episode)
+                turn = episode.begin(asked.messages, asked.tools, asked.seed, self.max_context)
+            begun = True
+        except StoppedError:
+            raise _took_too_long(name) if episode.ended is Ended.DEADLINE else _was_closed(name) from None
+        finally:
+            if not begun:
+                with self._lock:
+                    self._num_in_work -= 1
+        return episode, turn, self._settings_of(asked, self.max_context - len(turn.context))
+
+    def _admitted(self, name: Name, asked: Asked) -> OpenEpisode:
+        """The episode of a request, which counts as in work from now on."""
         with self._lock:
             if self._draining:
                 raise _stopping()
@@ -268,13 +304,17 @@ class Gateway:
                 episode = self.open(name)
                 # Another gateway may have been killed in the middle of it: what was said there is not known here.
                 episode.began_midway = any(message.role is Role.ASSISTANT for message in asked.messages)
+            self._num_in_work += 1
+            return episode
+
+    def _check_going_on(self, episode: OpenEpisode) -> None:
+        with self._lock:
             if episode.ended is None and episode.num_turns >= self.settings.max_turns:
                 episode.stop(Ended.MAX_TURNS)
             if episode.ended is not None:
                 raise RefusedError(409, f"episode_{episode.ended.value}", _why_over(episode.ended, self.settings))
-            turn = episode.begin(asked.messages, asked.tools, asked.seed, self.max_context)
-            self._num_in_work += 1
-            return episode, turn, self._settings_of(asked, self.max_context - len(turn.context))
+            if episode.over:
+                raise _was_closed(episode.name)
 
     def _settings_of(self, asked: Asked, room: int) -> SamplingSettings:
         update: JSONObject = {"max_new_tokens": min(asked.max_tokens or room, self._sampling.max_new_tokens, room)}
@@ -328,6 +368,14 @@ def key_of(name: Name, token: str = "") -> str:
 
 def _stopping() -> RefusedError:
     return RefusedError(503, "shutting_down", "the gateway is shutting down", retry_after_s=5)
+
+
+def _was_closed(name: Name) -> RefusedError:
+    return RefusedError(409, "episode_closed", f"episode {name[1]!r} of task {name[0]!r} was closed: use another id")
+
+
+def _took_too_long(name: Name) -> RefusedError:
+    return RefusedError(504, "episode_deadline", f"episode {name[1]!r} of task {name[0]!r} took too long")
 
 
 def _why_over(ended: Ended, settings: GatewaySettings) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -88,6 +89,8 @@ class OpenEpisode:
         self.began_midway = False
         self.opened_at = self.last_at = time.monotonic()
         self.in_work: set[Turn] = set()
+        self.rendering = threading.Lock()  # held while a request is rendered; taken before the gateway's lock
+        self.over = False  # closed, or about to be: what is being rendered is wanted no more
         self._number = 0  # of turns begun
         self._voice = voice
         self._threads: list[OpenThread] = []
@@ -123,6 +126,8 @@ class OpenEpisode:
                 by length, unless the agent goes on with less).
         """
         self.last_at = time.monotonic()
+        if len(messages) > max_context:  # each is a token at least
+            raise self._too_long(max_context, f"{len(messages)} messages")
         if (num_chars := _num_chars(messages, tools)) > CHARS_PER_TOKEN * max_context:
             raise self._too_long(max_context, f"{num_chars} characters")
         try:
@@ -139,6 +144,7 @@ class OpenEpisode:
         thread.busy, self._overflown = True, False
         # Another seed for each turn: a context that is written anew meets positions that were drawn before.
         turn = Turn(thread, self._number, context, derived_seed(thread.key, len(thread.turns), seed))
+        self.last_at = time.monotonic()
         self._number += 1
         self.in_work.add(turn)
         return turn
@@ -194,11 +200,13 @@ class OpenEpisode:
 
     def finish(self, turn: Turn, sampled: Sampled) -> Message:
         """Add what the policy said; the message."""
-        self.give_up(turn)
         thread, cut = turn.thread, sampled.stopped == "length"
-        said = self._voice.read(sampled.token, turn.context, thread.tools)
-        message = numbered(said, turn.number)
-        thread.say(sampled.token, sampled.logprob, message, cut=cut)
+        try:
+            said = self._voice.read(sampled.token, turn.context, thread.tools)
+            message = numbered(said, turn.number)
+            thread.say(sampled.token, sampled.logprob, message, cut=cut)
+        finally:  # not before: a request that is being rendered may not go on with a thread that is being added to
+            self.give_up(turn)
         self._cut = cut
         return message
 
@@ -279,5 +287,7 @@ class OpenEpisode:
 
 
 def _num_chars(messages: Sequence[Message], tools: Sequence[JSONObject]) -> int:
-    """How long what every template shows is: contents and tools."""
-    return sum(len(message.content) for message in messages) + sum(len(json.dumps(tool)) for tool in tools)
+    """How long what every template shows is: contents, arguments of calls, and tools."""
+    calls = [call.arguments for message in messages for call in message.tool_calls]
+    shown = sum(len(a) if isinstance(a, str) else len(json.dumps(a, ensure_ascii=False)) for a in calls)
+    return shown + sum(len(message.content) for message in messages) + sum(len(json.dumps(tool)) for tool in tools)

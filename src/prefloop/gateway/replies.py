@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prefloop.clients.sampling import Sampled
+from prefloop.clients.sampling import Sampled, SamplingSettings
 from prefloop.gateway import wire
 from prefloop.gateway.batcher import Job
 from prefloop.gateway.core import Gateway
@@ -26,6 +28,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 JSON_TYPE = (b"content-type", b"application/json")
 STREAM_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+
+
+NUM_RENDERERS = 2  # a long conversation keeps one busy for seconds
+LONG_CONVERSATION = 32  # messages
+LONG_TEXT = 20_000  # characters: some milliseconds of work
+Begun = tuple[OpenEpisode, Turn, SamplingSettings]
 
 
 class GoneError(Exception):
@@ -100,6 +108,8 @@ class Replies:
         self._model = model
         self._loop = asyncio.get_running_loop()
         self._mailbox = Mailbox(self._loop)
+        self._renderers = ThreadPoolExecutor(NUM_RENDERERS, thread_name_prefix="prefloop-renderer")
+        self._rendering: Counter[Name] = Counter()  # requests that another thread renders
 
     async def answer(self, name: Name, asked: wire.Asked, receive: Receive, send: Send) -> None:
         """Sample and send a reply; a client that leaves ends the sampling.
@@ -107,25 +117,64 @@ class Replies:
         Raises:
             RefusedError: before anything was sent.
         """
-        episode, turn, settings = self._gateway.begin(name, asked)
         watch = asyncio.ensure_future(receive())
+        deadline = self._loop.time() + self._gateway.settings.request_deadline_s
+        try:
+            begun = await self._begin(name, asked, watch, deadline)
+            await self._reply(begun, asked, watch, deadline, send)
+        except GoneError:
+            pass
+        finally:
+            watch.cancel()
+
+    async def _begin(self, name: Name, asked: wire.Asked, watch: asyncio.Future[Any], deadline: float) -> Begun:
+        """Make the turn; a long conversation in another thread, as is all that would have to wait for one."""
+        if not self._rendering[name] and not _is_long(asked.messages):
+            return self._gateway.begin(name, asked)
+        unwanted = threading.Event()
+        self._rendering[name] += 1
+        work = self._loop.run_in_executor(self._renderers, self._gateway.begin, name, asked, unwanted.is_set)
+        work.add_done_callback(lambda _: self._rendered(name))
+        try:
+            left = deadline - self._loop.time()
+            done, _ = await asyncio.wait({work, watch}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if watch in done:
+                raise GoneError
+            if not done:
+                raise self._too_late()
+        except BaseException:
+            unwanted.set()
+            work.add_done_callback(self._give_up)
+            raise
+        return work.result()
+
+    def _rendered(self, name: Name) -> None:
+        self._rendering[name] -= 1
+        if not self._rendering[name]:
+            del self._rendering[name]
+
+    def _give_up(self, work: asyncio.Future[Begun]) -> None:
+        """A turn that nobody waits for is wanted no more; it may have been made all the same."""
+        if not work.cancelled() and work.exception() is None:
+            self._gateway.give_up(*work.result()[:2])
+
+    async def _reply(
+        self, begun: Begun, asked: wire.Asked, watch: asyncio.Future[Any], deadline: float, send: Send
+    ) -> None:
+        episode, turn, settings = begun
         try:
             pending = Pending(self._loop, self._mailbox)
             on_tokens = pending.on_tokens if asked.stream else None
             job = Job(turn.thread.key, turn.context, turn.seed, settings, pending.on_done, on_tokens)
             self._gateway.submit(turn, job)
             reply = Reply(self._gateway, episode, turn, asked, self._head(episode, turn))
-            deadline = self._loop.time() + self._gateway.settings.request_deadline_s
             if asked.stream:
                 await self._stream(reply, pending, watch, deadline, send)
             else:
                 sampled = await self._whole(pending, watch, deadline)
                 body = wire.encoded(reply.whole(sampled))
                 await respond(send, 200, body)
-        except GoneError:
-            pass
         finally:
-            watch.cancel()
             self._gateway.give_up(episode, turn)
 
     def _head(self, episode: OpenEpisode, turn: Turn) -> wire.Head:
@@ -144,7 +193,10 @@ class Replies:
             raise GoneError
         if done:
             return pending.read()
-        raise RefusedError(504, "deadline", f"no reply within {self._gateway.settings.request_deadline_s:g} s")
+        raise self._too_late()
+
+    def _too_late(self) -> RefusedError:
+        return RefusedError(504, "deadline", f"no reply within {self._gateway.settings.request_deadline_s:g} s")
 
     async def _whole(self, pending: Pending, watch: asyncio.Future[Any], deadline: float) -> Sampled:
         while (sampled := await self._news(pending, watch, deadline)) is None:
@@ -224,6 +276,14 @@ class Reply:
 def _calls(message: Message) -> JSONObject:
     calls = [{"index": index, **wire.shown_call(call)} for index, call in enumerate(message.tool_calls)]
     return {"tool_calls": calls} if calls else {}
+
+
+def _is_long(messages: Sequence[Message]) -> bool:
+    if len(messages) > LONG_CONVERSATION:
+        return True
+    texts = (len(message.content) + len(message.reasoning_content) for message in messages)
+    calls = (len(str(call.arguments)) for message in messages for call in message.tool_calls)
+    return sum(texts) + sum(calls) > LONG_TEXT
 
 
 def as_refusal(error: Exception) -> RefusedError:
