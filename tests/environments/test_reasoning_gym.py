@@ -46,6 +46,27 @@ def test_own_answers_score_one_and_nonsense_does_not(dataset, split):
         assert not answer(gym, task, "<answer>I do not know</answer>").success
 
 
+def test_own_answers_score_one_in_every_dataset_that_has_them():
+    from reasoning_gym.factory import DATASETS as ALL
+
+    without = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}  # many answers are right
+    config = {"datasets": [{"name": name, "weight": 1.0, "config": {}} for name in ("gcd", "lcm")]}
+    scores = {}
+    for dataset in sorted(ALL.keys() - without):
+        gym = make(dataset, config=config if dataset == "composite" else {}, seed=1)
+        (task,) = gym.tasks(Split.TRAIN, 1)
+        scores[dataset] = answer(gym, task, f"<answer>{own_answer(gym, task)}</answer>").value
+    assert len(scores) >= 101
+    assert {dataset: score for dataset, score in scores.items() if score != 1.0} == {}
+
+
+@pytest.mark.parametrize("dataset", ["emoji_mystery", "rectangle_count", "sokoban"])
+def test_questions_of_signs_are_told_apart(dataset):
+    gym = make(dataset)
+    tasks = [*gym.tasks(Split.TRAIN, 16), *gym.tasks(Split.HELD_OUT, 4)]
+    assert len({task.cluster for task in tasks}) == 20
+
+
 def test_the_last_tags_count_and_without_tags_the_whole_text():
     gym = make()
     (task,) = gym.tasks(Split.TRAIN, 1)
@@ -87,6 +108,8 @@ def test_unknown_datasets_configs_and_foreign_tasks_are_refused():
         make("chain_summ").tasks(Split.TRAIN, 1)
     with pytest.raises(PrefloopError, match="refuses its config"):
         make(config={"bogus": 1}).tasks(Split.TRAIN, 1)
+    with pytest.raises(PrefloopError, match="refuses its config"):
+        make("composite", config={"datasets": [{"nmae": "gcd"}]}).tasks(Split.TRAIN, 1)
     gym = make()
     (task,) = gym.tasks(Split.TRAIN, 1)
     foreign = Task(task.environment, task.specification, task.seed, (Message(Role.USER, "1 + 1?"),))
