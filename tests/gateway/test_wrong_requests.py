@@ -9,7 +9,9 @@ import pytest
 from gateway_runs import served
 from test_limits import QUESTION, ask, refused
 
-from prefloop.records import Message
+from prefloop.config import parse_settings
+from prefloop.gateway import GatewaySettings
+from prefloop.records import Message, PrefloopError
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +23,16 @@ def gateway():
 @pytest.mark.parametrize(
     ("body", "code", "told"),
     [
-        ({"n": 2}, "unsupported_parameter", "n: 2 is not supported"),
+        (
+            {"n": 2},
+            "unsupported_parameter",
+            'n: 2 is not supported: leave it out, or have it ignored (gateway.ignore = ["n"])',
+        ),
         ({"stop": ["x"]}, "unsupported_parameter", "stop"),
         ({"top_logprobs": 3, "logprobs": True}, "unsupported_parameter", "top_logprobs"),
         ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
-        ({"tool_choice": "required"}, "unsupported_parameter", "only 'auto' and 'none'"),
+        ({"tool_choice": "required"}, "unsupported_parameter", 'tool_choice: "required" is not supported'),
+        ({"tool_choice": {"type": "function"}}, "unsupported_parameter", "tool_choice"),
         ({"presence_penalty": 0.5}, "unsupported_parameter", "presence_penalty"),
         ({"top_k": 5}, "unsupported_parameter", "top_k: this key is not known"),
         ({"temperature": 3}, "invalid_value", "from 0 to 2, not 3"),
@@ -56,6 +63,24 @@ def test_keys_that_change_nothing_are_taken(gateway):
         "logit_bias": {}, "reasoning_effort": "low",
     }  # fmt: skip
     assert ask(gateway.client("harmless"), extra_body=harmless).choices[0].message.role == "assistant"
+
+
+def test_the_owner_may_have_keys_ignored():
+    keys = {"stop": ["x"], "tool_choice": "required", "response_format": {"type": "json_object"}, "top_k": 5}
+    with served(ignore=list(keys)) as gateway:
+        assert ask(gateway.client("ignored"), extra_body=keys).choices[0].message.role == "assistant"
+        refused(lambda: ask(gateway.client("other"), extra_body={"n": 2}), 400, "unsupported_parameter")
+
+
+def test_what_is_done_cannot_be_ignored():
+    with pytest.raises(PrefloopError, match="what a request asks for by 'seed' is done here"):
+        parse_settings(GatewaySettings, {"ignore": ["stop", "seed"]}, "run.toml")
+
+
+def test_another_api_says_which_one_is_served(gateway):
+    answer = gateway.post("/v1/responses", {"input": "hi"}, authorization="Bearer none/t/e")
+    assert answer.status_code == 404
+    assert "set the client to chat completions (POST /v1/chat/completions)" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

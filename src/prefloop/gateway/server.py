@@ -29,6 +29,8 @@ HOW_TO_NAME = (
     "say which task and episode this is: headers X-Prefloop-Task and X-Prefloop-Episode, or the API key "
     "TOKEN/TASK/EPISODE (none/TASK/EPISODE where no token is set), percent-encoded"
 )
+OTHER_APIS = ("/v1/responses", "/v1/completions", "/v1/messages", "/v1/embeddings")
+CHAT_INSTEAD = ": set the client to chat completions (POST /v1/chat/completions)"
 log = logging.getLogger(__name__)
 _OUTCOME_KEYS = OUTCOME_KEYS | {"task", "episode", "reason"}
 
@@ -84,14 +86,15 @@ class App:
         self._check_host(headers)
         name = self._authorized(headers, needed=path != "/health")
         if (method, path) == ("POST", "/v1/chat/completions"):
-            asked = read_request(await self._body(headers, receive))
+            asked = read_request(await self._body(headers, receive), self._gateway.settings.ignore)
             if self._replies is None:
                 self._replies = Replies(self._gateway, self._model)
             await self._replies.answer(_whole(name), asked, receive, send)
             return
         route = self._routes.get((method, path))
         if route is None:
-            raise RefusedError(404, "unknown_route", f"{method} {path} is not served here")
+            advice = CHAT_INSTEAD if path in OTHER_APIS else ""
+            raise RefusedError(404, "unknown_route", f"{method} {path} is not served here{advice}")
         body = await self._body(headers, receive) if method == "POST" else {}
         await respond(send, 200, encoded(await route(name, body)))
 

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from prefloop.config import Settings
+
+DONE = frozenset({
+    "messages", "tools", "temperature", "top_p", "max_tokens", "max_completion_tokens", "seed", "logprobs", "stream",
+    "stream_options",
+})  # fmt: skip
+"""Keys of a request that are read and done."""
 
 
 class GatewaySettings(Settings):
@@ -18,7 +24,7 @@ class GatewaySettings(Settings):
     `max_episodes` the open episodes. A request that takes longer than `request_deadline_s` is refused; an episode
     that has been open for `episode_deadline_s`, or asked for nothing during `idle_deadline_s`, ends. `max_turns`
     bounds an episode's assistant messages, `max_context` the tokens of a conversation (the model's own limit when
-    left out).
+    left out). Requests may hold the keys that `ignore` names, such as `stop`, and what they ask for is not done.
     """
 
     port: int = Field(default=8420, ge=0, le=65535)
@@ -34,3 +40,11 @@ class GatewaySettings(Settings):
     request_deadline_s: float = Field(default=300.0, gt=0.0)
     idle_deadline_s: float = Field(default=900.0, gt=0.0)
     episode_deadline_s: float = Field(default=3600.0, gt=0.0)
+    ignore: list[str] = Field(default_factory=list)
+
+    @field_validator("ignore")
+    @classmethod
+    def _not_done_anyway(cls, keys: list[str]) -> list[str]:
+        if done := sorted(DONE.intersection(keys)):
+            raise ValueError(f"what a request asks for by {done[0]!r} is done here: leave it out of the list")
+        return keys

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from prefloop.clients.sampling import Sampled
 from prefloop.gateway.refusal import RefusedError
+from prefloop.gateway.settings import DONE
 from prefloop.records import JSONObject, Message, PrefloopError, ToolCall
 from prefloop.records.strict_json import load_json
 
@@ -16,10 +17,6 @@ MAX_DEPTH: Final = 100  # of a body: what it holds of messages and tools nests l
 HARMLESS: Final = frozenset({
     "model", "user", "metadata", "store", "parallel_tool_calls", "service_tier", "safety_identifier",
     "prompt_cache_key", "prompt_cache_retention", "reasoning_effort", "verbosity",
-})  # fmt: skip
-READ: Final = frozenset({
-    "messages", "tools", "tool_choice", "temperature", "top_p", "max_tokens", "max_completion_tokens", "seed",
-    "logprobs", "stream", "stream_options",
 })  # fmt: skip
 # Keys that are good at one value alone, beside null: what they would otherwise ask for is not done.
 FIXED: Final[Mapping[str, tuple[object, ...]]] = {
@@ -31,6 +28,7 @@ FIXED: Final[Mapping[str, tuple[object, ...]]] = {
     "logit_bias": ({},),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
+    "tool_choice": ("auto", "none"),
 }
 
 
@@ -64,22 +62,20 @@ def read_json(body: bytes) -> JSONObject:
     return value
 
 
-def read_request(raw: JSONObject) -> Asked:
-    """A chat-completions request.
+def read_request(raw: JSONObject, ignore: Collection[str] = ()) -> Asked:
+    """A chat-completions request; what the keys in `ignore` ask for is not done.
 
     Raises:
         RefusedError: naming the key that is missing, wrong, unknown, or asks for what is not done here.
     """
     for key, value in raw.items():
         if key in FIXED:
-            if value is not None and value not in FIXED[key]:
-                raise _unsupported(key, f"{json.dumps(value)[:60]} is not supported: leave it out")
-        elif key not in HARMLESS and key not in READ:
-            raise _unsupported(key, "this key is not known here: leave it out")
+            if value is not None and value not in FIXED[key] and key not in ignore:
+                raise _unsupported(key, f"{json.dumps(value)[:60]} is not supported")
+        elif key not in HARMLESS and key not in DONE and key not in ignore:
+            raise _unsupported(key, "this key is not known here")
     tools = _tools(raw.get("tools"))
     choice = raw.get("tool_choice")
-    if choice not in (None, "auto", "none"):
-        raise _unsupported("tool_choice", "only 'auto' and 'none' are supported")
     budgets = [_number(raw, key, int, 1, 1 << 31) for key in ("max_completion_tokens", "max_tokens")]
     options = raw.get("stream_options") or {}
     if not isinstance(options, dict):
@@ -149,7 +145,8 @@ def _wrong(key: str, expected: str, found: object) -> RefusedError:
 
 
 def _unsupported(key: str, why: str) -> RefusedError:
-    return RefusedError(400, "unsupported_parameter", f"{key}: {why}", param=key)
+    advice = f"leave it out, or have it ignored (gateway.ignore = [{json.dumps(key)}])"
+    return RefusedError(400, "unsupported_parameter", f"{key}: {why}: {advice}", param=key)
 
 
 def _kind(value: object) -> str:
