@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from prefloop.environments.base import Outcome
 from prefloop.gateway.episodes import OpenEpisode, Voice
 from prefloop.gateway.refusal import RefusedError
 from prefloop.gateway.threads import says_the_same
+from prefloop.gateway.wire import shown_message
 from prefloop.models.initial import CHAT_TEMPLATE, CONTROL, train_tokenizer
 from prefloop.records import Ended, Message, Role, Source, Task, ToolCall
 from prefloop.rollout import Attempt
@@ -145,6 +147,20 @@ def test_calls_are_the_same_by_what_they_say_and_which_they_are():
     assert not says_the_same(turn(ToolCall("look", {"a": 2, "b": [2]}, "call_0_0")), ours)
     assert not says_the_same(turn(ToolCall("look", {"a": 1, "b": [2]}, "call_1_0")), ours)
     assert not says_the_same(Message(Role.USER, ""), ours)
+
+
+@pytest.mark.parametrize(
+    "arguments", ['"arguments": "{\\"a\\": 1}"', '"arguments": null', '"parameters": {"a": 1}', '"arguments": {"a": 1,']
+)
+def test_a_call_however_it_was_written_comes_back_as_the_same_turn(arguments):
+    talk, messages = Talk(), [user("one")]
+    for _ in range(3):
+        said = talk.ask(messages, f'<tool_call>{{"name": "look", {arguments}}}</tool_call>', [TOOL])
+        echo = Message.from_dict(json.loads(json.dumps(shown_message(said))))
+        messages += [echo, Message(Role.TOOL, "a wall", tool_call_id=echo.tool_calls[0].id)]
+    trajectory = talk.close()
+    assert (len(trajectory.threads), len(trajectory.messages)) == (1, 6)
+    assert_whole(talk, trajectory)
 
 
 def test_reasoning_that_a_framework_dropped_is_kept_where_the_template_shows_it():

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefloop.chat import ChatRenderer, PathBuilder
-from prefloop.records import JSONObject, Message, Role, Source, Thread, TokenPath
+from prefloop.records import JSONObject, Message, Role, Source, Thread, TokenPath, ToolCall, parse_arguments
 
 Tokens = NDArray[np.int32]
 
@@ -26,6 +26,7 @@ def says_the_same(theirs: Message, ours: Message) -> bool:
     """Whether a message that an agent sends back is the one of ours.
 
     Frameworks drop the reasoning of an assistant's turn, the content beside its tool calls, and space around it.
+    Arguments are sent as text, so that a malformed call whose text is a JSON object comes back as an object.
     """
     if theirs.role is not ours.role or theirs.tool_call_id != ours.tool_call_id:
         return False
@@ -33,7 +34,11 @@ def says_the_same(theirs: Message, ours: Message) -> bool:
         return theirs.content == ours.content
     content = theirs.content.strip()
     same_content = content == ours.content.strip() or bool(ours.tool_calls and not content)
-    return same_content and theirs.tool_calls == ours.tool_calls
+    return same_content and list(map(_as_sent, theirs.tool_calls)) == list(map(_as_sent, ours.tool_calls))
+
+
+def _as_sent(call: ToolCall) -> ToolCall:
+    return replace(call, arguments=parse_arguments(call.arguments)) if isinstance(call.arguments, str) else call
 
 
 class OpenThread:

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, Protocol
 
-from prefloop.records import JSONObject, ToolCall
+from prefloop.records import JSONObject, ToolCall, parse_arguments
 from prefloop.records.strict_json import load_json
 
+BESIDE_ARGUMENTS: Final = frozenset({"name", "type", "id"})  # keys of a JSON call that are known and may be there
 _NAME: Final = re.compile(r'"name"\s*:\s*"([^"\\]{1,128})"')
 
 
@@ -45,7 +46,8 @@ class CallFormat(Protocol):
 def read_json_call(text: str, arguments_keys: Sequence[str]) -> ToolCall | None:
     """The tool call that a JSON text describes, its arguments under one of the keys; None where there is no name.
 
-    A broken one whose name can be read keeps the text as its arguments.
+    The arguments may be written as an object, as a JSON text of one, or as null. A broken call whose name can be read
+    keeps the text as its arguments, as does one that says more than a call does: it would be lost.
     """
     try:
         value = load_json(text)
@@ -53,8 +55,11 @@ def read_json_call(text: str, arguments_keys: Sequence[str]) -> ToolCall | None:
         value = None
     if isinstance(value, dict):
         name = value.get("name")
-        arguments: Any = next((value[key] for key in arguments_keys if key in value), {})
-        if isinstance(name, str) and name and isinstance(arguments, dict):
+        keys = [key for key in arguments_keys if key in value]
+        arguments: Any = value[keys[0]] if keys else {}
+        arguments = parse_arguments(arguments) if isinstance(arguments, str) else {} if arguments is None else arguments
+        whole = len(keys) <= 1 and value.keys() <= {*keys, *BESIDE_ARGUMENTS}
+        if isinstance(name, str) and name and isinstance(arguments, dict) and whole:
             return ToolCall(name, arguments)
     found = _NAME.search(text)
     return ToolCall(found.group(1), text.strip()) if found else None

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Final
 
-from prefloop.chat.calls.base import Placed, Reading, read_json_call
+from prefloop.chat.calls.base import BESIDE_ARGUMENTS, Placed, Reading, read_json_call
 from prefloop.records import JSONObject, ToolCall
 from prefloop.records.strict_json import is_storable
 
@@ -17,6 +17,7 @@ _KEYS: Final = ("parameters", "arguments")
 _BUILT_IN: Final = re.compile(r"([A-Za-z_]\w{0,127})\.call\((.*)\)", re.DOTALL)
 _BETWEEN: Final = re.compile(r"\s*[;,]?\s*")
 _STARTS: Final = re.compile(r'\{\s*"(?:name|type|parameters|arguments|function)"')  # other JSON is an answer
+_OF_CALLS: Final = frozenset({*_KEYS, "function"})
 
 
 class Llama3:
@@ -35,22 +36,27 @@ class Llama3:
 
 
 def _json_calls(body: str, offset: int) -> list[Placed] | None:
-    """Every call of the text; the rest of it from the first one that is broken; None where that has no name."""
+    """Every call of the text; the rest of it from the first one that is broken; None where that is no call."""
     decoder = json.JSONDecoder()
     calls: list[Placed] = []
     at = len(body) - len(body.lstrip())
     while at < len(body):
         try:
-            _, end = decoder.raw_decode(body, at)
+            value, end = decoder.raw_decode(body, at)
         except (ValueError, RecursionError):
-            end = len(body)
+            value, end = None, len(body)
         call = read_json_call(body[at:end], _KEYS)
-        if call is None:
+        if call is None or (isinstance(value, dict) and _is_answer(value)):
             return None
         calls.append(Placed(call, offset + at, offset + end))
         between = _BETWEEN.match(body, end)
         at = between.end() if between else end
     return calls
+
+
+def _is_answer(value: JSONObject) -> bool:
+    """Whether JSON that has a name says other things beside it than a call does."""
+    return not value.keys() & _OF_CALLS and not value.keys() <= BESIDE_ARGUMENTS
 
 
 def _built_in(body: str, offset: int) -> list[Placed] | None:
