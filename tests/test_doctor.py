@@ -1,21 +1,26 @@
 import io
+import re
 import sqlite3
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from hub_fixture import hub_of
 from prefloop import doctor
+from prefloop.cli import main
 from prefloop.doctor import examine
+from prefloop.models.settings import PolicySettings
 from prefloop.records import Checkpoint, Dataset, Pair
 from prefloop.store import Store
 from prefloop.training.checkpoint import save_atomically
+from reward_examples import saved_policy
 from store_records import TASK, fill, judgement
 
 
-def examined(store: object, model: str = "") -> tuple[bool, str]:
+def examined(store: object, model: str = "", **policy: object) -> tuple[bool, str]:
     console = Console(file=io.StringIO(), width=300)
-    healthy = examine(str(store), model, console)
+    healthy = examine(str(store), PolicySettings(model=model, **policy) if model else None, console)
     return healthy, console.file.getvalue()
 
 
@@ -187,6 +192,30 @@ def test_a_model_whose_calls_no_format_reads(tmp_path: Path):
     assert healthy
     assert "a turn is its reasoning and its answer" in text
     assert "no tool format reads them back: give the tokenizer a response_template, or set policy.tool_format" in text
+
+
+def test_a_model_is_looked_at_as_the_run_file_lets_it_speak(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ note }}<|end|>{% endfor %}"
+    template += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    model = save_tokenizer(tmp_path / "m", template)
+    bare, noted = (
+        int(re.search(r"m +renders a prompt of (\d+) tokens", examined(tmp_path / "none.db", model, **given)[1])[1])
+        for given in ({}, {"template_variables": {"note": "Herons wade in cold water."}})
+    )
+    assert noted > bare
+    assert main(["doctor", "--model", model, "--set", "policy.tool_format=?"]) == 1
+    assert "policy: tool_format should be 'auto', " in capsys.readouterr().err
+    assert main(["doctor", "--set", "train.beta=1"]) == 1
+    assert "doctor looks at keys of policy alone" in capsys.readouterr().err
+
+
+def test_a_model_of_the_hub_has_its_name_and_revision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with hub_of(tmp_path / "cache", monkeypatch) as hub:
+        directory = Path(saved_policy(tmp_path / "tiny"))
+        hub.add("org/tiny", directory)
+        assert examined(tmp_path / "none.db", "org/tiny@main")[0]
+        healthy, text = examined(tmp_path / "none.db", "org/tiny@v9")
+        assert not healthy and "org/tiny has no revision 'v9'" in text
 
 
 def test_a_model_whose_template_refuses_answers(tmp_path: Path):

@@ -26,6 +26,7 @@ from prefloop.store import Store, database
 
 if TYPE_CHECKING:
     from prefloop.chat import ChatRenderer
+    from prefloop.models.settings import PolicySettings
 
 EXTRAS = {
     "train": "train models and roll them out",
@@ -72,12 +73,12 @@ class Finding:
     detail: str = ""
 
 
-def examine(store_location: str, model: str, console: Console) -> bool:
+def examine(store_location: str, policy: PolicySettings | None, console: Console) -> bool:
     """Look at everything and print it; whether nothing is broken.
 
     Args:
         store_location: path or database URL of the store; that there is none yet is no fault.
-        model: path or hub id of a model whose chat template is tried; empty for the built-in one alone.
+        policy: the model whose chat template is tried, and how it is to speak; None for the built-in one alone.
         console: where to print.
     """
     sections: tuple[tuple[str, Callable[[], Iterable[Finding]]], ...] = (
@@ -85,7 +86,7 @@ def examine(store_location: str, model: str, console: Console) -> bool:
         ("extras", _extras),
         ("devices", _devices),
         ("keys", _keys),
-        ("chat templates", lambda: _templates(model)),
+        ("chat templates", lambda: _templates(policy)),
         (f"store {store_location}", lambda: _store(store_location)),
     )
     healthy = True
@@ -174,13 +175,16 @@ def _keys() -> Iterator[Finding]:
 # --- chat templates ---------------------------------------------------------------------------------------------
 
 
-def _templates(model: str) -> Iterator[Finding]:
+def _templates(policy: PolicySettings | None) -> Iterator[Finding]:
+    model = policy.model if policy is not None else None
     if _installed("transformers") is None or _installed("torch") is None:
         yield Finding(False if model else None, model or BUILT_IN, "needs pip install 'prefloop[train]'")
         return
-    yield from _template(BUILT_IN, _built_in_tokenizer)
-    if model:
-        yield from _template(model, lambda: _tokenizer_of(model))
+    from prefloop.chat import ChatRenderer
+
+    yield from _template(BUILT_IN, lambda: ChatRenderer(_built_in_tokenizer()))
+    if policy is not None and model:
+        yield from _template(model, lambda: policy.renderer(_tokenizer_of(model)))
 
 
 def _built_in_tokenizer() -> Any:
@@ -197,12 +201,10 @@ def _tokenizer_of(model: str) -> Any:
         return AutoTokenizer.from_pretrained(directory)
 
 
-def _template(name: str, load: Callable[[], Any]) -> Iterator[Finding]:
+def _template(name: str, load: Callable[[], ChatRenderer]) -> Iterator[Finding]:
     """Tries a chat template: without prompts, masks or an end of turn a policy cannot be trained; tools are extra."""
-    from prefloop.chat import ChatRenderer
-
     try:
-        renderer = ChatRenderer(load())
+        renderer = load()
         yield Finding(True, name, f"renders a prompt of {len(renderer.render_prompt([_QUESTION]).token)} tokens")
         yield Finding(True, "", _masked(renderer))
     except PrefloopError as error:
@@ -251,7 +253,9 @@ def _tools(renderer: ChatRenderer) -> Finding:
     turn = path.token[path.loss_mask & (path.message == 1)]
     said = parser.parse_assistant(turn.tolist(), prompt.tolist(), [_TOOL])
     if [(call.name, call.arguments) for call in said.tool_calls] != [(c.name, c.arguments) for c in _CALL.tool_calls]:
-        advice = "give the tokenizer a response_template, or set policy.tool_format"
+        advice = (
+            "give the tokenizer a response_template, or set policy.tool_format (here --set policy.tool_format=FORMAT)"
+        )
         return Finding(None, "", f"shows tool calls, but no tool format reads them back: {advice}")
     return Finding(True, "", f"tool calls go in and read back (format {parser.tool_format})")
 

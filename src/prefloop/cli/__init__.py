@@ -82,6 +82,7 @@ def _check_objective(arguments: Sequence[str]) -> None:
 
 
 app.command("prefloop.cli.planning:plan", name="plan", help="Say what a run needs, before it starts.")
+app.command("prefloop.cli.advising:advise", name="advise", help="Say which objective fits what the store holds.")
 
 
 @app.command
@@ -290,13 +291,25 @@ def chat(
 @app.command
 def doctor(
     *,
-    model: Annotated[str, Parameter(help="check that the chat template of this model works")] = "",
+    model: Annotated[
+        str, Parameter(help="check that the chat template of this model works: a path, or a hub id (@revision)")
+    ] = "",
     store: StoreOption = None,
+    overrides: Annotated[
+        list[str] | None,
+        Parameter(name="--set", negative=(), help="how the model speaks: --set policy.tool_format=hermes"),
+    ] = None,
 ) -> int:
     """Say what is installed, which devices, extras, keys and templates work, and whether the store is whole."""
+    from prefloop.config import apply_overrides, parse_settings
     from prefloop.doctor import examine
+    from prefloop.models.settings import PolicySettings
 
-    healthy = examine(location_of(store), model, console)
+    given = apply_overrides({"policy": {"model": model, "dtype": "float32"}} if model else {}, overrides or [])
+    if given.keys() - {"policy"}:
+        raise PrefloopError(f"--set {min(given.keys() - {'policy'})}: doctor looks at keys of policy alone")
+    policy = parse_settings(PolicySettings, given["policy"], "prefloop doctor: policy") if given else None
+    healthy = examine(location_of(store), policy, console)
     if not healthy:
         raise PrefloopError("not all is well: see the lines marked ✗")
     return 0
