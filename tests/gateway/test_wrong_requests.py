@@ -45,6 +45,12 @@ def gateway():
         ({"messages": [{"role": "robot", "content": ""}]}, "invalid_messages", "messages[0]: role 'robot'"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "invalid_messages", "only text"),
         ({"messages": [*QUESTION, {"role": "system", "content": "x"}]}, "invalid_messages", "must come first"),
+        ({"messages": [{"role": "user", "contnet": "x"}]}, "unsupported_parameter", "messages[0].contnet: this key"),
+        (
+            {"messages": [*QUESTION, {"role": "assistant", "function_call": {"name": "f", "arguments": ""}}]},
+            "unsupported_parameter",
+            "messages[1].function_call",
+        ),
     ],
 )
 def test_wrong_requests_are_refused_with_the_key_that_is_to_blame(gateway, body, code, told):
@@ -70,6 +76,13 @@ def test_the_owner_may_have_keys_ignored():
     with served(ignore=list(keys)) as gateway:
         assert ask(gateway.client("ignored"), extra_body=keys).choices[0].message.role == "assistant"
         refused(lambda: ask(gateway.client("other"), extra_body={"n": 2}), 400, "unsupported_parameter")
+
+
+def test_keys_of_messages_may_be_empty_or_ignored():
+    empty = {"refusal": None, "annotations": [], "audio": None, "function_call": None}
+    with served(ignore=["cache_control"]) as gateway:
+        said = [{**QUESTION[0], **empty, "cache_control": {"type": "ephemeral"}}]
+        assert ask(gateway.client(), said, max_tokens=1).usage.completion_tokens == 1
 
 
 def test_what_is_done_cannot_be_ignored():

@@ -11,6 +11,7 @@ from prefloop.clients.sampling import Sampled
 from prefloop.gateway.refusal import RefusedError
 from prefloop.gateway.settings import DONE
 from prefloop.records import JSONObject, Message, PrefloopError, ToolCall
+from prefloop.records.messages import MESSAGE_KEYS
 from prefloop.records.strict_json import load_json
 
 MAX_DEPTH: Final = 100  # of a body: what it holds of messages and tools nests less deep than it does
@@ -81,7 +82,7 @@ def read_request(raw: JSONObject, ignore: Collection[str] = ()) -> Asked:
     if not isinstance(options, dict):
         raise _wrong("stream_options", "an object", options)
     return Asked(
-        messages=_messages(raw.get("messages")),
+        messages=_messages(raw.get("messages"), ignore),
         tools=() if choice == "none" else tools,
         temperature=_number(raw, "temperature", float, 0, 2),
         top_p=_number(raw, "top_p", float, 1e-6, 1),
@@ -93,7 +94,7 @@ def read_request(raw: JSONObject, ignore: Collection[str] = ()) -> Asked:
     )
 
 
-def _messages(raw: object) -> tuple[Message, ...]:
+def _messages(raw: object, ignore: Collection[str]) -> tuple[Message, ...]:
     if not isinstance(raw, list) or not raw:
         raise _wrong("messages", "a list of at least one message", raw)
     messages = []
@@ -104,6 +105,9 @@ def _messages(raw: object) -> tuple[Message, ...]:
             messages.append(Message.from_dict(one))
         except PrefloopError as error:
             raise RefusedError(400, "invalid_messages", f"messages[{index}]: {error}", param="messages") from None
+        for key, value in one.items():
+            if value and key not in MESSAGE_KEYS and key not in ignore:
+                raise _unsupported(f"messages[{index}].{key}", "this key is not known here", key)
     return tuple(messages)
 
 
@@ -144,9 +148,9 @@ def _wrong(key: str, expected: str, found: object) -> RefusedError:
     return RefusedError(400, "invalid_value", f"{key} should be {expected}, not {shown}", param=key.partition("[")[0])
 
 
-def _unsupported(key: str, why: str) -> RefusedError:
-    advice = f"leave it out, or have it ignored (gateway.ignore = [{json.dumps(key)}])"
-    return RefusedError(400, "unsupported_parameter", f"{key}: {why}: {advice}", param=key)
+def _unsupported(place: str, why: str, key: str = "") -> RefusedError:
+    advice = f"leave it out, or have it ignored (gateway.ignore = [{json.dumps(key or place)}])"
+    return RefusedError(400, "unsupported_parameter", f"{place}: {why}: {advice}", param=place.partition("[")[0])
 
 
 def _kind(value: object) -> str:

@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 from prefloop.records.base import JSONObject, PrefloopError
 from prefloop.records.strict_json import load_json
+
+MESSAGE_KEYS: Final = frozenset({
+    "role", "content", "reasoning_content", "thinking", "tool_calls", "tool_call_id", "name",
+})  # fmt: skip
+"""What `Message.from_dict` reads; other keys are lost unless its caller sees to them."""
 
 
 class Role(StrEnum):
