@@ -270,6 +270,22 @@ def test_attempts_that_fail_are_neither_good_nor_bad(arithmetic, monkeypatch):
     assert all(0 <= label.label <= 1 for label in valued.labels)
 
 
+def test_an_environment_that_breaks_while_it_is_replayed_loses_the_attempt_only(booking, monkeypatch):
+    """It raises in the first call of every second attempt, which the prefix of later steps only says again."""
+    plain, opened = BookingEpisode.step, []
+
+    def step(self, message):
+        opened[:] = opened if any(one is self for one in opened) else [*opened, self]
+        if next(i for i, one in enumerate(opened) if one is self) % 2:
+            raise ConnectionError("the airline is closed")
+        return plain(self, message)
+
+    monkeypatch.setattr(BookingEpisode, "step", step)
+    valued = Valued(with_value(booking, num_completions=4))
+    assert valued.num_lost == len(opened) // 2 > 0
+    assert valued.labels
+
+
 # --- the judge's labels -----------------------------------------------------------------------------------------
 
 
