@@ -21,6 +21,7 @@ from prefloop.rollout import Attempt, Provenance, Rollout, Turn, open_episodes, 
 
 ADAPTER = [pytest.mark.slow, pytest.mark.adapter]
 NOTES = str(Path(__file__).with_name("mcp_notes.py"))
+BROKEN = str(Path(__file__).with_name("mcp_broken.py"))
 HERE = Provenance(AuthorKind.DEMONSTRATOR, "test", "run", 0, "rollout")
 ROWS = [{"id": f"t{n}", "prompt": f"Note {n}.", "answer": n, "split": "train"} for n in range(8)]
 GRADER = """
@@ -224,6 +225,22 @@ class TestAServerOfTheSDK:
         with pytest.raises(PrefloopError, match=r"the tool server cannot be started within 0\.5 s"):
             slow.check()
 
+    @pytest.mark.parametrize(
+        ("result", "ended"),
+        [
+            ({}, Ended.ERROR),
+            ({"content": 5}, Ended.ERROR),
+            ({"content": [{"type": "smell"}]}, Ended.ERROR),
+            (5, Ended.DEADLINE),  # no message at all for the SDK, which goes on waiting for one
+            ({"content": [{"type": "text", "text": "\ud800"}]}, Ended.DEADLINE),
+        ],
+    )
+    def test_what_is_no_result_is_kept_as_data(self, tmp_path, pids, result, ended):
+        broken = make(tmp_path, command=[sys.executable, BROKEN, json.dumps(result)], call_deadline_s=3)
+        (rollout,) = play(broken, says(("look", {})), says())
+        assert (rollout.trajectory.ended, rollout.outcome) == (ended, None)
+        assert "the tool server gave no answer" in rollout.trajectory.extra["error"]
+
     def test_episodes_that_are_never_played_leave_no_server(self, tmp_path, pids):
         environment = make(tmp_path, pass_on=["PIDS"])
         (task,) = environment.tasks(Split.TRAIN, 1)
@@ -233,7 +250,8 @@ class TestAServerOfTheSDK:
         del unheard
         gc.collect()
 
-    def test_a_process_that_ends_takes_its_servers_with_it(self, tmp_path, pids):
+    @pytest.mark.parametrize("end", ["", "import os; os.kill(os.getpid(), 9)"])
+    def test_a_process_that_ends_takes_its_servers_with_it(self, tmp_path, pids, end):
         make(tmp_path)
         script = (
             "from prefloop.environments.mcp import MCP, MCPSettings\n"
@@ -243,7 +261,7 @@ class TestAServerOfTheSDK:
             "environment = MCP(settings)\n"
             "episode = environment.reset(environment.tasks(Split.TRAIN, 1)[0], 0)\n"
             "call = ToolCall('add', {'a': 1, 'b': 2}, 'c')\n"
-            "print(episode.step(Message(Role.ASSISTANT, tool_calls=(call,))).messages[0].content)\n"
+            "print(episode.step(Message(Role.ASSISTANT, tool_calls=(call,))).messages[0].content, flush=True)\n" + end
         )
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
         assert (done.stdout, done.stderr) == ("3\n", "")
