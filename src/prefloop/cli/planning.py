@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from prefloop.cli.plumbing import RunFile, SetOption, StoreOption, console, described_run
-from prefloop.records import PrefloopError
+from prefloop.records import NoDeviceError, PrefloopError
 
 
 def plan(
@@ -29,8 +29,11 @@ def plan(
 
     if memory is not None and not memory > 0:
         raise PrefloopError(f"--memory {memory:g}: expected GiB, more than 0")
-    with described_run(file, store, overrides) as run:
-        found = plan_run(run, None if memory is None else int(memory * GIB))
+    with described_run(file, store, overrides, keep=False) as run:
+        try:
+            found = plan_run(run, None if memory is None else int(memory * GIB))
+        except NoDeviceError as error:
+            raise PrefloopError(f"{error}; to plan for a device elsewhere give its GiB: --memory 24") from None
     if as_json:
         print(json.dumps(found.to_dict(), indent=1))
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,8 +83,8 @@ def training_store(store: str | None, output: Path, *, own: bool) -> Iterator[St
 
 
 @contextmanager
-def described_run(file: Path, store: str | None, overrides: list[str] | None) -> Iterator[Run]:
-    """A run as its file describes it; not locked yet."""
+def described_run(file: Path, store: str | None, overrides: list[str] | None, *, keep: bool = True) -> Iterator[Run]:
+    """A run as its file describes it; not locked yet. Without `keep` no store is made where there is none."""
     from prefloop.config import apply_overrides, parse_settings, read_run_file
     from prefloop.stages.context import Run
     from prefloop.stages.settings import RunSettings
@@ -94,7 +95,13 @@ def described_run(file: Path, store: str | None, overrides: list[str] | None) ->
         raise PrefloopError(f"{file} is a training of its own, not a run: `prefloop train {file}`")
     settings = parse_settings(RunSettings, data, str(file))
     default = str(Path(settings.directory) / Path(DEFAULT_STORE).name)
-    with Store(location_of(store, settings.store or default)) as opened, _ended_in_order():
+    location = location_of(store, settings.store or default)
+    with contextlib.ExitStack() as open_things:
+        if not keep and "://" not in location and not Path(location).exists():
+            elsewhere = open_things.enter_context(tempfile.TemporaryDirectory(prefix="prefloop-"))
+            location = str(Path(elsewhere) / Path(DEFAULT_STORE).name)
+        opened = open_things.enter_context(Store(location))
+        open_things.enter_context(_ended_in_order())
         yield Run(settings, opened)
 
 

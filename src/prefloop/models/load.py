@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from prefloop.hub import ADAPTER_CONFIG, fetch_model, model_name, readable
 from prefloop.models.settings import Dtype, LoraSettings, Quantization
-from prefloop.records import PrefloopError
+from prefloop.records import NoDeviceError, PrefloopError
 
 REWARD_CONFIG = "reward_model.json"
 EXPECTED = "Expected a directory in Hugging Face's layout or a hub id"
@@ -255,7 +255,7 @@ def check_device(name: str) -> None:
     """See that torch can use a device here.
 
     Raises:
-        PrefloopError: it cannot, or there is no device of this name.
+        NoDeviceError: it cannot, or there is no device of this name.
     """
     try:
         usable = not torch.zeros(1, device=name).is_meta
@@ -267,7 +267,7 @@ def check_device(name: str) -> None:
         usable = False
     if not usable:
         known = " or ".join(["'cpu'", *(f"'cuda:{i}'" for i in range(torch.cuda.device_count()))])
-        raise PrefloopError(f"device {name!r} cannot be used here: expected {known}")
+        raise NoDeviceError(f"device {name!r} cannot be used here: expected {known}")
 
 
 def load_peft() -> Any:

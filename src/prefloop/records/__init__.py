@@ -8,7 +8,15 @@ gives the same rows.
 
 from __future__ import annotations
 
-from prefloop.records.base import DivergedError, JSONObject, PrefloopError, canonical_json, content_hash, counted
+from prefloop.records.base import (
+    DivergedError,
+    JSONObject,
+    NoDeviceError,
+    PrefloopError,
+    canonical_json,
+    content_hash,
+    counted,
+)
 from prefloop.records.datasets import Checkpoint, Dataset, Labelled, Pair, Valued
 from prefloop.records.judgements import (
     Comparison,
@@ -35,6 +43,7 @@ __all__ = [
     "Judgement",
     "Labelled",
     "Message",
+    "NoDeviceError",
     "Pair",
     "PrefloopError",
     "Rater",

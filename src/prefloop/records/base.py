@@ -13,6 +13,10 @@ class PrefloopError(Exception):
     """An error whose message tells the user what was wrong, what was expected and what to do."""
 
 
+class NoDeviceError(PrefloopError):
+    """A device that torch cannot use here."""
+
+
 class DivergedError(PrefloopError):
     """A model's numbers are no longer finite: training went too far."""
 
