@@ -202,7 +202,7 @@ def test_a_wrong_value_is_one_line(sets, message, tmp_path, monkeypatch, capsys)
         ('objective = "dppo"\nmodel = "m"', [], "did you mean 'dpo'"),
         ("objective = 3", [], "objective and output should be texts"),
         ('objective = "dpo"\nmodel = "m"\ndata = ["x.jsonl"]', [], "there is no file x.jsonl"),
-        ('objective = "dpo"', ["--iteration", "2"], "--iteration, --dataset and --ignore-memory are of run files"),
+        ('objective = "dpo"', ["--iteration", "2"], "--iteration and --dataset are of run files"),
         ('objective = "dpo"\nmodel = "m"\ndata = ["x"]\nlora = { rnak = 3 }', [], "did you mean lora.rank|rank"),
     ],
 )

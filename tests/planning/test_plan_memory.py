@@ -147,7 +147,7 @@ def test_an_adapter_shares_its_base_with_the_reference_and_trains_little():
     assert parts[1]["reference"] == 0
     adapter = 4 * lora.shape.num_adapter_parameters(RANK)
     assert parts[1]["optimizer"] == int(memory.SLACK["cpu"] * 2 * adapter)
-    trained = replace(lora, shape=replace(lora.shape, adapted=True))  # the start policy had an adapter of its own
+    trained = replace(lora, shape=replace(lora.shape, adapter_rank=RANK))  # the start policy had an adapter of its own
     assert memory._models(trained)["reference"] == adapter
 
 

@@ -78,11 +78,9 @@ def update(
         )
     given = read_run_file(file)
     if "objective" in given:
-        if dataset or iteration is not None or ignore_memory:
-            raise PrefloopError(
-                f"{file} is a training of its own: --iteration, --dataset and --ignore-memory are of run files"
-            )
-        _fit_file(file, apply_overrides(given, overrides or []), store)
+        if dataset or iteration is not None:
+            raise PrefloopError(f"{file} is a training of its own: --iteration and --dataset are of run files")
+        _fit_file(file, apply_overrides(given, overrides or []), store, ignore_memory=ignore_memory)
         return
     from prefloop.stages.curating import adopt_dataset
     from prefloop.stages.looking import find_dataset
@@ -99,14 +97,14 @@ def update(
         train_stage(opened, number)
 
 
-def _fit_file(file: Path, given: dict[str, Any], store: str | None) -> None:
+def _fit_file(file: Path, given: dict[str, Any], store: str | None, *, ignore_memory: bool) -> None:
     """Train as a file says: the options of an objective's command as keys, and the table `lora`."""
     name, output = given.pop("objective"), given.pop("output", None)
     if not isinstance(name, str) or not isinstance(output, str | None):
         raise PrefloopError(f"{file}: objective and output should be texts")
     objective(name)
     try:
-        _fit(name, Path(output) if output else None, store, given, str(file))
+        _fit(name, Path(output) if output else None, store, given, str(file), ignore_memory=ignore_memory)
     except PrefloopError as error:
         raise PrefloopError(_in_keys(str(error))) from None
 
@@ -122,9 +120,18 @@ def _in_keys(error: str) -> str:
     return re.sub(r"(?<![\w-])--([a-z]+(?:-[a-z]+)*)", key, error)
 
 
-def _fit(name: str, output: Path | None, store: str | None, options: dict[str, Any], source: str = "") -> None:
+def _fit(
+    name: str,
+    output: Path | None,
+    store: str | None,
+    options: dict[str, Any],
+    source: str = "",
+    *,
+    ignore_memory: bool = False,
+) -> None:
     """Train an objective on data of your own."""
     from prefloop.live import LiveTraining
+    from prefloop.planning import check_fit
     from prefloop.stages.fit_data import files_of
     from prefloop.stages.fitting import fit
 
@@ -133,7 +140,7 @@ def _fit(name: str, output: Path | None, store: str | None, options: dict[str, A
     files_of([*settings.data, *settings.eval_data])  # before a store is made
     with training_store(store, output, own=bool(settings.data)) as opened, LiveTraining(console) as progress:
         try:
-            fitted = fit(settings, opened, output, progress)
+            fitted = fit(settings, opened, output, progress, None if ignore_memory else check_fit)
         except DivergedError as error:  # the run that began stays, and has one recipe
             raise PrefloopError(f"{error}. With other settings give another --output than {output}") from None
         progress.finish(fitted, output)
@@ -157,8 +164,10 @@ def _command(name: str, found: Objective) -> Callable[..., None]:
     """The command of an objective."""
     parameters = list(_parameters(name, found))
 
-    def command(*, output: Path | None = None, store: str | None = None, **options: Any) -> None:
-        _fit(name, output, store, options)
+    def command(
+        *, output: Path | None = None, store: str | None = None, ignore_memory: bool = False, **options: Any
+    ) -> None:
+        _fit(name, output, store, options, ignore_memory=ignore_memory)
 
     rows = "" if found.records in found.summary else f"; learns from {found.records}"
     command.__doc__ = f"{found.summary[0].upper()}{found.summary[1:]}{rows}."
@@ -172,6 +181,9 @@ def _parameters(name: str, found: Objective) -> Iterator[inspect.Parameter]:
     yield _parameter("output", Path | None, None, Parameter(name=["--output", "-o"], help=output_help, group=MODEL))
     store_help = "path or database URL of the store; OUTPUT.run/prefloop.db for files (else PREFLOOP_STORE)"
     yield _parameter("store", str | None, None, Parameter(name="--store", help=store_help, group=ROWS))
+    ignore_help = "start even where memory seems too short"
+    group = Parameter(name="--ignore-memory", negative=(), help=ignore_help, group=MODEL)
+    yield _parameter("ignore_memory", bool, False, group)
     inherited = {*TrainingSettings.model_fields} - {"held_out"}
     for key, field in sorted(FitSettings.model_fields.items(), key=lambda item: item[0] in inherited):
         if key == "lora":

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
+from prefloop.config import Settings, apply_overrides, parse_settings
 from prefloop.environments.agent import AgentSettings
 from prefloop.losses.registry import objective
+from prefloop.models.settings import LoraSettings, trains_adapter
 from prefloop.planning.memory import (
     Peak,
     Setup,
@@ -42,6 +45,11 @@ class Need:
     tasks: tuple[int | None, int | None]
     judge_bytes: int = 0
 
+    @property
+    def levers(self) -> Sequence[Lever[RunSettings]]:
+        """What may be changed."""
+        return LEVERS
+
     def workload(self, settings: RunSettings) -> Workload:
         """The tokens of the stages under these settings."""
         return workload(settings, self.lengths, self.shape.max_context, self.tasks)
@@ -72,7 +80,7 @@ def setup_of(settings: RunSettings, shape: ModelShape, training: TrainingSetting
     return Setup(
         shape,
         policy.dtype,
-        None if policy.lora is None else policy.lora.rank,
+        shape.adapter_rank if policy.lora is None else policy.lora.rank,
         policy.device,
         training.precision,
         training.gradient_checkpointing,
@@ -154,139 +162,172 @@ class Advice:
         return f"{self.key}={self.value}"
 
 
-Lever = tuple[str, str, Callable[[RunSettings], list[str]]]
-"""A key, what it does, and the values to try, the mildest first."""
+S = TypeVar("S", bound=Settings)
 
-LEVERS: tuple[Lever, ...] = (
-    (
+
+@dataclass(frozen=True, slots=True)
+class Lever(Generic[S]):
+    """A key, what changing it costs, and the values to try, the mildest first."""
+
+    key: str
+    effect: str
+    values: Callable[[S], list[str]]
+
+
+class Asks(Protocol[S]):
+    """What peaks are a function of, the settings aside."""
+
+    @property
+    def levers(self) -> Sequence[Lever[S]]:
+        """What may be changed, the least intrusive first."""
+        ...
+
+    def peaks(self, settings: S) -> list[Peak]:
+        """The peak of each stage."""
+        ...
+
+
+def adapts(model: str | None, lora: LoraSettings | None) -> bool:
+    """Whether an adapter is trained."""
+    return trains_adapter({"model": model, "lora": lora})
+
+
+def halved(value: int, least: int) -> list[str]:
+    """Half, a quarter, … of a value, down to the least."""
+    steps = range(1, int(math.log2(max(1, value))) + 1)
+    return [str(value >> step) for step in steps if value >> step >= least]
+
+
+LEVERS: tuple[Lever[RunSettings], ...] = (
+    Lever(
         "rollout.tasks_per_unit",
         "fewer rows at once: slower rollouts",
-        lambda s: [] if isinstance(s.environment, AgentSettings) else _halved(s.rollout.tasks_per_unit, 1),
+        lambda s: [] if isinstance(s.environment, AgentSettings) else halved(s.rollout.tasks_per_unit, 1),
     ),
-    (
+    Lever(
         "environment.max_parallel",
         "fewer agents at once: slower rollouts",
-        lambda s: _halved(s.environment.max_parallel, 1) if isinstance(s.environment, AgentSettings) else [],
+        lambda s: halved(s.environment.max_parallel, 1) if isinstance(s.environment, AgentSettings) else [],
     ),
-    (
+    Lever(
         "train.max_tokens",
         "smaller packs: the same result",
-        lambda s: _halved(s.train.max_tokens, LEAST_TOKENS),
+        lambda s: halved(s.train.max_tokens, LEAST_TOKENS),
     ),
-    (
+    Lever(
         "sft.max_tokens",
         "smaller packs: the same result",
-        lambda s: [] if s.sft is None else _halved(s.sft.max_tokens, LEAST_TOKENS),
+        lambda s: [] if s.sft is None else halved(s.sft.max_tokens, LEAST_TOKENS),
     ),
-    (
+    Lever(
         "train.gradient_checkpointing",
         "layers are computed twice: updates take a third longer",
         lambda s: [] if s.train.gradient_checkpointing else ["true"],
     ),
-    (
+    Lever(
         "sft.gradient_checkpointing",
         "layers are computed twice: it takes a third longer",
         lambda s: [] if s.sft is None or s.sft.gradient_checkpointing else ["true"],
     ),
-    (
+    Lever(
         "policy.lora.rank",
         "an adapter is trained in place of all weights; take a learning rate ten times as high",
-        lambda s: ["32"] if s.policy.lora is None else [],
+        lambda s: [] if adapts(s.policy.model, s.policy.lora) else ["32"],
     ),
-    (
+    Lever(
         "policy.dtype",
         "weights below the adapter in bfloat16: rounded",
-        lambda s: ['"bfloat16"'] if s.policy.dtype == "float32" else [],
+        lambda s: ['"bfloat16"'] if s.policy.dtype == "float32" and adapts(s.policy.model, s.policy.lora) else [],
     ),
-    (
+    Lever(
         "policy.quantization",
         "weights below the adapter in 4 bits (NF4): rounded more, slower, and needs bitsandbytes",
-        lambda s: ['"4bit"'] if s.policy.quantization != "4bit" else [],
+        lambda s: ['"4bit"'] if s.policy.quantization != "4bit" and adapts(s.policy.model, s.policy.lora) else [],
     ),
-    ("train.batch_size", "fewer rows in a step", lambda s: _halved(s.train.batch_size, 4)),
-    ("guard.num_tasks", "a coarser guard", lambda s: _halved(s.guard.num_tasks, 32)),
-    ("rollout.samples_per_task", "fewer rollouts to choose from", lambda s: _halved(s.rollout.samples_per_task, 2)),
-    (
+    Lever("train.batch_size", "fewer rows in a step", lambda s: halved(s.train.batch_size, 4)),
+    Lever("guard.num_tasks", "a coarser guard", lambda s: halved(s.guard.num_tasks, 32)),
+    Lever("rollout.samples_per_task", "fewer rollouts to choose from", lambda s: halved(s.rollout.samples_per_task, 2)),
+    Lever(
         "rollout.sampling.max_new_tokens",
         "shorter replies",
-        lambda s: _halved(s.rollout.sampling.max_new_tokens, 32),
+        lambda s: halved(s.rollout.sampling.max_new_tokens, 32),
     ),
 )
 """The least intrusive first: the first six change no result beyond rounding."""
 
-BELOW_ADAPTERS = {"policy.dtype", "policy.quantization"}
+BELOW_ADAPTERS = {"policy.dtype", "policy.quantization", "dtype", "quantization"}
+"""Where there is no adapter they stay: trained weights lose small updates in bfloat16, and cannot have fewer bits."""
+
+ADAPTERS = {"policy.lora.rank", "lora.rank"}
 HELPS = 0.98
 """Of what all stages have beyond the limit: a change that leaves more is not worth its cost."""
 
 
-def advise(need: Need, settings: RunSettings, limit: int) -> list[Advice]:
-    """Changes to the run file that together bring the largest peak below `limit` bytes, or as near as they can.
+def advise(need: Asks[S], settings: S, limit: int) -> list[Advice]:
+    """Changes to the settings that together bring the largest peak below `limit` bytes, or as near as they can.
 
     All that help are taken, the least intrusive first, until the run fits; then those that it fits without are given
     up again, the most intrusive first, and the others made as mild as may be.
     """
     chosen: dict[str, str] = {}
     while _excess(need, settings, chosen, limit):
-        if not any(_pull(need, settings, chosen, key, limit) for key, _, _ in LEVERS):
+        if not any(_pull(need, settings, chosen, lever, limit) for lever in need.levers):
             break
     if not _excess(need, settings, chosen, limit):
         _spare(need, settings, chosen, limit)
     found: list[Advice] = []
-    for key, effect, _ in LEVERS:
-        if key in chosen:
-            settings = with_value(settings, key, chosen[key])
-            found.append(Advice(key, chosen[key], effect, largest(need.peaks(settings)).total))
+    for lever in need.levers:
+        if lever.key in chosen:
+            settings = with_value(settings, lever.key, chosen[lever.key])
+            peak = largest(need.peaks(settings)).total
+            found.append(Advice(lever.key, chosen[lever.key], lever.effect, peak))
     return found
 
 
-def _pull(need: Need, settings: RunSettings, chosen: dict[str, str], key: str, limit: int) -> bool:
+def _pull(need: Asks[S], settings: S, chosen: dict[str, str], lever: Lever[S], limit: int) -> bool:
     """Choose the mildest value of a key with which the run fits, else the one that helps most; whether any does."""
-    if key in BELOW_ADAPTERS and settings.policy.lora is None and "policy.lora.rank" not in chosen:
-        return False  # weights that are trained lose small updates in bfloat16, and cannot have fewer bits
     least, helped = _excess(need, settings, chosen, limit), False
-    for value in _values(settings, key):
-        now = _excess(need, settings, chosen | {key: value}, limit)
+    for value in _values(settings, chosen, lever):
+        now = _excess(need, settings, chosen | {lever.key: value}, limit)
         if now < HELPS * least:
-            least, chosen[key], helped = now, value, True
+            least, chosen[lever.key], helped = now, value, True
         if not now:
             break
     return helped
 
 
-def _spare(need: Need, settings: RunSettings, chosen: dict[str, str], limit: int) -> None:
+def _spare(need: Asks[S], settings: S, chosen: dict[str, str], limit: int) -> None:
     """Give up what is not needed to stay below the limit."""
-    for key in [key for key, _, _ in reversed(LEVERS) if key in chosen]:
+    for lever in [lever for lever in reversed(need.levers) if lever.key in chosen]:
+        key = lever.key
         without = {other: value for other, value in chosen.items() if other != key}
-        needed = key == "policy.lora.rank" and BELOW_ADAPTERS & chosen.keys()
+        needed = key in ADAPTERS and BELOW_ADAPTERS & chosen.keys()
         if not needed and not _excess(need, settings, without, limit):
             del chosen[key]
             continue
-        milder = (
-            value for value in _values(settings, key) if not _excess(need, settings, chosen | {key: value}, limit)
-        )
+        values = _values(settings, chosen, lever)
+        milder = (value for value in values if not _excess(need, settings, chosen | {key: value}, limit))
         chosen[key] = next(milder, chosen[key])
 
 
-def _values(settings: RunSettings, key: str) -> list[str]:
-    return next(values for name, _, values in LEVERS if name == key)(settings)
+def _values(settings: S, chosen: Mapping[str, str], lever: Lever[S]) -> list[str]:
+    """The values to try beside the other changes that were chosen."""
+    rest = {lever.key, *(BELOW_ADAPTERS if lever.key in ADAPTERS else ())}
+    return lever.values(_changed(settings, {key: value for key, value in chosen.items() if key not in rest}))
 
 
-def _excess(need: Need, settings: RunSettings, chosen: Mapping[str, str], limit: int) -> int:
+def _excess(need: Asks[S], settings: S, chosen: Mapping[str, str], limit: int) -> int:
     """Bytes beyond the limit, of all stages together: a lever may help one of several that are too large."""
+    return sum(max(0, peak.total - limit) for peak in need.peaks(_changed(settings, chosen)))
+
+
+def _changed(settings: S, chosen: Mapping[str, str]) -> S:
     for key, value in chosen.items():
         settings = with_value(settings, key, value)
-    return sum(max(0, peak.total - limit) for peak in need.peaks(settings))
+    return settings
 
 
-def with_value(settings: RunSettings, key: str, value: str) -> RunSettings:
-    """The settings with one key set, as the run file would have it."""
-    from prefloop.config import apply_overrides, parse_settings
-
-    data = settings.model_dump(mode="json", exclude_unset=True)
-    return parse_settings(RunSettings, apply_overrides(data, [f"{key}={value}"]), "plan")
-
-
-def _halved(value: int, least: int) -> list[str]:
-    """Half, a quarter, … of a value, down to the least."""
-    steps = range(1, int(math.log2(max(1, value))) + 1)
-    return [str(value >> step) for step in steps if value >> step >= least]
+def with_value(settings: S, key: str, value: str) -> S:
+    """The settings with one key set, as the file would have it."""
+    data: dict[str, Any] = settings.model_dump(mode="json", exclude_unset=True)
+    return parse_settings(type(settings), apply_overrides(data, [f"{key}={value}"]), "plan")

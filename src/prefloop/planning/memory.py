@@ -261,7 +261,7 @@ def _granules(positions: int) -> int:
 
 
 def _models(setup: Setup) -> dict[str, int]:
-    shared = setup.adapter_bytes if setup.shape.adapted else 0
+    shared = setup.adapter_bytes if setup.shape.adapter_rank is not None else 0
     reference = setup.base_bytes if setup.rank is None or setup.follows else shared
     return {
         "weights": setup.base_bytes + setup.adapter_bytes,

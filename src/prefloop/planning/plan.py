@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -98,18 +99,22 @@ def check_memory(run: Run) -> None:
     if plan.fits:
         return
     changes = " ".join(f"--set {one.override}" for one in plan.advice)
-    left = plan.advice[-1].peak if plan.advice else plan.peak.total
-    if not changes:
-        advice = "nothing in its run file would make it fit: take a smaller model"
-    elif left <= plan.available:
-        advice = f"it would fit with {changes}"
-    else:
-        advice = f"even {changes} leaves {size(left)}: take a smaller model"
+    advice = too_little(changes, plan.advice, plan.peak, plan.available, "its run file")
     where = "on " + plan.setup.device if plan.setup.device.startswith("cuda") else "of memory"
     raise PrefloopError(
         f"run {plan.name} needs about {size(plan.peak.total)} {where} in the stage {plan.peak.stage!r}, and "
         f"{size(plan.available)} are free: {advice}; `prefloop plan` tells more, --ignore-memory goes on anyway"
     )
+
+
+def too_little(changes: str, advice: Sequence[Advice], peak: Peak, available: int, where: str) -> str:
+    """What advice comes to, in words; `changes` spells it, and `where` they would be made."""
+    left = advice[-1].peak if advice else peak.total
+    if not advice:
+        return f"nothing in {where} would make it fit: take a smaller model"
+    if left <= available:
+        return f"it would fit with {changes}"
+    return f"even {changes} leaves {size(left)}: take a smaller model"
 
 
 def size(num_bytes: int) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prefloop.hub import fetch_model, readable
-from prefloop.models.settings import InitialModelSettings
+from prefloop.models.settings import LORA_RANK, InitialModelSettings
 from prefloop.records import JSONObject, PrefloopError
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -22,6 +22,8 @@ OUTER_NORMS = frozenset({"gemma2", "gemma3_text"})
 @dataclass(frozen=True, slots=True)
 class ModelShape:
     """A decoder's sizes. `stored_bytes` is what its weights take on disk, 0 where they are not there yet.
+
+    `adapter_rank` is that of the LoRA adapter on it which the model is; None where it is a whole one.
 
     Q and K, the widths of queries and of keys over all heads, are `num_heads` and `num_kv_heads` times `head_dim`.
     """
@@ -38,7 +40,7 @@ class ModelShape:
     max_context: int
     tied: bool = True
     stored_bytes: int = 0
-    adapted: bool = False
+    adapter_rank: int | None = None
 
     @property
     def query_width(self) -> int:
@@ -90,7 +92,7 @@ def shape_of(directory: Path) -> ModelShape:
             said = _json(adapter)
             base, revision = str(said.get("base_model_name_or_path", "")), said.get("revision")
             named = f"{base}@{revision}" if revision and not Path(base).is_dir() else base
-        return replace(shape_of(fetch_model(named)), adapted=True)
+        return replace(shape_of(fetch_model(named, weights=False)), adapter_rank=int(said.get("r") or LORA_RANK))
     with readable(f"the model in {directory}"):
         sizes = [_stored(file) for file in sorted(directory.glob("*.safetensors"))]
         shape = shape_of_config(_json(directory / "config.json"), str(directory))

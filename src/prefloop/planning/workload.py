@@ -73,7 +73,7 @@ def lengths_of(run: Run, renderer: ChatRenderer | None) -> Lengths:
     if environment.num_tasks(Split.TRAIN) == 0:
         raise PrefloopError(f"environment {environment.name} has no training tasks: there is nothing to plan")
     tasks = list(environment.tasks(Split.TRAIN, min(NUM_TASKS, environment.num_tasks(Split.TRAIN) or NUM_TASKS)))
-    count = _characters if renderer is None else _rendered(renderer)
+    count = characters if renderer is None else _rendered(renderer)
     prompt = _mean([count(task.messages, task.tools) for task in tasks])
     shown = 0
     if settings.sft is not None and isinstance(environment, Demonstrator):
@@ -183,7 +183,8 @@ def _rendered(renderer: ChatRenderer) -> Count:
     return lambda messages, tools: len(renderer.render_prompt(messages, tools).token)
 
 
-def _characters(messages: Sequence[Message], tools: Sequence[JSONObject]) -> int:
+def characters(messages: Sequence[Message], tools: Sequence[JSONObject]) -> int:
+    """Tokens of messages and tools as far as their characters tell."""
     text = sum(len(message.content) + 8 for message in messages) + sum(len(json.dumps(tool)) for tool in tools)
     called = sum(len(json.dumps(call.to_dict())) for message in messages for call in message.tool_calls)
     return math.ceil((text + called) / CHARACTERS_PER_TOKEN)
