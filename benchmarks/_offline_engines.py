@@ -118,6 +118,11 @@ class Ours:
             self.metrics = self.step(self.examples)
         return self.metrics["loss"]
 
+    @property
+    def grad_norm(self) -> float:
+        """Of the last step."""
+        return self.metrics["grad_norm"]
+
 
 @contextmanager
 def never_merged() -> Iterator[None]:
@@ -153,6 +158,7 @@ class Padded:
         kl_examples = rotated(examples, (0,)) if objective.algorithm == "kto" else ()
         self.kl_rows = Rows.of(kl_examples, self.algorithm, device) if kl_examples else None
         self.optimizer = new_optimizer(model)
+        self.grad_norm = 0.0
         if objective.precomputed:
             self.rows = replace(self.rows, batch=self._referenced())
 
@@ -165,7 +171,7 @@ class Padded:
         output_V = self.rows.read(self.model, self.algorithm, self.bf16)
         loss = mean_loss(self.algorithm, batch, output_V)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
+        self.grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM))
         self.optimizer.step()
         return float(loss.detach())
 
@@ -212,7 +218,7 @@ class Rows:
         input_ids_BL = torch.zeros(len(starts), num_columns, dtype=torch.long, device=device)
         input_ids_BL[row_T, batch.depth_T] = batch.token_T
         visit_U = torch.nonzero(algorithm.read_V(batch))[:, 0]
-        shift = 1 if algorithm.reads == "logprob" else 0  # a token is predicted at the position before it
+        shift = 0 if algorithm.reads == "score" else 1  # a token is predicted at the position before it
         place_U = row_T[visit_U] * num_columns + batch.depth_T[visit_U] - shift
         return cls(batch, input_ids_BL, visit_U, place_U, batch.token_T[visit_U])
 

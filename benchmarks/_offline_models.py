@@ -73,13 +73,13 @@ def new_model(shape: Shape, seed: int, *, scores: bool = False) -> Any:
     return getattr(transformers, f"{shape.family.title()}{kind}")(config)
 
 
-def noisy_copy(model: nn.Module, seed: int) -> Any:
+def noisy_copy(model: nn.Module, seed: int, noise: float = NOISE) -> Any:
     """The reference: the model with a little noise."""
     other = copy.deepcopy(model).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in other.parameters():
-            p += NOISE * torch.randn(p.shape, generator=generator).to(p)
+            p += noise * torch.randn(p.shape, generator=generator).to(p)
     return other
 
 
