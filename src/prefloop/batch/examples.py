@@ -117,13 +117,16 @@ class RolloutGroup:
 
     `advantage` has an array for each path, in the order of the attempts, aligned with its tokens and read inside its
     loss mask. `old_logprob` likewise: the trained policy's own log-probs (nats) before the first step on this group;
-    empty where it takes one step only, so that they are those of the step itself. `weight`, `name` and the others as
-    in `Demonstration`.
+    empty where it takes one step only, so that they are those of the step itself. Likewise for a critic what it should
+    have said before each token (`ret`), and what it said before its first step (`old_value`), in the unit of the
+    reward. `weight`, `name` and the others as in `Demonstration`.
     """
 
     samples: tuple[Paths, ...]
     advantage: Logprobs
     old_logprob: Logprobs = ()
+    ret: Logprobs = ()
+    old_value: Logprobs = ()
     weight: float = 1.0
     name: str = ""
     ref_logprob: Logprobs = ()

@@ -36,7 +36,8 @@ class PackedBatch:
     step ends). Bool: `loss_mask_V` and `tied_P` (neither is better). In nats: `sampled_logprob_V` (the behaviour
     policy's, NaN where not sampled), `ref_logprob_V` (the reference's) and `old_logprob_V` (the trained policy's own
     before its first step on these rollouts), None where they are not known. `advantage_V`: what rollouts' tokens are
-    worth, None where there are none. Float64, as the examples give them: `weight_S`, `weight_P`, `weight_K`; `label_S`
+    worth; `return_V` and `old_value_V`: what a critic should say before each, and said at first; None where there are
+    none. Float64, as the examples give them: `weight_S`, `weight_P`, `weight_K`; `label_S`
     (1 desirable, 0 undesirable, NaN not labelled); `probability_P`, the belief that chosen really is better;
     `margin_P`, by how much; `step_label_K` in [0, 1]; `head_weight_PH`, what a pair weighs for each head of a reward
     model ([P, 1] of ones where all are alike).
@@ -65,6 +66,8 @@ class PackedBatch:
     ref_logprob_V: Tensor | None = None
     old_logprob_V: Tensor | None = None
     advantage_V: Tensor | None = None
+    return_V: Tensor | None = None
+    old_value_V: Tensor | None = None
     kl: Tensor | None = None
 
     @property
@@ -150,6 +153,8 @@ def pack(examples: Sequence[Example], *, merge: bool = True) -> PackedBatch:
         ref_logprob_V=_stream(examples, "ref_logprob"),
         old_logprob_V=_stream(examples, "old_logprob"),
         advantage_V=_stream(examples, "advantage"),
+        return_V=_stream(examples, "ret"),
+        old_value_V=_stream(examples, "old_value"),
         **_sample_streams(examples),
     )
 

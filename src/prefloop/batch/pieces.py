@@ -95,6 +95,8 @@ def sub_batch(batch: PackedBatch, visits: Tensor) -> PackedBatch:
         ref_logprob_V=_taken(batch.ref_logprob_V, visits),
         old_logprob_V=_taken(batch.old_logprob_V, visits),
         advantage_V=_taken(batch.advantage_V, visits),
+        return_V=_taken(batch.return_V, visits),
+        old_value_V=_taken(batch.old_value_V, visits),
     )
 
 

@@ -27,7 +27,7 @@ from prefloop.models.positions import check_positions
 from prefloop.models.sparing import chunking
 from prefloop.records import PrefloopError
 
-Want = Literal["logprob", "entropy", "score"]
+Want = Literal["logprob", "entropy", "score", "value"]
 
 LOGIT_BUDGET = 1 << 29
 """Bytes of probabilities over the vocabulary that may be kept for the backward pass."""
@@ -47,13 +47,14 @@ class Outputs:
     """What a forward gives for each token of the forest, 0 where nothing reads it; None what was not wanted.
 
     `logprob_T` the log-prob (nats) of the token given its ancestors; `entropy_T` (nats) of the distribution it was
-    drawn from; `score_TH` the scores that the model gives at the token. Float32, float64 for
-    models in float64.
+    drawn from; `score_TH` the scores that the model gives at the token; `value_T` the first of those at its parent:
+    what a critic expects before the token. Float32, float64 for models in float64.
     """
 
     logprob_T: Tensor | None = None
     entropy_T: Tensor | None = None
     score_TH: Tensor | None = None
+    value_T: Tensor | None = None
 
 
 def forward(
@@ -70,7 +71,8 @@ def forward(
 
     `read_V` (bool) names the visits that are read, by default those of the loss mask; nothing else is computed.
     `layout` says how tokens lie before the model, by default as `layout_for` chooses. The result does not depend
-    on it beyond rounding. Logits are divided by `temperature`, at which tokens were sampled.
+    on it beyond rounding. Logits are divided by `temperature`, at which tokens were sampled. Scores and values may be
+    wanted together, log-probs only with entropies.
 
     Raises:
         PrefloopError: a forest for a model that cannot share, gradient checkpointing outside `sharing`, or no such
@@ -80,17 +82,24 @@ def forward(
         layout = layout_for(model, batch)
     check_positions(model, batch)
     token_U = torch.unique(batch.visit_token_V[batch.loss_mask_V if read_V is None else read_V])
-    read_U = layout.place_T[token_U if "score" in want else batch.parent_T[token_U]]
+    own_U, parent_U = layout.place_T[token_U], layout.place_T[batch.parent_T[token_U]]
+    read_U = own_U if set(want) == {"score"} else torch.cat([own_U, parent_U]) if "score" in want else parent_U
     with nullcontext() if torch.is_grad_enabled() else chunking(model):
         hidden_LD = hidden_states(model, layout, read_U)
 
     def spread(value_U: Tensor) -> Tensor:
         return value_U.new_zeros(batch.num_tokens, *value_U.shape[1:]).index_put((token_U,), value_U)
 
-    if "score" in want:
-        score_UH = score_head(model)(hidden_LD[read_U])
-        return Outputs(score_TH=spread(score_UH.to(torch.promote_types(score_UH.dtype, torch.float32))))
-    hidden_UD = hidden_LD[read_U]
+    def scored(place_U: Tensor) -> Tensor:
+        score_UH: Tensor = score_head(model)(hidden_LD[place_U])
+        return spread(score_UH.to(torch.promote_types(score_UH.dtype, torch.float32)))
+
+    if "score" in want or "value" in want:
+        return Outputs(
+            score_TH=scored(own_U) if "score" in want else None,
+            value_T=scored(parent_U)[:, 0] if "value" in want else None,
+        )
+    hidden_UD = hidden_LD[parent_U]
     head, target_U = _Head(head_of(model), temperature, "entropy" in want), batch.token_T[token_U]
     logprob_U, entropy_U = _scored(hidden_UD, head, target_U, logit_budget)
     return Outputs(spread(logprob_U), spread(entropy_U) if "entropy" in want else None)

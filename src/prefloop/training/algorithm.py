@@ -57,7 +57,7 @@ class Algorithm(Protocol):
 
     @property
     def reads(self) -> Collection[Want]:
-        """What the loss reads of the model: log-probs, with or without entropies, or scores."""
+        """What the loss reads of the model: log-probs, with or without entropies, scores, or values."""
 
     @property
     def temperature(self) -> float:
@@ -73,7 +73,10 @@ class Algorithm(Protocol):
         """Samples over which the loss wants the mean log-ratio of policy to reference (`PackedBatch.kl`)."""
 
     def loss(self, batch: PackedBatch, output_V: Tensor) -> UnitLoss:
-        """The loss, given what is read of each visit, 0 elsewhere: log-prob [V], with entropy [V, 2], scores [V, H]."""
+        """The loss, given what is read of each visit, 0 elsewhere.
+
+        Log-probs or values [V], log-probs with entropies [V, 2], or scores [V, H].
+        """
 
 
 class OwnTokens:

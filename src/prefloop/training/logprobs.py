@@ -1,18 +1,19 @@
-"""Log-probs of examples under a frozen model, computed once: those of a reference, or of the policy before a step.
+"""What a frozen model says of examples, computed once: log-probs of a reference or of the policy, values of a critic.
 
 Shape suffix: V visits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import islice
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prefloop.batch.examples import (
@@ -29,6 +30,18 @@ from prefloop.batch.packing import split_examples
 from prefloop.batch.pieces import Piece, pack_pieces
 from prefloop.models.attention import why_not_shared
 from prefloop.models.forward import forward
+
+
+class Values(NamedTuple):
+    """What a critic expects of a group's attempts.
+
+    `before` each of their own tokens: an array for each path, aligned with its tokens, 0 outside the loss mask; `after`
+    the last own token of each attempt, float64 [S].
+    """
+
+    before: Logprobs
+    after: NDArray[np.float64]
+
 
 E = TypeVar("E", Demonstration, PreferencePair, LabelledSample, SteppedSample, RolloutGroup)
 
@@ -65,6 +78,52 @@ def logprobs_of(
     Raises:
         PrefloopError: as `pack`.
     """
+
+    def read(batch: PackedBatch, pieces: Sequence[Piece]) -> Tensor:
+        return logprob_of(model, batch, pieces, temperature)
+
+    return _read_examples(model, examples, read, max_tokens, autocast)
+
+
+def values_of(
+    critic: nn.Module, groups: Sequence[RolloutGroup], *, max_tokens: int = 16384, autocast: bool = False
+) -> list[Values]:
+    """A critic's values of groups of rollouts, in the unit of the reward; as `with_reference`.
+
+    Raises:
+        PrefloopError: as `pack`, or it has no score head.
+    """
+
+    def read(batch: PackedBatch, pieces: Sequence[Piece]) -> Tensor:
+        return _of_pieces(batch, pieces, lambda piece: _around(critic, piece))
+
+    found = []
+    both = _read_examples(critic, groups, read, max_tokens, autocast)
+    for group, arrays in zip(groups, both, strict=True):
+        paths = [path for sample in group.samples for path in sample]
+        before = tuple(array[:, 0] * path.loss_mask for array, path in zip(arrays, paths, strict=True))
+        last = np.cumsum([len(sample) for sample in group.samples]) - 1
+        after = [arrays[i][np.flatnonzero(paths[i].loss_mask)[-1], 1] for i in last]
+        found.append(Values(before, np.array(after, dtype=np.float64)))
+    return found
+
+
+@torch.no_grad()
+def _around(critic: nn.Module, batch: PackedBatch) -> Tensor:
+    """The value before and after each visit of the loss mask, [V, 2]."""
+    outputs = forward(critic, batch, {"value", "score"})
+    assert outputs.value_T is not None and outputs.score_TH is not None
+    return torch.stack([outputs.value_T, outputs.score_TH[:, 0]], dim=1)[batch.visit_token_V]
+
+
+def _read_examples(
+    model: nn.Module,
+    examples: Sequence[Example],
+    read: Callable[[PackedBatch, Sequence[Piece]], Tensor],
+    max_tokens: int,
+    autocast: bool,
+) -> list[Logprobs]:
+    """What is read of each visit of each path of examples, a micro-batch at a time."""
     model.eval()
     found: list[Logprobs] = [()] * len(examples)
     for group in split_examples(examples, max_tokens, shares=not why_not_shared(model)):
@@ -72,10 +131,10 @@ def logprobs_of(
         counts = [sum(map(len, examples[i].samples)) for i in group]
         lengths = [len(path.token) for i in group for sample in examples[i].samples for path in sample]
         with autocasting(model, autocast):
-            logprob_V = logprob_of(model, batch, pieces, temperature).cpu().numpy()
-        logprobs = iter(np.split(logprob_V, np.cumsum(lengths)[:-1]))
+            read_V = read(batch, pieces).cpu().numpy()
+        arrays = iter(np.split(read_V, np.cumsum(lengths)[:-1]))
         for i, num_paths in zip(group, counts, strict=True):
-            found[i] = tuple(islice(logprobs, num_paths))
+            found[i] = tuple(islice(arrays, num_paths))
     return found
 
 
@@ -91,12 +150,21 @@ def pack_on_device(
 @torch.no_grad()
 def logprob_of(model: nn.Module, batch: PackedBatch, pieces: Sequence[Piece], temperature: float) -> Tensor:
     """The log-prob of each visit under a frozen model, by piece, if there are; 0 outside the loss mask."""
-    if len(pieces) > 1:
-        pieces = [piece for piece in pieces if piece.batch.loss_mask_V.any()] or pieces[:1]
-        return join_pieces(batch, pieces, [logprob_of(model, piece.batch, (), temperature) for piece in pieces])
-    logprob_T = forward(model, batch, temperature=temperature).logprob_T
-    assert logprob_T is not None
-    return logprob_T[batch.visit_token_V]
+
+    def read(piece: PackedBatch) -> Tensor:
+        logprob_T = forward(model, piece, temperature=temperature).logprob_T
+        assert logprob_T is not None
+        return logprob_T[piece.visit_token_V]
+
+    return _of_pieces(batch, pieces, read)
+
+
+def _of_pieces(batch: PackedBatch, pieces: Sequence[Piece], read: Callable[[PackedBatch], Tensor]) -> Tensor:
+    """What is read of each visit of a batch, by piece, if there are several."""
+    if len(pieces) <= 1:
+        return read(batch)
+    pieces = [piece for piece in pieces if piece.batch.loss_mask_V.any()] or pieces[:1]
+    return join_pieces(batch, pieces, [read(piece.batch) for piece in pieces])
 
 
 def join_pieces(batch: PackedBatch, pieces: Sequence[Piece], value_of: Sequence[Tensor]) -> Tensor:

@@ -298,7 +298,8 @@ class TrainingStep:
                 logit_budget=self.settings.logit_budget,
                 temperature=self.algorithm.temperature,
             )
-        found = [each for each in (outputs.score_TH, outputs.logprob_T, outputs.entropy_T) if each is not None]
+        read = (outputs.score_TH, outputs.value_T, outputs.logprob_T, outputs.entropy_T)
+        found = [each for each in read if each is not None]
         output_T = found[0] if len(found) == 1 else torch.stack(found, dim=1)
         return output_T[batch.visit_token_V]
 
