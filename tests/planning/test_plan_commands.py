@@ -266,6 +266,17 @@ def test_the_plan_as_json_and_a_price_that_is_not_known(capsys):
     assert found["seconds"]["stages"]["train"] > 0
 
 
+def test_prompts_beyond_the_context_are_said(capsys):
+    rows = [f"Number {i}?" for i in range(12)] + ["Why? " * 3000]
+    Path("p.jsonl").write_text("".join(json.dumps({"prompt": row}) + "\n" for row in rows))
+    model = tiny_model(Path.cwd())
+    Path("p.toml").write_text(
+        f'name = "p"\n[environment]\nname = "prompts"\npath = "p.jsonl"\n[policy]\nmodel = "{model}"\n[train]\n'
+    )
+    assert main(["plan", "p.toml", "--memory", "24"]) == 0
+    assert "tokens leaves no room in the" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_judge_costs_calls_times_tokens_times_prices(capsys):
     assert main(["plan", "run.toml", "--json", "--set", JUDGE]) == 0
     judge = json.loads(capsys.readouterr().out)["judge"]

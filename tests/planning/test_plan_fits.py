@@ -61,7 +61,10 @@ def test_a_file_is_refused_in_its_own_words(monkeypatch, capsys):
     )
     Path("own.toml").write_text(text)
     assert main(["train", "own.toml"]) == 1
-    assert "it would fit with max_tokens 512 gradient_checkpointing; --ignore-memory goes on anyway" in capsys.readouterr().err
+    assert (
+        "it would fit with max_tokens 512 gradient_checkpointing; --ignore-memory goes on anyway"
+        in capsys.readouterr().err
+    )
     assert main(["train", "own.toml", "--ignore-memory"]) == 0
 
 
@@ -97,8 +100,17 @@ def test_a_reward_model_has_no_logits_and_is_never_of_few_bits():
 
 def test_tokens_of_a_row_are_near_those_of_its_text():
     with Store("rows.db") as store:
-        tokens, own = fits._tokens(select(settings(), store))
+        tokens, own, longest = fits._tokens(select(settings(), store))
     texts = [(row["prompt"], row["chosen"] + row["rejected"]) for row in pair_rows()]
     characters = sum(len(prompt) + len(both) for prompt, both in texts) / len(texts)
     assert characters / 3.5 <= tokens <= (characters + 3 * 10) / 3.5 + 2
     assert own < tokens
+    assert tokens - own < longest < tokens  # one side of a pair
+
+
+def test_a_row_beyond_a_pack_goes_through_whole():
+    model = shape_of_config(BIG | {"max_position_embeddings": 50_000}, "big")
+    rows = FitNeed(model, "cpu", 100, 30_000, 15_000, 30_000)
+    packed = {"lora": {"rank": 8}, "max_tokens": 4096, "gradient_checkpointing": True}
+    short, whole = (rows.peaks(settings(**packed, **options))[-1] for options in ({"max_length": 4096}, {}))
+    assert whole.total > short.total

@@ -156,6 +156,24 @@ def test_checkpointing_keeps_inputs_of_layers_and_one_layer():
     assert memory._kept(setup, 100) == 100 * ((3 + 2) * 96 * 4 + setup.kept_per_token())
 
 
+@pytest.mark.parametrize(
+    ("layers", "hidden", "heads", "kv_heads", "measured"), [(28, 1024, 16, 8, 105_000), (28, 1536, 12, 2, 131_000)]
+)
+def test_a_path_beyond_a_pack_takes_what_was_measured_for_a_token(layers, hidden, heads, kv_heads, measured):
+    """docs/training.md: bfloat16 with LoRA, at the widths of Qwen3-0.6B and Qwen2.5-1.5B."""
+    config = {
+        "model_type": "qwen3", "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "head_dim": 128, "intermediate_size": 3072, "vocab_size": 151936,
+    }  # fmt: skip
+    setup = Setup(shape_of_config(config, "a test"), "bfloat16", RANK, "cpu", "bfloat16", True, 4096)
+    assert memory._long_path_per_token(setup) == pytest.approx(measured, rel=0.02)
+    longest = [memory.update_peak(setup, "train", Update(80_000, 4000, 3, n), 0, 0).total for n in (0, 4096, 40_000)]
+    assert longest[0] == longest[1]
+    assert longest[2] - 0.8 * 40_000 * measured > 0
+    scored = [memory.scoring_peak(setup, "KL", 80_000, 0, 0, n).total for n in (0, 40_000)]
+    assert scored[0] < scored[1]
+
+
 def test_loading_holds_a_file_of_another_type_beside_the_weights():
     setup = setup_for("llama", "bfloat16")
     stored = replace(setup, shape=replace(setup.shape, stored_bytes=4 * setup.shape.num_parameters))

@@ -69,7 +69,7 @@ class Need:
             peaks.append(sampling_peak(setup, "evaluate", work.evaluation, judge))
             peaks.append(sampling_peak(setup, "rollout", work.rollout, judge))
         peaks.append(sampling_peak(setup, "guard", work.guard, judge))
-        peaks.append(scoring_peak(scored, "KL", work.guard.num_positions, judge, arena))
+        peaks.append(scoring_peak(scored, "KL", work.guard.num_positions, judge, arena, work.update.longest))
         peaks.append(update_peak(setup, "train", work.update, judge, arena))
         return peaks
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from prefloop.hub import fetch_model
@@ -16,6 +16,7 @@ from prefloop.planning.workload import characters
 from prefloop.records import Pair, PrefloopError
 from prefloop.stages.fit_data import Selected
 from prefloop.stages.fit_settings import FitSettings
+from prefloop.stages.selecting import Member
 
 NUM_ROWS = 512
 """Rows whose text is measured."""
@@ -48,13 +49,17 @@ LEVERS: tuple[Lever[FitSettings], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class FitNeed:
-    """What a training asks of a machine: its model, and the mean tokens of a row with those that enter the loss."""
+    """What a training asks of a machine: its model, and the mean tokens of a row with those that enter the loss.
+
+    `longest` are the tokens of the longest path, a row of demonstrations or a side of a pair.
+    """
 
     shape: ModelShape
     device: str
     num_rows: int
     tokens: int
     own_tokens: int
+    longest: int = 0
 
     @property
     def levers(self) -> Sequence[Lever[FitSettings]]:
@@ -67,12 +72,13 @@ class FitNeed:
         batch = min(settings.batch_size, self.num_rows)
         steps = settings.num_steps or settings.num_epochs * math.ceil(self.num_rows / batch)
         of_policy = objective(settings.objective).of_policy  # a reward model has no logits
-        update = Update(batch * self.tokens, batch * self.own_tokens if of_policy else 0, steps)
+        longest = min(self.longest, settings.max_length or self.shape.max_context)
+        update = Update(batch * self.tokens, batch * self.own_tokens if of_policy else 0, steps, longest)
         peaks = [load_peak(setup, 0)]
         if needs_reference(settings.objective, settings):
             packs = min(settings.max_tokens, SCORED_TOKENS)
             scored = replace(setup, reference=bool(settings.reference) or setup.reference, max_tokens=packs)
-            peaks.append(scoring_peak(scored, "reference", self.num_rows * self.tokens, 0, 0))
+            peaks.append(scoring_peak(scored, "reference", self.num_rows * self.tokens, 0, 0, longest))
         return [*peaks, update_peak(setup, "train", update, 0, 0)]
 
     def _setup(self, settings: FitSettings) -> Setup:
@@ -134,22 +140,21 @@ def _option(key: str, value: str) -> str:
     return name if value == "true" else f"{name} {value.strip(chr(34))}"
 
 
-def _tokens(selected: Selected) -> tuple[int, int]:
-    """Mean tokens of a row, a prompt that both sides of a pair share once, and of what follows the prompts."""
-    counted = list(_counts(selected))
-    prompts, own = (math.ceil(sum(one) / max(1, len(counted))) for one in zip(*counted, strict=True))
-    return prompts + own, own
+def _tokens(selected: Selected) -> tuple[int, int, int]:
+    """Mean tokens of a row (a prompt that both sides of a pair share once) and of its own; of the longest path."""
+    counts = [_counts(member, selected) for member in selected.rows.members[:NUM_ROWS]]
+    prompt = math.ceil(sum(first for first, _ in counts) / len(counts))
+    own = math.ceil(sum(sum(sides) for _, sides in counts) / len(counts))
+    return prompt + own, own, max(first + max(sides) for first, sides in counts)
 
 
-def _counts(selected: Selected) -> Iterator[tuple[int, int]]:
-    for member in selected.rows.members[:NUM_ROWS]:
-        names = (
-            (member.chosen_id, member.rejected_id)
-            if isinstance(member, Pair)
-            else (member if isinstance(member, str) else member.trajectory_id,)
-        )
-        sides = [selected.corpus.trajectories[name] for name in names]
-        first = sides[0]
-        tools = selected.corpus.tasks[first.task_id].tools if first.task_id in selected.corpus.tasks else ()
-        prompt = characters(first.messages[: first.num_prompt_messages], tools)
-        yield prompt, sum(characters(side.messages[side.num_prompt_messages :], ()) for side in sides)
+def _counts(member: Member, selected: Selected) -> tuple[int, list[int]]:
+    """Tokens of the prompt, and of what follows it on each side."""
+    if isinstance(member, Pair):
+        names = [member.chosen_id, member.rejected_id]
+    else:
+        names = [member if isinstance(member, str) else member.trajectory_id]
+    sides = [selected.corpus.trajectories[name] for name in names]
+    messages, num = sides[0].messages, sides[0].num_prompt_messages
+    prompt = characters(messages[:num], selected.corpus.tasks[sides[0].task_id].tools)
+    return prompt, [characters(side.messages[side.num_prompt_messages :], ()) for side in sides]

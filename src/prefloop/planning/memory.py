@@ -145,11 +145,15 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """An optimizer step: tokens that it computes, those of them that enter the loss, and how many steps there are."""
+    """An optimizer step: tokens that it computes, those of them that enter the loss, and how many steps there are.
+
+    `longest` is how many tokens a single path has: one that is longer than a pack goes through whole.
+    """
 
     num_tokens: int
     num_loss_tokens: int
     num_steps: int
+    longest: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,9 +190,9 @@ def sampling_peak(setup: Setup, stage: str, unit: Sampling, others: int) -> Peak
     return _peak(setup, stage, _models(setup) | {"judge": others} | parts)
 
 
-def scoring_peak(setup: Setup, stage: str, num_tokens: int, others: int, arena: int) -> Peak:
-    """While the reference scores tokens, packed up to `max_tokens` of them."""
-    tokens = min(num_tokens, max(setup.max_tokens, 1))
+def scoring_peak(setup: Setup, stage: str, num_tokens: int, others: int, arena: int, longest: int = 0) -> Peak:
+    """While the reference scores tokens, packed up to `max_tokens` of them, or a path of `longest` alone."""
+    tokens = min(num_tokens, max(setup.max_tokens, longest, 1))
     activations = tokens * _inference_per_token(setup) + min(tokens, FEED_FORWARD_CHUNK) * _feed_forward(setup)
     logits = 3 * _chunk_bytes(setup.shape, tokens)
     parts = {"cache": arena, "logits": logits, "activations": activations}
@@ -205,6 +209,8 @@ def update_peak(setup: Setup, stage: str, update: Update, others: int, arena: in
     tokens = min(update.num_tokens, setup.max_tokens)
     several = update.num_tokens > setup.max_tokens
     kept, transient = _kept(setup, tokens), tokens * _backward_per_token(setup)
+    if update.longest > setup.max_tokens:
+        kept = max(kept, update.longest * _long_path_per_token(setup))
     loss_tokens = min(update.num_loss_tokens, tokens)
     # Beyond the budget none are kept; but packs of a step differ, and one just below it keeps most.
     full = min(4 * loss_tokens * shape.vocabulary, LOGIT_BUDGET)
@@ -276,6 +282,17 @@ def _kept(setup: Setup, tokens: int) -> int:
     if setup.checkpointing:
         return tokens * (shape.num_layers + 2) * shape.hidden * width + _layer(setup, tokens)
     return tokens * shape.num_layers * setup.kept_per_token() + copies
+
+
+def _long_path_per_token(setup: Setup) -> int:
+    """Of a path beyond a pack: the inputs of all layers, and the layer at work (see `prefloop.models.sparing`).
+
+    Numbers of a layer, some of which an adapter takes to float32, as measured (docs/training.md).
+    """
+    shape, width = setup.shape, 2 if setup.arithmetic == "bfloat16" else 4
+    layer = 5 * shape.hidden + 3 * shape.query_width + 3 * shape.key_width
+    at_work = 3.5 if width == 2 and setup.rank is not None else width
+    return shape.num_layers * shape.hidden * width + int(layer * at_work)
 
 
 def _layer(setup: Setup, tokens: int) -> int:

@@ -93,6 +93,13 @@ def _notes(plan: Plan) -> Iterator[tuple[str, str]]:
         f"{counted(step.num_steps, 'step')} of {_amount(step.num_tokens)} tokens",
     )
     yield "", f"[dim]{lengths.prompt:,} a prompt, {lengths.after:,} after it: {lengths.source}[/dim]"
+    context = plan.setup.shape.max_context
+    if lengths.longest_prompt >= context:
+        yield (
+            "",
+            f"[bold red]a prompt of {lengths.longest_prompt:,} tokens leaves no room[/bold red] in the {context:,} "
+            "that the model reads: attempts at such tasks end before a word",
+        )
     if plan.seconds is not None and plan.rates is not None:
         apart = f"; {ONCE} before and after the loop, in all" if plan.seconds.once else ""
         yield "time", f"about {duration(plan.seconds.iteration)} an iteration{apart}"

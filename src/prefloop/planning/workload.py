@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prefloop.environments.agent import Agent, AgentSettings
-from prefloop.environments.base import Demonstrator
+from prefloop.environments.base import Demonstrator, TaskSource
 from prefloop.planning.memory import Sampling, Update
 from prefloop.records import JSONObject, Message, PrefloopError, Split
 from prefloop.stages.context import Run
@@ -41,6 +41,7 @@ class Lengths:
     """Mean tokens of a trajectory: of its prompt, after it, and those among them that the policy samples.
 
     `demonstration` is the same of a whole demonstration, 0 where there are none; `source` says where they are from.
+    `longest_prompt` is that of the tasks that were looked at, those of evaluations too.
     """
 
     prompt: int
@@ -48,6 +49,7 @@ class Lengths:
     sampled: int
     demonstration: int
     source: str
+    longest_prompt: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,24 +76,31 @@ def lengths_of(run: Run, renderer: ChatRenderer | None) -> Lengths:
         raise PrefloopError(f"environment {environment.name} has no training tasks: there is nothing to plan")
     tasks = list(environment.tasks(Split.TRAIN, min(NUM_TASKS, environment.num_tasks(Split.TRAIN) or NUM_TASKS)))
     count = characters if renderer is None else _rendered(renderer)
-    prompt = _mean([count(task.messages, task.tools) for task in tasks])
+    prompts = [count(task.messages, task.tools) for task in tasks]
+    prompt, longest = _mean(prompts), max([*prompts, *_held_out_prompts(environment, count)])
     shown = 0
     if settings.sft is not None and isinstance(environment, Demonstrator):
         spoken = [environment.demonstrate(task, settings.seed)[0] for task in tasks]
         shown = _mean([count(messages, task.tools) for messages, task in zip(spoken, tasks, strict=True)])
     recorded = _recorded(run)
     if recorded is not None:
-        return Lengths(*recorded, shown, "the run's own rollouts")
+        return Lengths(*recorded, shown, "the run's own rollouts", longest)
     new = settings.rollout.sampling.max_new_tokens
     agent = isinstance(environment, Agent)
     turns = min(settings.gateway.max_turns, AGENT_TURNS) if agent else int(getattr(environment, "max_turns", 1))
     by = "the chat template" if renderer is not None else f"{CHARACTERS_PER_TOKEN} characters a token"
     if turns == 1:
-        return Lengths(prompt, new, new, shown, f"prompts by {by}, each reply max_new_tokens long")
+        return Lengths(prompt, new, new, shown, f"prompts by {by}, each reply max_new_tokens long", longest)
     bound = f"{turns} turns (an agent's own are not known)" if agent else "max_turns turns"
     said = f"prompts by {by}, {bound} of half of max_new_tokens, answers of {ANSWER_TOKENS} tokens"
     turn = max(1, new // 2)
-    return Lengths(prompt, turns * turn + (turns - 1) * ANSWER_TOKENS, turns * turn, shown, said)
+    return Lengths(prompt, turns * turn + (turns - 1) * ANSWER_TOKENS, turns * turn, shown, said, longest)
+
+
+def _held_out_prompts(environment: TaskSource, count: Count) -> list[int]:
+    num = environment.num_tasks(Split.HELD_OUT)
+    tasks = environment.tasks(Split.HELD_OUT, NUM_TASKS if num is None else min(NUM_TASKS, num))
+    return [count(task.messages, task.tools) for task in tasks]
 
 
 def workload(
@@ -146,14 +155,15 @@ def _update(settings: RunSettings, num_tasks: int, prompt: int, after: int, leng
     own = lengths.sampled / max(1, lengths.after)
     tasks = num_tasks * (1 - (1 - batch / num) ** (num / num_tasks))  # that a batch meets
     tokens = 2 * batch * after + math.ceil(tasks) * prompt
-    return Update(tokens, int(2 * batch * after * own), train.num_steps or train.num_epochs * math.ceil(num / batch))
+    steps = train.num_steps or train.num_epochs * math.ceil(num / batch)
+    return Update(tokens, int(2 * batch * after * own), steps, prompt + after)
 
 
 def _imitation(settings: TrainingSettings, num: int, lengths: Lengths) -> Update:
     batch = min(settings.batch_size, num)
     tokens = batch * lengths.demonstration
     steps = settings.num_steps or settings.num_epochs * math.ceil(num / batch)
-    return Update(tokens, max(0, tokens - batch * lengths.prompt), steps)
+    return Update(tokens, max(0, tokens - batch * lengths.prompt), steps, lengths.demonstration)
 
 
 def _recorded(run: Run) -> tuple[int, int, int] | None:
