@@ -140,22 +140,30 @@ def _found(stage: str, detail: JSONObject) -> str:
         case "sft":
             return f"{counted(detail['steps'], 'step')}, loss {_number(detail['loss'][-1], 3)}"
         case "rollout":
-            ended = f"; {counted(detail['errors'], 'error')}" if detail["errors"] else ""
-            return f"{detail['num']} trajectories of {detail['mean_turns']:.1f} turns{ended}"
+            return _rollouts(detail)
         case "judge":
             return f"mean score {_number(detail['mean_score'])}, statuses {detail['statuses']}{_left_out(detail)}"
         case "curate":
-            silent = detail.get("num_without_turns")
-            left_out = f"; left out: {silent} in which nothing was said" if silent else ""
-            return (
-                f"{counted(detail['num_pairs'], 'pair')} of {counted(detail['num_scored'], 'scored attempt')}{left_out}"
-            )
+            words = {"num_duplicates": "equal to another", "num_without_turns": "in which nothing was said"}
+            left_out = ", ".join(f"{detail[key]:,} {why}" for key, why in words.items() if detail.get(key))
+            found = f"{counted(detail['num_pairs'], 'pair')} of {counted(detail['num_scored'], 'scored attempt')}"
+            return f"{found}; left out: {left_out}" if left_out else found
         case "train":
             reasons = [attempt["reason"] for attempt in detail["attempts"]] or [detail.get("reason", "")]
             tried = "; rolled back; ".join(reasons) + ("; rolled back" if detail["rolled_back"] else "")
             return "; ".join([tried, *detail.get("warnings", [])])
         case _:
             return "done"
+
+
+def _rollouts(detail: JSONObject) -> str:
+    found = f"{detail['num']} trajectories of {detail['mean_turns']:.1f} turns"
+    if detail["errors"]:
+        found += f"; {counted(detail['errors'], 'error')}"
+    if "num_tasks_asked" in detail:
+        there_are = counted(detail["num_tasks"], "training task")
+        found += f"; there are {there_are} beside the guard's, rollout.num_tasks asks for {detail['num_tasks_asked']:,}"
+    return found
 
 
 def _left_out(detail: JSONObject) -> str:

@@ -89,6 +89,15 @@ def test_rollouts_that_ended_in_errors_are_said():
     assert _line(0, "rollout", {**detail, "errors": 0}).endswith("4 trajectories of 1.0 turns")
 
 
+def test_that_there_are_fewer_tasks_and_fewer_attempts_than_one_thinks_is_said():
+    detail = {"num": 12, "mean_turns": 1.0, "errors": 0, "num_tasks": 6, "num_tasks_asked": 500}
+    assert _line(0, "rollout", detail).endswith(
+        "12 trajectories of 1.0 turns; there are 6 training tasks beside the guard's, rollout.num_tasks asks for 500"
+    )
+    curated = {"num_pairs": 6, "num_scored": 14, "num_duplicates": 18, "num_without_turns": 0}
+    assert _line(0, "curate", curated).endswith("6 pairs of 14 scored attempts; left out: 18 equal to another")
+
+
 def test_an_agent_elsewhere_gives_no_rollouts_of_itself(model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with agent_run(model) as run:

@@ -46,6 +46,8 @@ def rollout_stage(run: Run, iteration: int) -> None:
             run, checkpoint_id, tasks, settings.samples_per_task, settings.sampling, iteration, STAGE
         )
         detail |= {"checkpoint_id": checkpoint_id, **rollout_summary(trajectories)}
+        if len(tasks) < settings.num_tasks:
+            detail |= {"num_tasks": len(tasks), "num_tasks_asked": settings.num_tasks}
 
 
 def awaits_episodes(run: Run, iteration: int) -> bool:
@@ -72,7 +74,7 @@ def iteration_tasks(run: Run, iteration: int) -> list[Task]:
     if there_are <= reserved:
         raise PrefloopError(
             f"environment {environment.name} has {there_are} training tasks and guard.num_tasks keeps {reserved} "
-            "of them for guards: lower it"
+            "of them for guards: lower it (2 is the least), or give more tasks"
         )
     rest = environment.tasks(Split.TRAIN, there_are - reserved, first=reserved)
     return [rest[i % len(rest)] for i in range(begin, begin + min(num, len(rest)))]
