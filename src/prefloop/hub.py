@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -248,14 +249,16 @@ def _listed(files: list[str]) -> str:
 # --- giving to a hub --------------------------------------------------------------------------------------------
 
 
-def check_repository(repo: str) -> None:
-    """See that something may be given to a repository: its name is whole, and there is a token.
+def check_repository(repo: str, revision: str = "") -> None:
+    """See that something may be given to a repository: the names of it and its branch are whole, and there is a token.
 
     Raises:
         PrefloopError: it is not; naming what to do.
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise PrefloopError(f"repository {repo!r} should be OWNER/NAME of the hub")
+    if revision and not re.fullmatch(r"[\w./+-]+", revision):
+        raise PrefloopError(f"revision {revision!r} should be the name of a branch: letters, digits and ./+-_")
     if _hub().get_token() is None:
         raise PrefloopError(f"pushing to {repo} needs a token that may write: {LOG_IN}")
 
@@ -267,7 +270,7 @@ def upload(folder: Path, repo: str, *, private: bool, revision: str, message: st
         PrefloopError: as `check_repository`; the hub refuses or cannot be reached, or the repository is there and
             public though it is to be private.
     """
-    check_repository(repo)
+    check_repository(repo, revision)
     api = _hub().HfApi()
     try:
         with _explained(HubName(repo, revision), "model"):
@@ -294,8 +297,12 @@ class _UnreachableError(Exception):
 def _hub() -> Any:
     try:
         import huggingface_hub
+        from huggingface_hub.utils.tqdm import disable_progress_bars
     except ImportError:
         raise PrefloopError(HUB_MISSING) from None
+    logging.getLogger("huggingface_hub._snapshot_download").setLevel(logging.ERROR)  # what is not there is no news
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     return huggingface_hub
 
 

@@ -34,6 +34,7 @@ class Repository:
     private: bool = False
     gated: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    messages: list[str] = field(default_factory=list)
     branches: dict[str, str] = field(default_factory=dict)
 
     def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
@@ -250,7 +251,9 @@ class _Handler(BaseHTTPRequestHandler):
         files = {}
         for line in filter(None, self.body.splitlines()):
             said = json.loads(line)
-            if said["key"] == "file":
+            if said["key"] == "header":
+                repository.messages.append(said["value"]["summary"])
+            elif said["key"] == "file":
                 files[said["value"]["path"]] = base64.b64decode(said["value"]["content"])
             elif said["key"] == "lfsFile":
                 files[said["value"]["path"]] = self.hub.large[said["value"]["oid"]]

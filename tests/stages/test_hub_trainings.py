@@ -36,6 +36,7 @@ def test_a_training_names_the_commits_of_its_model_and_rows(model: Path, tmp_pat
     assert main([*command, "--lora-rank", "2", "--num-threads", "1"]) == 0
     card = Path("out/README.md").read_text()
     assert f"base model `org/tiny@{first}`" in card and 'base_model: "org/tiny"' in card
+    assert "| `model` | `org/tiny` |" in card
     assert f"file `org/rows@{data}:train.jsonl` (trl)" in card
     adapter = json.loads(Path("out/adapter_config.json").read_text())
     assert (adapter["base_model_name_or_path"], adapter["revision"]) == ("org/tiny", first)

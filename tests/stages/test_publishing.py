@@ -190,6 +190,7 @@ def test_a_run_is_pushed_and_loaded_back(looped, hub, monkeypatch, capsys, tmp_p
     assert "model.safetensors" in hub.files("ann/merged", "v1")
     assert "model.safetensors" not in hub.files("ann/merged")
     ask_again()
+    assert hub.repositories["models", "ann/merged"].messages == [f"{last[:8]}, merged"]
     merged = load_policy("ann/merged@v1")
     ours, theirs = (logprobs(one.model, Path(run.store.checkpoint(last).path)) for one in (own, merged))
     assert (ours - theirs).abs().max() < 1e-4
@@ -223,6 +224,9 @@ def test_what_only_this_machine_has_is_not_pushed(trained: Path, hub, monkeypatc
     assert main(["push", str(trained / "whole"), "ann/mine"]) == 1
     assert "which is only here: give --merge, or train the adapter on a model of the hub" in capsys.readouterr().err
     assert ("models", "ann/mine") not in hub.repositories
+    assert main(["push", str(trained / "whole"), "ann/mine", "--merge", "--revision", "a b"]) == 1
+    assert "revision 'a b' should be the name of a branch" in capsys.readouterr().err
+    assert ("models", "ann/mine") not in hub.repositories
     hub.add("ann/open", {})
     assert main(["push", str(trained / "whole"), "ann/open", "--merge", "--private"]) == 1
     assert "is there already and public" in capsys.readouterr().err
@@ -241,6 +245,7 @@ def test_what_only_this_machine_has_is_not_pushed(trained: Path, hub, monkeypatc
 def test_what_was_pushed_opens_in_another_process_with_hf_endpoint(trained: Path, hub, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert main(["push", str(trained / "whole"), "ann/merged", "--merge"]) == 0
+    assert hub.repositories["models", "ann/merged"].messages == ["whole, merged"]  # not where it lies
     (tmp_path / "card.py").write_text(code_of(hub.files("ann/merged")["README.md"].decode()))
     environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "PATH": ""}
     done = subprocess.run(

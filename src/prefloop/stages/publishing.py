@@ -183,7 +183,7 @@ def push_model(found: Found, repo: str, *, merge: bool, private: bool, revision:
     Raises:
         PrefloopError: as `check_repository`, `write_model` and `upload`; the adapter's model is not on the hub.
     """
-    check_repository(repo)
+    check_repository(repo, revision)
     if merge:
         check_merge(found)
     elif (found.directory / "adapter_config.json").is_file():
@@ -192,7 +192,8 @@ def push_model(found: Found, repo: str, *, merge: bool, private: bool, revision:
         directory = Path(folder) / "model"
         write_model(found, directory, merge=merge, called=repo)
         (directory / MANIFEST).unlink()
-        message = f"{found.name}, merged" if merge else found.name
+        shown = Path(found.name).name if Path(found.name).exists() else found.name  # where it lies is nobody's business
+        message = f"{shown}, merged" if merge else shown
         return upload(directory, repo, private=private, revision=revision, message=message)
 
 

@@ -26,6 +26,7 @@ LOADERS = {
     "reward": ("AutoModelForSequenceClassification", "text-classification"),
     "process_reward": ("AutoModelForTokenClassification", "token-classification"),
 }
+NAMED = ("model", "reference")  # of a recipe: what names a model
 POLICY = ("AutoModelForCausalLM", "text-generation")
 COUNTS = {
     "num_rows": "rows",
@@ -115,7 +116,7 @@ def model_card(
         *_merged(merged),
         *form.use(called, recipe),
         *_data(data),
-        *_recipe(recipe | {key: _shown(recipe[key]) for key in ("model", "reference") if recipe.get(key)}),
+        *_recipe(recipe | {key: _given(recipe[key], start.get(key)) for key in NAMED if recipe.get(key)}),
         *_metrics(recipe, outcome),
         *_lineage(start, data, parents),
     ]
@@ -174,6 +175,11 @@ def bare_card(called: str, base: str, *, merged: bool) -> str:
 
 def _merged(merged: bool) -> list[str]:
     return [MERGED.format("Its"), ""] if merged else []
+
+
+def _given(name: str, where: str | None) -> str:
+    """A model as the recipe names it: in full where it was one of the hub, else by its directory alone."""
+    return name if hub_base(where or "") else _shown(name)
 
 
 def _shown(where: str) -> str:
