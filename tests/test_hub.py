@@ -10,6 +10,7 @@ from huggingface_hub import constants
 
 from fakes.hub import TOKEN, Hub
 from hub_fixture import ask_again, ask_at, hub_of
+from prefloop.cli import main
 from prefloop.hub import choose_files, data_files, data_name, fetch_model, is_adapter, model_name, pinned_model
 from prefloop.models.load import load_policy
 from prefloop.models.settings import LoraSettings
@@ -118,6 +119,22 @@ def test_only_files_of_a_model_are_fetched_and_only_once(hub: Hub, model: Path):
     hub.requests.clear()
     assert fetch_model(f"org/tiny@{directory.name}") == directory
     assert hub.requests == []
+
+
+def test_a_plan_fetches_no_weights(hub: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    said = {"base_model_name_or_path": "org/tiny", "peft_type": "LORA", "r": 4, "lora_alpha": 8}
+    tokenizer = {file.name: file.read_bytes() for file in model.glob("*token*")}
+    tokenizer |= {file.name: file.read_bytes() for file in model.glob("*.jinja")}
+    adapter = {"adapter_config.json": json.dumps(said).encode(), "adapter_model.safetensors": b"large", **tokenizer}
+    hub.add("org/adapter", adapter)
+    for name in ("org/tiny", "org/adapter"):
+        Path("run.toml").write_text(
+            f'name = "p"\n[environment]\nname = "arithmetic"\n[policy]\nmodel = "{name}"\n[train]\n'
+        )
+        assert main(["plan", "run.toml", "--memory", "24"]) == 0, capsys.readouterr().err
+    assert not [asked for asked in hub.requests if "/resolve/" in asked and "safetensors" in asked]
+    assert weights_hash("org/tiny") == weights_hash(str(model))  # they are fetched where they are needed
 
 
 def test_pickled_weights_are_fetched_where_there_are_no_others(hub: Hub):

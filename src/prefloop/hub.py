@@ -117,7 +117,7 @@ def pinned_model(name: str) -> str:
 def fetch_model(name: str, *, weights: bool = True) -> Path:
     """The directory of a model: its own, or where the cache keeps the repository's files.
 
-    Without `weights` those are fetched no more than they were: enough to know the model's shape and tokenizer.
+    Without `weights` those are not fetched: the rest is enough to know the model's shape and tokenizer.
 
     Raises:
         PrefloopError: there is no such directory or repository, or it is not here and the hub cannot be reached.
@@ -134,8 +134,8 @@ def fetch_model(name: str, *, weights: bool = True) -> Path:
     if found is None:
         raise PrefloopError(f"model {name!r} cannot be loaded: there is no such directory")
     at = _pin(found, "model")
-    directory = _download(found, "model", at, MODEL_FILES, OTHER_FORMATS)
-    if not any(directory.rglob("*.safetensors")):
+    directory = _download(found, "model", at, MODEL_FILES if weights else SMALL_FILES, OTHER_FORMATS)
+    if weights and not any(directory.rglob("*.safetensors")):
         directory = _download(found, "model", at, [*MODEL_FILES, *PICKLED], OTHER_FORMATS)
     if not any((directory / config).is_file() for config in CONFIGS):
         raise PrefloopError(f"model {name!r} cannot be loaded: {found.repo} of the hub has no config.json")

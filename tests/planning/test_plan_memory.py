@@ -166,7 +166,7 @@ def test_a_path_beyond_a_pack_takes_what_was_measured_for_a_token(layers, hidden
         "num_key_value_heads": kv_heads, "head_dim": 128, "intermediate_size": 3072, "vocab_size": 151936,
     }  # fmt: skip
     setup = Setup(shape_of_config(config, "a test"), "bfloat16", RANK, "cpu", "bfloat16", True, 4096)
-    assert memory._long_path_per_token(setup) == pytest.approx(measured, rel=0.02)
+    assert memory._long_path_per_token(setup) == pytest.approx(measured, rel=0.03)
     longest = [memory.update_peak(setup, "train", Update(80_000, 4000, 3, n), 0, 0).total for n in (0, 4096, 40_000)]
     assert longest[0] == longest[1]
     assert longest[2] - 0.8 * 40_000 * measured > 0
