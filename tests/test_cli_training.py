@@ -296,6 +296,19 @@ def test_a_training_from_a_file(model: Path, capsys):
     assert "what is to be said is in runs/dpo/README.md" in report
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('lora_rank = 4\n[lora]\nrank = 8\n', "training.toml: lora_rank stands beside a table lora: set it there"),
+        ('output = ""\n', "training.toml: output is empty: name a new directory, or leave it out for runs/dpo"),
+    ],
+)
+def test_a_file_that_says_two_things_or_nothing(text: str, message: str, capsys):
+    Path("training.toml").write_text(f'objective = "dpo"\nmodel = "m"\ndata = ["rows.jsonl"]\n{text}')
+    assert message in said(capsys, "train", "training.toml", code=1)
+    assert [path.name for path in Path().iterdir()] == ["training.toml"]
+
+
 def test_an_export_names_the_datasets_of_trainings(model: Path, capsys):
     write_rows(Path("rows.jsonl"), pair_rows(4))
     said(capsys, "train", "dpo", "--data", "rows.jsonl", "--model", model, "-o", "out", "--num-steps", 1)

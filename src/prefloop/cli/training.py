@@ -102,6 +102,8 @@ def _fit_file(file: Path, given: dict[str, Any], store: str | None, *, ignore_me
     name, output = given.pop("objective"), given.pop("output", None)
     if not isinstance(name, str) or not isinstance(output, str | None):
         raise PrefloopError(f"{file}: objective and output should be texts")
+    if output == "":
+        raise PrefloopError(f"{file}: output is empty: name a new directory, or leave it out for runs/{name}")
     objective(name)
     try:
         _fit(name, Path(output) if output else None, store, given, str(file), ignore_memory=ignore_memory)
@@ -152,6 +154,8 @@ def _settings(name: str, options: dict[str, Any], source: str) -> FitSettings:
     lora = {key: given.pop(f"lora_{key}") for key in LoraSettings.model_fields if f"lora_{key}" in given}
     if lora and "rank" not in lora:
         raise PrefloopError("--lora-alpha and --lora-seed are of an adapter: give --lora-rank, too")
+    if lora and "lora" in given:  # of a file, whose keys of an adapter are in a table
+        raise PrefloopError(f"{source}: lora_{next(iter(lora))} stands beside a table lora: set it there")
     if lora:
         given["lora"] = lora
     return parse_settings(FitSettings, {"objective": name, **given}, source)
