@@ -231,7 +231,7 @@ LEVERS: tuple[Lever[RunSettings], ...] = (
     ),
     Lever(
         "policy.lora.rank",
-        "an adapter is trained in place of all weights; take a learning rate ten times as high",
+        "an adapter is trained in place of all weights; a learning rate of your own should be ten times as high",
         lambda s: [] if adapts(s.policy.model, s.policy.lora) else ["32"],
     ),
     Lever(
