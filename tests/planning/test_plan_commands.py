@@ -284,6 +284,24 @@ def test_a_judge_costs_calls_times_tokens_times_prices(capsys):
     assert judge["per_iteration"] == pytest.approx(16 * each)
 
 
+def test_confirmations_and_evaluations_by_the_judge_cost_calls_too(capsys):
+    confirm = ["--set", "curation={confirm=2, fraction=0.25}", "--set", JUDGE, "--json"]
+    assert main(["plan", "run.toml", *confirm]) == 0
+    judge = json.loads(capsys.readouterr().out)["judge"]
+    assert judge["num_calls"] == 16 + 2 * 4 * 2 and judge["evaluation_calls"] == 0  # a pair of each of four tasks
+    Path("p.jsonl").write_text("".join(json.dumps({"prompt": f"Number {i}?"}) + "\n" for i in range(30)))
+    model = tiny_model(Path.cwd())
+    Path("p.toml").write_text(
+        f'name = "p"\niterations = 3\n[environment]\nname = "prompts"\npath = "p.jsonl"\nheld_out = 0.3\n'
+        f'[policy]\nmodel = "{model}"\n[rollout]\nnum_tasks = 4\nsamples_per_task = 4\n[train]\n'
+        "[evaluation]\nnum_tasks = 3\n"
+    )
+    assert main(["plan", "p.toml", *confirm]) == 0
+    judge = json.loads(capsys.readouterr().out)["judge"]
+    assert judge["evaluation_calls"] == 2 * 2 * 3  # before and after, sampled and greedily
+    assert judge["remaining"] == pytest.approx(judge["per_iteration"] / judge["num_calls"] * (3 * 32 + 12))
+
+
 @pytest.mark.parametrize("command", ["run", "rollout", "train"])
 def test_a_run_without_the_memory_is_refused_with_advice(command, capsys, monkeypatch):
     monkeypatch.setattr(plan, "available_memory", lambda device: 300 << 20)

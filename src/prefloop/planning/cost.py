@@ -6,12 +6,14 @@ import json
 import math
 from dataclasses import dataclass
 
+from prefloop.environments.agent import Agent
+from prefloop.environments.prompts import Prompts
 from prefloop.judges.llm import LLMJudgeSettings
 from prefloop.judges.render import question, shipped_prompts
 from prefloop.judges.rubric import load_rubric
-from prefloop.planning.workload import Lengths, Workload
+from prefloop.planning.workload import Lengths, Workload, pairs_of_a_task
 from prefloop.records import AuthorKind, Ended, Message, Role, Split, Trajectory
-from prefloop.stages.context import Run
+from prefloop.stages.context import BEFORE, Run
 from prefloop.store import calls
 
 CHARACTERS_PER_TOKEN = 4.0
@@ -23,8 +25,9 @@ VERDICT_TOKENS = 400
 
 @dataclass(frozen=True, slots=True)
 class JudgeCost:
-    """Calls of an iteration, tokens of a call, and US dollars; None where no price is known.
+    """Calls of an iteration (at most), tokens of a call, and US dollars; None where no price is known.
 
+    `evaluation_calls` are those of all evaluations that are still to come, where the judge alone can tell of success.
     `counted`: the tokens are those of calls that were answered. `spent` was paid already, of `budget`, if there is one.
     """
 
@@ -36,6 +39,7 @@ class JudgeCost:
     remaining: float | None
     spent: float
     budget: float | None
+    evaluation_calls: int = 0
 
     @property
     def over_budget(self) -> bool:
@@ -48,16 +52,39 @@ def judge_cost(run: Run, lengths: Lengths, work: Workload) -> JudgeCost | None:
     judge = run.settings.judge
     if judge.kind != "llm" or judge.llm is None:
         return None
-    num = work.num_trajectories * judge.num_replicates * judge.llm.num_samples
+    num = judge.llm.num_samples * (work.num_trajectories * judge.num_replicates + _confirmations(run, work))
+    evaluations = judge.llm.num_samples * _evaluations(run)
     found = calls.mean_tokens(run.store)
     taken = found or (float(_asked(run, judge.llm, lengths)), float(min(VERDICT_TOKENS, judge.llm.max_tokens)))
     known = judge.llm.input_price is not None and judge.llm.output_price is not None
     tokens = math.ceil(taken[0]), math.ceil(taken[1])
-    each = num * judge.llm.prices().cost(*tokens) if known else None
+    price = judge.llm.prices().cost(*tokens) if known else None
     left = max(0, run.settings.iterations - run.current_iteration())
-    remaining = None if each is None else each * left
-    spent = calls.total_cost(run.store)
-    return JudgeCost(num, *tokens, found is not None, each, remaining, spent, judge.llm.budget_usd)
+    each, remaining = (None, None) if price is None else (num * price, (num * left + evaluations) * price)
+    spent, budget = calls.total_cost(run.store), judge.llm.budget_usd
+    return JudgeCost(num, *tokens, found is not None, each, remaining, spent, budget, evaluations)
+
+
+def _confirmations(run: Run, work: Workload) -> int:
+    """Fresh judgements of the members of selected pairs; a trajectory of several pairs is judged for one."""
+    settings = run.settings
+    num_tasks = work.num_trajectories // settings.rollout.samples_per_task
+    members = 2 * num_tasks * pairs_of_a_task(settings)
+    return settings.curation.confirm * min(members, work.num_trajectories)
+
+
+def _evaluations(run: Run) -> int:
+    """Judgements of start and end on held-out tasks, sampled and greedily; none where outcomes are verified."""
+    environment, settings = run.environment, run.settings.evaluation
+    unverified = isinstance(environment, Prompts) or (
+        isinstance(environment, Agent) and environment.settings.command is not None and not environment.settings.grader
+    )
+    if not unverified:
+        return 0
+    there_are = environment.num_tasks(Split.HELD_OUT)
+    num_tasks = settings.num_tasks if there_are is None else min(settings.num_tasks, there_are)
+    left = sum(run.found(iteration, "evaluate") is None for iteration in {BEFORE, run.settings.iterations})
+    return left * num_tasks * (2 if settings.greedy else 1)
 
 
 def _asked(run: Run, settings: LLMJudgeSettings, lengths: Lengths) -> int:

@@ -112,7 +112,8 @@ def _judge(cost: JudgeCost | None) -> Iterator[tuple[str, str]]:
     if cost is None:
         yield "judge", "costs nothing"
         return
-    tokens = f"{counted(cost.num_calls, 'call')} an iteration, {cost.input_tokens:,} tokens in"
+    once = f", {cost.evaluation_calls:,} for evaluations" if cost.evaluation_calls else ""
+    tokens = f"{counted(cost.num_calls, 'call')} an iteration{once}, {cost.input_tokens:,} tokens in"
     how = "counted in earlier calls" if cost.counted else "estimated"
     yield "judge", f"{tokens} and {cost.output_tokens:,} out each [dim]({how})[/dim]"
     if cost.per_iteration is None or cost.remaining is None:

@@ -147,10 +147,16 @@ def _agents_at_once(settings: RunSettings) -> int | None:
     return min(gateway.max_episodes, environment.max_parallel)
 
 
+def pairs_of_a_task(settings: RunSettings) -> int:
+    """How many there are at most: of each kept trajectory with another."""
+    each = settings.rollout.samples_per_task
+    return min(each // 2 or 1, math.ceil(each * settings.curation.fraction))
+
+
 def _update(settings: RunSettings, num_tasks: int, prompt: int, after: int, lengths: Lengths) -> Update:
     """Pairs of an iteration: at most the kept trajectories, each with another; a step shares its tasks' prompts."""
-    train, each = settings.train, settings.rollout.samples_per_task
-    num = max(1, num_tasks * min(each // 2 or 1, math.ceil(each * settings.curation.fraction)))
+    train = settings.train
+    num = max(1, num_tasks * pairs_of_a_task(settings))
     batch = min(train.batch_size, num)
     own = lengths.sampled / max(1, lengths.after)
     tasks = num_tasks * (1 - (1 - batch / num) ** (num / num_tasks))  # that a batch meets
