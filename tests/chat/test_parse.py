@@ -4,7 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chat_tokenizers import byte_level_backend, metaspace_backend
 from prefloop.chat import AssistantParser, render_demonstration
+from prefloop.chat.encoding import TextEncoder
 from prefloop.chat.parse import split_reasoning
 from prefloop.records import Message, Role, ToolCall
 
@@ -21,7 +23,8 @@ def parser(chatml):
         ("<think>\nhmm\n</think>\n\nYes", False, ("hmm", "Yes")),
         ("hmm\n</think>\n\nYes", True, ("hmm", "Yes")),
         ("<think>\ncut off", False, ("cut off", "")),
-        ("a</think>b</think>c", False, ("a", "b</think>c")),
+        ("a</think>b</think>c", None, ("a", "b</think>c")),
+        ("a</think>b</think>c", False, ("", "a</think>b</think>c")),
     ],
 )
 def test_reasoning(text, in_thought, expected):
@@ -93,3 +96,9 @@ def test_no_tokens_break_the_parser_and_every_message_can_be_shown_again(chatml,
     message = parser.parse_assistant(tokens)
     prompt = chatml.render_prompt([Message(Role.USER, "x"), message, Message(Role.USER, "y")])
     assert len(prompt.token) > 0
+
+
+@pytest.mark.parametrize("make", [byte_level_backend, metaspace_backend])
+def test_the_bytes_of_tokens_make_the_text(make):
+    encoder, text = TextEncoder(make()), "größe 東京 🙂 \ufffd"
+    assert b"".join(encoder.bytes_of(token) or b"" for token in encoder.encode(text).ids).decode() == text

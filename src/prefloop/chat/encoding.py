@@ -18,6 +18,13 @@ from prefloop.records import PrefloopError, content_hash
 _PROBES = ("a b", " a", "a ", "\n\na\t b  c\n", "a", "<a b='c'>{\"d\": [1, 2.5]}</a>")
 
 
+_UNFINISHED = "\ufffd"
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+_LETTERS = {*range(33, 127), *range(161, 173), *range(174, 256)}  # bytes that byte-level tokenizers name as they look
+_OTHERS = [byte for byte in range(256) if byte not in _LETTERS]
+_BYTE_OF = {chr(byte): byte for byte in _LETTERS} | {chr(256 + index): byte for index, byte in enumerate(_OTHERS)}
+
+
 class Encoded(NamedTuple):
     """Token ids of a text and, for each, the characters [start, end) that it stands for."""
 
@@ -135,6 +142,16 @@ class TextEncoder:
         if run:
             parts.append(self._plain.decode(run, skip_special_tokens=False))
         return "".join(parts)
+
+    def bytes_of(self, token: int) -> bytes | None:
+        """The bytes that a token stands for, also where they are part of a character; None where that is not known."""
+        text = self.decode([token])
+        if _UNFINISHED not in text:
+            return text.encode()
+        name = self._plain.id_to_token(token) or ""
+        if byte := _BYTE.fullmatch(name):
+            return bytes([int(byte[1], 16)])
+        return bytes(_BYTE_OF[letter] for letter in name) if set(name) <= _BYTE_OF.keys() else None
 
     def control_name(self, token: int) -> str:
         """The text of a control token, empty for any other."""

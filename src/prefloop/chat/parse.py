@@ -12,7 +12,7 @@ from prefloop.chat.turns import stop_ids, turn_pieces
 from prefloop.records import JSONObject, Message, PrefloopError, Role, ToolCall
 from prefloop.records.strict_json import is_storable
 
-_THINK, _THOUGHT = "<think>", "</think>"
+THINK, THOUGHT = "<think>", "</think>"
 _OWN = "response_template"
 _LOOK_BACK: Final = 64  # tokens of the prompt in which an opened thought is looked for
 
@@ -38,7 +38,7 @@ class AssistantParser:
             )
         self._renderer = renderer
         self._stops = stop_ids(renderer)
-        self._thinks = _THOUGHT in renderer.template_source
+        self._thinks = THOUGHT in renderer.template_source
         self.tool_format = find_format(renderer) if tool_format == "auto" else tool_format
         self._format = CALL_FORMATS.get(self.tool_format)
 
@@ -69,24 +69,30 @@ class AssistantParser:
             message = self._by_response_template([int(token) for token in tokens], prompt, tools)
             if message is not None:
                 return message
-        before = self._renderer.encoder.decode([int(token) for token in prompt[-_LOOK_BACK:]])
-        return self.parse_text(self._renderer.encoder.decode(ids), before.rstrip().endswith(_THINK), tools)
+        return self.parse_text(self._renderer.encoder.decode(ids), self.in_thought(prompt), tools)
 
-    def parse_text(self, text: str, in_thought: bool = False, tools: Sequence[JSONObject] = ()) -> Message:
-        """The message that a text says; `in_thought` if the prompt already opened the reasoning."""
+    def in_thought(self, prompt: Sequence[int]) -> bool | None:
+        """Whether a prompt has opened the reasoning; None where there is none to tell."""
+        if not len(prompt):
+            return None
+        before = self._renderer.encoder.decode([int(token) for token in prompt[-_LOOK_BACK:]])
+        return before.rstrip().endswith(THINK)
+
+    def parse_text(self, text: str, in_thought: bool | None = None, tools: Sequence[JSONObject] = ()) -> Message:
+        """The message that a text says; `in_thought` as in `split_reasoning`."""
         reading = self._read(text, in_thought, tools)
         calls = tuple(placed.call for placed in reading.calls)
         return Message(Role.ASSISTANT, reading.content, reading.reasoning, calls)
 
     def places(self, tokens: Sequence[int]) -> tuple[Placed, ...]:
         """The calls of a turn with their places in its decoded text; none where the format cannot tell."""
-        return self._read(self._renderer.encoder.decode(self._without_stop(tokens)), False, ()).calls
+        return self._read(self._renderer.encoder.decode(self._without_stop(tokens)), None, ()).calls
 
     def _without_stop(self, tokens: Sequence[int]) -> list[int]:
         ids = [int(token) for token in tokens]
         return ids[:-1] if ids and ids[-1] in self._stops else ids
 
-    def _read(self, text: str, in_thought: bool, tools: Sequence[JSONObject]) -> Reading:
+    def _read(self, text: str, in_thought: bool | None, tools: Sequence[JSONObject]) -> Reading:
         reasoning, rest = split_reasoning(text, in_thought) if self._thinks else ("", text)
         if self._format is None:
             return Reading(rest, (), reasoning)
@@ -110,13 +116,17 @@ class AssistantParser:
         return message if is_storable(message.to_dict()) else None
 
 
-def split_reasoning(text: str, in_thought: bool = False) -> tuple[str, str]:
-    """Reasoning and what follows it. Reasoning that was cut off is all reasoning."""
-    opened = in_thought or text.lstrip().startswith(_THINK)
-    if not opened and _THOUGHT not in text:
+def split_reasoning(text: str, in_thought: bool | None = None) -> tuple[str, str]:
+    """Reasoning and what follows it. Reasoning that was cut off is all reasoning.
+
+    `in_thought` says whether the prompt has opened it. Where that is not known (None), what ends a thought that the
+    text does not begin does so all the same.
+    """
+    opened = in_thought or text.lstrip().startswith(THINK)
+    if not opened and (in_thought is not None or THOUGHT not in text):
         return "", text
-    body = text.lstrip().removeprefix(_THINK) if opened else text
-    reasoning, _, rest = body.partition(_THOUGHT)
+    body = text.lstrip().removeprefix(THINK) if opened else text
+    reasoning, _, rest = body.partition(THOUGHT)
     return reasoning.strip("\n"), rest.lstrip("\n")
 
 

@@ -14,7 +14,7 @@ from prefloop.clients.sampling import Sampled
 from prefloop.environments.base import Outcome
 from prefloop.gateway.batcher import Job
 from prefloop.gateway.refusal import RefusedError
-from prefloop.gateway.streaming import ContentStream
+from prefloop.gateway.streaming import ReplyStream
 from prefloop.gateway.threads import OpenThread, Tokens
 from prefloop.records import Ended, JSONObject, Message, PrefloopError, Role, Thread, TokenPath, Trajectory
 from prefloop.rollout import Attempt, Provenance, Rollout, derived_seed, numbered
@@ -52,9 +52,15 @@ class Voice:
         """The text of sampled tokens, without the one that ends a turn."""
         return self.renderer.encoder.decode([token for token in tokens if token not in self._stops])
 
-    def stream(self) -> ContentStream:
+    def shown(self, token: int) -> tuple[str, bytes | None]:
+        """The text and the bytes of one sampled token, nothing of one that ends a turn."""
+        text = self.text([token])
+        return text, self.renderer.encoder.bytes_of(token) if text else b""
+
+    def stream(self, context: Tokens, tools: Sequence[JSONObject]) -> ReplyStream:
         """What may be shown of a reply while it is sampled."""
-        return ContentStream(self.renderer, self._parser.tool_format)
+        in_thought = self._parser.in_thought(context.tolist())
+        return ReplyStream(self.renderer, self._parser.tool_format, in_thought, with_tools=bool(tools))
 
 
 @dataclass(eq=False, slots=True)

@@ -229,7 +229,7 @@ class Reply:
         self._gateway, self._episode, self._turn = gateway, episode, turn
         self._asked, self._head = asked, head
         self._voice = gateway.voice
-        self._content = gateway.voice.stream()
+        self._shown = gateway.voice.stream(turn.context, turn.thread.tools)
 
     def whole(self, sampled: Sampled) -> JSONObject:
         """Record the reply; the body that is sent."""
@@ -243,25 +243,22 @@ class Reply:
 
     def more(self, tokens: list[int]) -> list[JSONObject]:
         """The pieces for which the tokens so far are enough."""
-        text = self._content.feed(self._voice.text(tokens))
-        return [wire.chunk(self._head, {"content": text})] if text else []
+        return self._pieces(*self._shown.feed(self._voice.text(tokens)))
 
     def last(self, sampled: Sampled) -> list[JSONObject]:
         """Record the reply; the pieces that were held back."""
         message = self._gateway.finish(self._episode, self._turn, sampled)
-        deltas = [delta for delta in (self._thoughts(message), self._rest(message), _calls(message)) if delta]
-        pieces = [wire.chunk(self._head, delta) for delta in deltas]
+        pieces = self._pieces(*self._shown.rest(message))
+        if message.tool_calls:
+            pieces.append(wire.chunk(self._head, {"tool_calls": _calls(message)}))
         pieces.append(wire.chunk(self._head, {}, wire.finish_reason(message, sampled), self._logprobs(sampled)))
         if self._asked.include_usage:
             pieces.append(wire.usage_chunk(self._head, self._usage(sampled)))
         return pieces
 
-    def _thoughts(self, message: Message) -> JSONObject:
-        return {"reasoning_content": message.reasoning_content} if message.reasoning_content else {}
-
-    def _rest(self, message: Message) -> JSONObject:
-        rest = self._content.rest(message.content)
-        return {"content": rest} if rest else {}
+    def _pieces(self, reasoning: str, content: str) -> list[JSONObject]:
+        deltas = {"reasoning_content": reasoning, "content": content}
+        return [wire.chunk(self._head, {key: text}) for key, text in deltas.items() if text]
 
     def _usage(self, sampled: Sampled) -> JSONObject:
         return wire.usage(len(self._turn.context), len(sampled.token))
@@ -269,13 +266,12 @@ class Reply:
     def _logprobs(self, sampled: Sampled) -> JSONObject | None:
         if not self._asked.logprobs:
             return None
-        texts = [self._voice.text([token]) for token in sampled.token.tolist()]
-        return wire.shown_logprobs(texts, [float(value) for value in sampled.logprob])
+        tokens = [self._voice.shown(token) for token in sampled.token.tolist()]
+        return wire.shown_logprobs(tokens, [float(value) for value in sampled.logprob])
 
 
-def _calls(message: Message) -> JSONObject:
-    calls = [{"index": index, **wire.shown_call(call)} for index, call in enumerate(message.tool_calls)]
-    return {"tool_calls": calls} if calls else {}
+def _calls(message: Message) -> list[JSONObject]:
+    return [{"index": index, **wire.shown_call(call)} for index, call in enumerate(message.tool_calls)]
 
 
 def _is_long(messages: Sequence[Message]) -> bool:

@@ -201,11 +201,11 @@ def usage(num_prompt: int, num_sampled: int) -> JSONObject:
     }  # fmt: skip
 
 
-def shown_logprobs(texts: Sequence[str], logprobs: Sequence[float]) -> JSONObject:
-    """The log-probs of the sampled tokens, whose texts these are."""
+def shown_logprobs(tokens: Sequence[tuple[str, bytes | None]], logprobs: Sequence[float]) -> JSONObject:
+    """The log-probs of the sampled tokens, whose texts and bytes these are."""
     content = [
-        {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8", "replace")), "top_logprobs": []}
-        for text, logprob in zip(texts, logprobs, strict=True)
+        {"token": text, "logprob": logprob, "bytes": None if own is None else list(own), "top_logprobs": []}
+        for (text, own), logprob in zip(tokens, logprobs, strict=True)
     ]
     return {"content": content, "refusal": None}
 

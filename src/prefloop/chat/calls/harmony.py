@@ -16,7 +16,8 @@ from prefloop.records import JSONObject, ToolCall
 from prefloop.records.strict_json import load_json
 
 _MESSAGE: Final = "<|message|>"
-_ENDS: Final = re.compile(r"<\|(?:end|call|return|start)\|>")
+_END_TOKENS: Final = ("<|end|>", "<|call|>", "<|return|>", "<|start|>")
+_ENDS: Final = re.compile("|".join(map(re.escape, _END_TOKENS)))
 _CHANNEL: Final = re.compile(r"<\|channel\|>\s*(\w+)")
 _RECIPIENT: Final = re.compile(r"\bto=(?:functions\.)?([^\s<]{1,128})")
 
@@ -35,6 +36,18 @@ class Harmony:
             elif body:
                 said["analysis" if channel and channel[1] == "analysis" else "content"].append(body)
         return Reading("\n".join(said["content"]), tuple(calls), "\n".join(said["analysis"]))
+
+
+def within_messages(text: str) -> str:
+    """The text up to where the last message that has begun ends, or may end: what is read of it stays as it is."""
+    begins = text.rfind(_MESSAGE)
+    if begins < 0:
+        return ""
+    ended = _ENDS.search(text, begins)
+    if ended is not None:
+        return text[: ended.end()]
+    cut = text.rfind("<", begins + len(_MESSAGE))
+    return text if cut < 0 or not any(end.startswith(text[cut:]) for end in _END_TOKENS) else text[:cut]
 
 
 def _messages(text: str) -> Iterator[tuple[int, str, str, int]]:
