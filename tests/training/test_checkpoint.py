@@ -302,3 +302,16 @@ def test_a_place_that_cannot_be_written_needs_no_space(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(PrefloopError, match=r"^cannot save .*: File exists; name a place that can be written$"):
         save_atomically(tmp_path / "file" / "new", lambda directory: None)
+
+
+def test_of_two_that_save_at_once_the_second_is_told_so(tmp_path):
+    target = tmp_path / "new"
+
+    def slowly(directory: Path) -> None:
+        (directory / "w.bin").write_bytes(b"second")
+        target.mkdir()
+        (target / "w.bin").write_bytes(b"first")
+
+    with pytest.raises(PrefloopError, match=r"another process has just written it: name another place$"):
+        save_atomically(target, slowly)
+    assert (target / "w.bin").read_bytes() == b"first"

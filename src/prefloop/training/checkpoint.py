@@ -43,7 +43,7 @@ def save_atomically(target: Path, write: Callable[[Path], None]) -> str:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT) or f"{DISK_ERROR}{errno.ENOSPC})" in str(error)
         advice = "free space and run again" if full else "name a place that can be written"
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+        if error.errno == errno.ENOTEMPTY:
             advice = "another process has just written it: name another place"
         raise PrefloopError(f"cannot save {target}: {error.strerror or error}; {advice}") from error
 
