@@ -18,8 +18,10 @@ from hub_fixture import ask_again, hub_of
 from prefloop.cli import main
 from prefloop.loop import run_loop
 from prefloop.models.load import load_policy
+from prefloop.records import PrefloopError
 from prefloop.stages.initial import make_initial_model
 from prefloop.stages.looking import ancestors
+from prefloop.stages.publishing import found_model
 
 CHAT = [{"role": "user", "content": "Say something of Ann and 0 cats."}, {"role": "assistant", "content": "Ann."}]
 
@@ -208,6 +210,22 @@ def test_an_adapter_whose_model_is_gone_is_not_pushed(trained: Path, hub, monkey
         line = capsys.readouterr().err
         assert f"is an adapter of {base}, which " in line and "base_model_name_or_path" in line, line
         assert len(line.splitlines()) == 1 and ("models", "ann/mine") not in hub.repositories
+
+
+def test_from_another_folder_the_card_says_as_much(model: Path, tmp_path: Path, monkeypatch):
+    """The store has the path that counted from where it was trained."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    train_rows("dpo", model, Path("trained"), pair_rows(), lora={"rank": 4, "alpha": 8}, num_steps=2)
+    monkeypatch.chdir("elsewhere")
+    for directory in (Path("..", "trained"), tmp_path / "trained"):
+        output = Path(f"merged-{directory.is_absolute()}")
+        assert main(["export", str(directory), "--merge", "-o", str(output)]) == 0
+        card = (output / "README.md").read_text()
+        assert all(f"## {part}" in card for part in ("Data", "Recipe", "Metrics", "Lineage")), card
+    (tmp_path / "trained" / "README.md").write_text("changed")
+    with pytest.raises(PrefloopError, match="is damaged"), found_model(str(tmp_path / "trained"), "no.db"):
+        pass
 
 
 def test_the_card_of_a_merged_adapter_of_no_store_says_what_it_is(trained: Path, monkeypatch, tmp_path):

@@ -16,6 +16,7 @@ from prefloop.records import Checkpoint, JSONObject, PrefloopError
 from prefloop.stages.context import BEFORE
 from prefloop.stages.fit_settings import work_directory
 from prefloop.stages.looking import ancestors, find_checkpoint
+from prefloop.stages.selecting import sha256_of
 from prefloop.stages.start import SERVED
 from prefloop.store import Store
 from prefloop.training.checkpoint import MANIFEST, save_atomically, verify
@@ -54,7 +55,9 @@ def found_model(name: str, location: str) -> Iterator[Found]:
         with Store(place, must_exist=True) as store:
             checkpoint = _by_directory(store, here) if here.is_dir() else find_checkpoint(store, name)
             if checkpoint is not None:
-                yield Found(name, _whole(checkpoint), checkpoint, store)
+                yield Found(
+                    name, _whole(checkpoint, here if here.is_dir() else Path(checkpoint.path)), checkpoint, store
+                )
                 return
     if not here.exists() and model_name(name) is not None and "/" not in name:
         raise PrefloopError(f"there is no checkpoint {name} in {location}, nor such a directory: see `prefloop status`")
@@ -62,16 +65,20 @@ def found_model(name: str, location: str) -> Iterator[Found]:
 
 
 def _by_directory(store: Store, directory: Path) -> Checkpoint | None:
-    there = (one for one in store.checkpoints() if one.manifest_hash and Path(one.path).is_dir())
-    return next((one for one in there if directory.samefile(one.path)), None)
+    """The checkpoint of a directory: of this path, or of this content (called from elsewhere, or moved)."""
+    known = [one for one in store.checkpoints() if one.manifest_hash]
+    there = (one for one in known if Path(one.path).is_dir() and directory.samefile(one.path))
+    manifest = directory / MANIFEST
+    digest = sha256_of(manifest) if manifest.is_file() else ""
+    return next(there, None) or next((one for one in known if one.manifest_hash == digest), None)
 
 
-def _whole(checkpoint: Checkpoint) -> Path:
+def _whole(checkpoint: Checkpoint, directory: Path) -> Path:
     if checkpoint.algorithm == SERVED:
         raise PrefloopError(f"checkpoint {checkpoint.path} is behind a server: its weights are not here")
-    if checkpoint.manifest_hash and verify(Path(checkpoint.path)) != checkpoint.manifest_hash:
-        raise PrefloopError(f"checkpoint {checkpoint.path} is not the one that was recorded: restore it")
-    return fetch_model(checkpoint.path)
+    if checkpoint.manifest_hash and verify(directory) != checkpoint.manifest_hash:
+        raise PrefloopError(f"checkpoint {directory} is not the one that was recorded: restore it")
+    return fetch_model(str(directory) if checkpoint.manifest_hash else checkpoint.path)
 
 
 def write_model(found: Found, output: Path, *, merge: bool, called: str = "") -> None:
