@@ -10,6 +10,9 @@ from cyclopts import Parameter
 from prefloop.cli.plumbing import RunFile, SetOption, StoreOption, console, described_run
 from prefloop.records import NoDeviceError, PrefloopError
 
+MOST_GIB = 1 << 20
+"""A PiB: more is a slip of the hand."""
+
 
 def plan(
     file: RunFile,
@@ -27,8 +30,8 @@ def plan(
     from prefloop.planning.plan import GIB
     from prefloop.planning.table import plan_table
 
-    if memory is not None and not memory > 0:
-        raise PrefloopError(f"--memory {memory:g}: expected GiB, more than 0")
+    if memory is not None and not 0 < memory <= MOST_GIB:
+        raise PrefloopError(f"--memory {memory:g}: expected GiB, more than 0 and at most {MOST_GIB:,}")
     with described_run(file, store, overrides, keep=False) as run:
         try:
             found = plan_run(run, None if memory is None else int(memory * GIB))
