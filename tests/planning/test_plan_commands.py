@@ -94,8 +94,9 @@ def test_a_plan_for_a_device_that_is_not_here(capsys):
     assert main(["plan", "run.toml", "--set", "policy.device=cuda", "--memory", "24", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["available_bytes"] == 24 * GIB and found["fits"] and found["seconds"] is None
-    assert main(["plan", "run.toml", "--memory", "0"]) == 1
-    assert "--memory 0: expected GiB" in capsys.readouterr().err
+    for given in ("0", "-1", "nan", "inf", "1e300"):
+        assert main(["plan", "run.toml", f"--memory={given}"]) == 1
+        assert ": expected GiB, more than 0 and at most 1,048,576" in capsys.readouterr().err
 
 
 def test_a_training_of_its_own_is_no_run(capsys):
@@ -228,6 +229,19 @@ def test_fewer_agents_at_once_are_advised_where_their_conversations_are_too_larg
 # --- what there is ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("sleep", "gib"), [(True, 77), (False, 12)])
+def test_a_gpu_that_a_server_gives_back_counts_whole(sleep, gib, monkeypatch):
+    """The server is awake before the run starts, and holds 85 % of the card."""
+    import torch
+
+    from prefloop.models import load
+
+    monkeypatch.setattr(load, "check_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (12 * GIB, 80 * GIB))
+    shared = settings(policy={"device": "cuda", "lora": {"rank": 8}, "vllm": {"sleep": sleep}})
+    assert plan._available(shared) == gib * GIB
+
+
 def test_limits_of_control_groups(tmp_path):
     member = tmp_path / "cgroup"
     member.write_text("4:memory:/box\n2:cpu:/box\n0::/new\n")
@@ -304,7 +318,7 @@ def test_confirmations_and_evaluations_by_the_judge_cost_calls_too(capsys):
 
 @pytest.mark.parametrize("command", ["run", "rollout", "train"])
 def test_a_run_without_the_memory_is_refused_with_advice(command, capsys, monkeypatch):
-    monkeypatch.setattr(plan, "available_memory", lambda device: 300 << 20)
+    monkeypatch.setattr(plan, "available_memory", lambda device, **_: 300 << 20)
     assert main([command, "run.toml", "--set", "rollout.num_tasks=400", "--set", "guard.num_tasks=2000"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: run planned needs about ")
@@ -315,7 +329,7 @@ def test_a_run_without_the_memory_is_refused_with_advice(command, capsys, monkey
 
 
 def test_one_may_go_on_anyway(capsys, monkeypatch):
-    monkeypatch.setattr(plan, "available_memory", lambda device: 300 << 20)
+    monkeypatch.setattr(plan, "available_memory", lambda device, **_: 300 << 20)
     assert main(["rollout", "run.toml", "--ignore-memory"]) == 0
 
 

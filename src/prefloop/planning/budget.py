@@ -94,8 +94,15 @@ def setup_of(settings: RunSettings, shape: ModelShape, training: TrainingSetting
 # --- what there is ----------------------------------------------------------------------------------------------
 
 
-def available_memory(device: str) -> int:
+ASLEEP = 3 << 30
+"""What a vLLM server keeps of a GPU while it sleeps: CUDA's own, captured graphs and buffers."""
+
+
+def available_memory(device: str, *, shared_with_server: bool = False) -> int:
     """Bytes that a new process may take: of the device, or of this machine and what limits its processes here.
+
+    A GPU that is `shared_with_server`, a vLLM server that sleeps while models are used here, counts whole but for what
+    that keeps: the server may be awake now, and then holds most of it.
 
     Raises:
         PrefloopError: there is no such device here.
@@ -106,7 +113,8 @@ def available_memory(device: str) -> int:
         from prefloop.models.load import check_device
 
         check_device(device)
-        return int(torch.cuda.mem_get_info(device)[0])
+        free, total = torch.cuda.mem_get_info(device)
+        return max(int(free), int(total) - ASLEEP) if shared_with_server else int(free)
     return min([_machine(), *_limits()])
 
 

@@ -82,7 +82,7 @@ def plan_run(run: Run, memory: int | None = None) -> Plan:
     judge = judge_cost(run, need.lengths, work)
     if memory is not None:
         return _plan(run, need, memory, None, None, judge)
-    available = available_memory(settings.policy.device)
+    available = _available(settings)
     rates = measure_rates(setup, work.rollout.num_rows, settings.num_threads)
     return _plan(run, need, available, rates, seconds_of(settings, setup, work, rates), judge)
 
@@ -95,7 +95,7 @@ def check_memory(run: Run) -> None:
     """
     if run.settings.policy.server is not None or run.environment.num_tasks(Split.TRAIN) == 0:
         return  # nothing is done here, or nothing can be, which is said where it is tried
-    plan = _plan(run, _need(run, None), available_memory(run.settings.policy.device), None, None, None)
+    plan = _plan(run, _need(run, None), _available(run.settings), None, None, None)
     if plan.fits:
         return
     changes = " ".join(f"--set {one.override}" for one in plan.advice)
@@ -130,6 +130,11 @@ def _plan(
     advice = advise(need, settings, available) if largest(peaks).total > available else []
     setup, work = setup_of(settings, need.shape, settings.train), need.workload(settings)
     return Plan(settings.name, setup, need.lengths, work, peaks, available, advice, rates, seconds, judge)
+
+
+def _available(settings: RunSettings) -> int:
+    vllm = settings.policy.vllm
+    return available_memory(settings.policy.device, shared_with_server=vllm is not None and vllm.sleep)
 
 
 def _need(run: Run, renderer: ChatRenderer | None) -> Need:
