@@ -22,10 +22,11 @@ from prefloop.live import _line
 from prefloop.loop import run_loop
 from prefloop.records import AuthorKind, Ended, Message, PrefloopError, Role, Split, Trajectory
 from prefloop.rollout import Rollout
+from prefloop.stages import rollouts
 from prefloop.stages.context import AGENT_LOGS, BEFORE, Run, opened
 from prefloop.stages.evaluating import evaluate_stage
 from prefloop.stages.judging import judge_stage
-from prefloop.stages.rollouts import awaits_episodes, rollout_stage, save_rollouts
+from prefloop.stages.rollouts import awaits_episodes, roll_out_in_units, rollout_stage, save_rollouts
 from prefloop.stages.settings import RunSettings
 from prefloop.stages.start import start_policy
 from prefloop.stages.talking import _episode
@@ -240,6 +241,44 @@ def test_a_run_whose_next_episodes_are_had_elsewhere_ends_kindly(model, tmp_path
         assert awaits_episodes(run, 1) and run_loop(run) == {}
         episodes(run, ["graded"], episode="e", iteration=1)
         assert not awaits_episodes(run, 1)
+
+
+ONCE = """
+import json, os, pathlib, sys, time
+from urllib.request import Request, urlopen
+task = os.environ["PREFLOOP_TASK_ID"]
+with open("started", "a") as file:
+    file.write(task + " ")
+if pathlib.Path("hang").exists() and len(open("started").read().split()) > 1:
+    time.sleep(60)
+headers = {"authorization": "Bearer " + os.environ["OPENAI_API_KEY"], "content-type": "application/json"}
+body = {"messages": [{"role": "user", "content": task}]}
+urlopen(Request(os.environ["OPENAI_BASE_URL"] + "/chat/completions", json.dumps(body).encode(), headers)).read()
+"""
+
+
+def test_episodes_that_were_over_before_an_interruption_are_kept(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("hang").touch()
+    with agent_run(model, command=[sys.executable, "-c", ONCE], max_parallel=1) as run, opened(run):
+        tasks = run.environment.tasks(Split.TRAIN, 3)
+        arguments = (run.checkpoint_before(0), tasks, 1, run.settings.rollout.sampling, 0, "rollout")
+        monkeypatch.setattr(rollouts, "save_rollouts", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            roll_out_in_units(run, *arguments)
+        monkeypatch.setattr(rollouts, "save_rollouts", save_rollouts)
+        (first,) = run.store.trajectories(run_id=run.id)
+        Path("hang").unlink()
+        Path("started").write_text("")
+        found = roll_out_in_units(run, *arguments)
+        assert [one.task_id for one in found] == [task.id for task in tasks]
+        assert first.id in {one.id for one in found} and all(one.token_paths for one in found)
+        assert len(Path("started").read_text().split()) == 2
+
+
+def save_and_stop(*given: object) -> None:
+    save_rollouts(*given)
+    raise KeyboardInterrupt
 
 
 @pytest.mark.slow

@@ -67,8 +67,15 @@ class TaskFile:
     def hashes(self, *commands: Sequence[str] | None) -> dict[str, str]:
         """The SHA-256 of the file of tasks, and of every file that the commands name by a relative path."""
         words = [word for command in commands for word in command or ()]
-        scripts = [Path(word) for word in words if not Path(word).is_absolute() and Path(word).is_file()]
+        scripts = [Path(word) for word in words if not Path(word).is_absolute() and _is_file(word)]
         return {str(path): _sha256(path) for path in (Path(self.path), *scripts)}
+
+
+def _is_file(word: str) -> bool:
+    try:
+        return Path(word).is_file()
+    except OSError:  # a program in place of a name is too long for one
+        return False
 
 
 def tasks_of_split(tasks: Sequence[Task], split: Split, num: int, first: int, holder: str) -> Sequence[Task]:

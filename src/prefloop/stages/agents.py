@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
@@ -25,6 +25,7 @@ NEVER_ASKED = "it ended without asking the policy: does it take its address from
 GRADED = (Ended.DONE, Ended.LENGTH, Ended.MAX_TURNS, Ended.DEADLINE)
 MANY = 8  # attempts that all end in errors: no policy does that to an agent that works
 
+Keep = Callable[[Rollout], None]
 Made = tuple[Rollout, bool]  # and whether agent or grader was broken, whatever the policy did
 
 
@@ -50,8 +51,11 @@ class AgentRunner:
         attempts: Sequence[Attempt],
         sampling: SamplingSettings,
         provenance: Provenance,
+        keep: Keep = lambda _: None,
     ) -> list[Rollout]:
         """One rollout for each attempt, in order; `max_context` is the most tokens that the policy can read.
+
+        `keep` is told of each that did not end in an error, as soon as it is over: what comes after may never end.
 
         Raises:
             PrefloopError: a command cannot be started, or every single attempt failed.
@@ -61,7 +65,7 @@ class AgentRunner:
         )
         # A key that nobody else on this machine knows: what is recorded here is trained on.
         with GatewayServer(gateway, port=0, token=secrets.token_urlsafe(24)) as server:
-            made = self._all(gateway, server, attempts)
+            made = self._all(gateway, server, attempts, keep)
         if self._all_broken(made):
             first = made[0][0].trajectory.extra["error"]
             raise PrefloopError(
@@ -76,14 +80,17 @@ class AgentRunner:
             return False
         return not self.proven or len(made) >= MANY or all(broken for _, broken in made)
 
-    def _all(self, gateway: Gateway, server: GatewayServer, attempts: Sequence[Attempt]) -> list[Made]:
+    def _all(self, gateway: Gateway, server: GatewayServer, attempts: Sequence[Attempt], keep: Keep) -> list[Made]:
         workers = min(self.agent.settings.max_parallel, self.settings.max_episodes, len(attempts))
         self._stop.clear()
         with ThreadPoolExecutor(workers, thread_name_prefix="prefloop-agent") as pool:
             futures = [pool.submit(self._attempt, gateway, server, attempt) for attempt in attempts]
             try:
-                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-                return [future.result() for future in futures if future in done]  # all of them, or an error
+                for future in as_completed(futures):
+                    rollout, broken = future.result()
+                    if not broken and rollout.trajectory.ended is not Ended.ERROR:
+                        keep(rollout)
+                return [future.result() for future in futures]
             finally:  # after an error, or an interruption: no agent goes on alone
                 self._stop.set()
                 pool.shutdown(cancel_futures=True)

@@ -30,7 +30,7 @@ from prefloop.records import (
     content_hash,
 )
 from prefloop.rollout import Attempt, LocalSpeaker, Provenance, Rollout, open_episodes, roll_out, unit_seed
-from prefloop.stages.agents import AgentRunner
+from prefloop.stages.agents import AgentRunner, Keep
 from prefloop.stages.voices import ServedVoices, Voice
 from prefloop.training.checkpoint import save_atomically, verify
 
@@ -176,11 +176,16 @@ class Policies:
         return [trajectory_paths(renderer, one, tasks[one.task_id].tools) for one in trajectories]
 
     def roll_out(
-        self, who: Policy | str, attempts: Sequence[Attempt], sampling: SamplingSettings, provenance: Provenance
+        self,
+        who: Policy | str,
+        attempts: Sequence[Attempt],
+        sampling: SamplingSettings,
+        provenance: Provenance,
+        keep: Keep = lambda _: None,
     ) -> list[Rollout]:
         """Roll out a policy in memory, or a checkpoint by its id, on a unit of attempts.
 
-        An agent of its own does it where the environment is one.
+        An agent of its own does it where the environment is one, and `keep` is told of its episodes one by one.
         """
         environment = self._run.environment
         voice = self.voice(who)
@@ -189,7 +194,7 @@ class Policies:
             with closing(self.batcher(voice)) as batcher:
                 proven = self._run.store.has_trajectories(self._run.id)
                 runner = AgentRunner(environment, self._run.settings.gateway, self._run.directory, proven)
-                return runner.roll_out(renderer, batcher, sampler.max_context, attempts, sampling, provenance)
+                return runner.roll_out(renderer, batcher, sampler.max_context, attempts, sampling, provenance, keep)
         environment = steppable(environment, "a rollout")
         episodes = open_episodes(environment, attempts)
         seed = unit_seed(self._run.settings.seed, provenance, attempts)

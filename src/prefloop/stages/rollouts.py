@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from prefloop.clients.openai_sampler import OpenAISampler
 from prefloop.clients.sampling import SamplingSettings
+from prefloop.environments.agent import Agent
 from prefloop.environments.base import steppable
 from prefloop.gateway.episodes import EPISODE
 from prefloop.records import AuthorKind, Ended, PrefloopError, Source, Split, Task, Trajectory
@@ -118,15 +119,23 @@ def _unit(
     kind = AuthorKind.REMOTE_MODEL if served else AuthorKind.CHECKPOINT
     provenance = Provenance(kind, checkpoint_id, run.id, iteration, stage)
     ids = [provenance.trajectory_id(attempt) for attempt in attempts]
-    known = run.store.trajectories(ids, with_paths=True)
+    known = {trajectory.id: trajectory for trajectory in run.store.trajectories(ids, with_paths=True)}
     if len(known) == len(ids):
-        return known
+        return list(known.values())
+    tasks = {attempt.task.id: attempt.task for attempt in attempts}
+    if isinstance(run.environment, Agent):  # its episodes are long, and none depends on the others
+        attempts = [attempt for attempt, i in zip(attempts, ids, strict=True) if i not in known]
     if served:
         rollouts = _roll_out_served(run, attempts, sampling, provenance)
     else:
-        rollouts = run.policies.roll_out(checkpoint_id, attempts, sampling, provenance)
-    save_rollouts(run, rollouts, [attempt.task for attempt in attempts])
-    return [rollout.trajectory for rollout in rollouts]
+
+        def keep(rollout: Rollout) -> None:
+            save_rollouts(run, [rollout], [tasks[rollout.trajectory.task_id]])
+
+        rollouts = run.policies.roll_out(checkpoint_id, attempts, sampling, provenance, keep)
+    save_rollouts(run, rollouts, tasks.values())
+    known |= {rollout.trajectory.id: rollout.trajectory for rollout in rollouts}
+    return [known[i] for i in ids]
 
 
 def _roll_out_served(
