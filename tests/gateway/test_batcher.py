@@ -250,3 +250,26 @@ def test_a_server_that_batches_is_asked_for_all_at_once():
     batcher.submit(late.job)
     with pytest.raises(PrefloopError, match="shutting down"):
         late.result()
+
+
+def test_a_cancelled_job_of_a_server_is_told_nothing():
+    begun, go = threading.Event(), threading.Event()
+
+    class Slow:
+        def session(self):
+            return self
+
+        def generate(self, *_):
+            begun.set()
+            go.wait(30)
+            return [Sampled(np.arange(5, dtype=np.int32), np.zeros(5, np.float32), "stop")]
+
+    left, after = Waiting(stream=True), Waiting(stream=True)
+    with closing(ServedBatcher(Slow(), 1)) as batcher:
+        batcher.submit(left.job)
+        assert begun.wait(30)
+        left.job.cancelled = True
+        go.set()
+        batcher.submit(after.job)
+        assert after.result().token.tolist() == after.tokens == [0, 1, 2, 3, 4]
+    assert not left.results and not left.tokens

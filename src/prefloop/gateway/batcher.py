@@ -228,18 +228,22 @@ class ServedBatcher:
         self._pool.shutdown()
 
     def _sample(self, job: Job) -> None:
-        if self._closed:
-            job.on_done(PrefloopError(STOPPING))
-        if self._closed or job.cancelled:
+        if not job.cancelled:
+            self._tell(job, PrefloopError(STOPPING) if self._closed else self._sampled(job))
+
+    def _tell(self, job: Job, result: Sampled | PrefloopError) -> None:
+        if job.cancelled:  # meanwhile: the server has sampled the reply to its end all the same
             return
+        if isinstance(result, Sampled) and job.on_tokens is not None and len(result.token):
+            job.on_tokens(result.token)
+        job.on_done(result)
+
+    def _sampled(self, job: Job) -> Sampled | PrefloopError:
         try:
             (sampled,) = self._sampler.session().generate([job.context], [job.key], job.settings, job.seed)
         except Exception as error:  # whatever a server does belongs to this request, not to the gateway
-            job.on_done(_as_ours(error))
-            return
-        if job.on_tokens is not None and len(sampled.token):
-            job.on_tokens(sampled.token)
-        job.on_done(sampled)
+            return _as_ours(error)
+        return sampled
 
 
 def _as_ours(error: Exception) -> PrefloopError:
