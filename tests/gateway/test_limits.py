@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,15 +17,30 @@ import pytest
 from gateway_runs import FROM, SAMPLING, ToolLoop, assert_exact, policy, served, tasks
 from test_batcher import rows_of, sampler, wait_until
 
+from prefloop.chat import ChatRenderer
 from prefloop.clients.sampling import SamplingSettings
 from prefloop.environments.base import Outcome
-from prefloop.gateway import ContinuousBatcher, Gateway, GatewayServer, GatewaySettings, RefusedError, ServedBatcher
+from prefloop.environments.booking import TOOLS
+from prefloop.gateway import (
+    ContinuousBatcher,
+    Gateway,
+    GatewayServer,
+    GatewaySettings,
+    RefusedError,
+    ServedBatcher,
+    server,
+)
+from prefloop.gateway.episodes import Voice
 from prefloop.gateway.replies import Replies
 from prefloop.gateway.wire import Asked
 from prefloop.records import Ended, Message, PrefloopError, Task
 from prefloop.rollout import Attempt
 
 QUESTION = [{"role": "user", "content": "Book me a flight to Lima"}]
+TOOL_LESS = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 ENDLESS = SamplingSettings(max_new_tokens=900)
 
 
@@ -70,6 +86,59 @@ def test_headers_name_it_too_and_names_may_hold_anything(gateway):
     ask(client)
     ask(gateway.client("1/2", "a/b é"))
     assert gateway.close("1/2", "a/b é").num_turns == 2
+
+
+def test_names_that_are_no_text_are_refused(gateway):
+    """They would all read the same."""
+    for key in ("none/t/%ff", "none/%fe/e"):
+        client = openai.OpenAI(base_url=gateway.server.base_url, api_key=key, max_retries=0)
+        assert "no percent-encoded UTF-8" in str(refused(lambda client=client: ask(client), 400, "invalid_name"))
+
+
+def test_what_a_refusal_says_names_the_task_too(gateway):
+    missing = gateway.post("/outcome", {"task": "no-task", "episode": "never", "score": 1})
+    assert (missing.status_code, "'never' of task 'no-task'" in missing.text) == (404, True)
+    ask(gateway.client("over", "a-task"), max_tokens=1)
+    gateway.close("over", "a-task", score=1)
+    assert "'over' of task 'a-task'" in str(
+        refused(lambda: ask(gateway.client("over", "a-task")), 409, "episode_closed")
+    )
+    again = gateway.post("/outcome", {"task": "a-task", "episode": "over", "score": 1})
+    assert (again.status_code, "'over' of task 'a-task'" in again.text) == (409, True)
+
+
+def test_a_body_that_does_not_come_is_given_up(monkeypatch):
+    monkeypatch.setattr(server, "BODY_DEADLINE_S", 0.2)
+    with served() as gateway:
+        host = gateway.server.url.removeprefix("http://")
+        with socket.create_connection(host.split(":")) as raw:
+            raw.sendall(
+                f"POST /outcome HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+                "content-length: 100\r\n\r\n{".encode()
+            )
+            raw.settimeout(30)
+            received = b"".join(iter(lambda: raw.recv(4096), b""))  # through the end of the connection
+        assert b" 408 " in received and b"body_too_slow" in received
+
+
+def test_connections_are_bounded(monkeypatch):
+    monkeypatch.setattr(server, "SPARE_CONNECTIONS", 3)
+    with served(max_queue=1, max_episodes=1) as gateway:
+        host = gateway.server.url.removeprefix("http://").split(":")
+        held = [socket.create_connection(host) for _ in range(8)]
+        wait_until(lambda: httpx2.get(gateway.server.url + "/health").status_code == 503)
+        for one in held:
+            one.close()
+        wait_until(lambda: httpx2.get(gateway.server.url + "/health").status_code == 200)
+
+
+def test_tools_that_the_template_drops_are_to_blame(monkeypatch):
+    renderer = policy()[1]
+    with served() as gateway:
+        _, tool_less = policy()[0], ChatRenderer(renderer.tokenizer, chat_template=TOOL_LESS)
+        monkeypatch.setattr(gateway.gateway, "voice", Voice(tool_less))
+        error = refused(lambda: ask(gateway.client(), tools=list(TOOLS)), 400, "unsupported_parameter")
+        assert error.param == "tools" and "no tools" in str(error)
 
 
 def test_an_unknown_task_is_not_found(gateway):
@@ -121,6 +190,9 @@ def test_attempts_at_a_task_are_samples_of_it(gateway):
         ({"value": 0.3, "metrics": {"steps": 4}}, Outcome(0.3, 0.3, False, {"steps": 4.0})),
         ({"value": 12.5}, None),
         ({"score": 1.01}, None),
+        ({"score": 0, "success": True}, None),
+        ({"value": 1, "success": False}, None),
+        ({"score": 0.2, "success": True}, Outcome(0.2, 0.2, True)),
         ({"success": 1}, None),
         ({"value": "high"}, None),
         ({"metrics": [1]}, None),
@@ -340,7 +412,7 @@ def test_an_agent_that_asks_for_nothing_more_is_closed():
     with served(idle_deadline_s=0.3) as gateway:
         ToolLoop(gateway.client(), tasks(1)[0]).run()
         gateway.post("/episodes", {"task": "t", "episode": "never asked"})
-        wait_until(lambda: not gateway.gateway.states())
+        wait_until(lambda: gateway.recorded and not gateway.gateway.states())
         (rollout,) = gateway.recorded  # an episode without a word is forgotten
         assert rollout.trajectory.ended is Ended.DEADLINE and rollout.outcome is None
         assert_exact(rollout.trajectory)

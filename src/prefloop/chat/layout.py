@@ -34,6 +34,10 @@ Data = tuple[list[dict[str, Any]], list[Any] | None]
 """The messages and tools as a template sees them."""
 
 
+class ToolsDroppedError(PrefloopError):
+    """The template does not show the tools that it is given."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """The entries of a rendering, and whether it is known how the template changes what fills each hole.
@@ -135,9 +139,9 @@ def _check_shown(sentinels: Sentinels, shown: set[int], conversation: Conversati
         if slot is None or number in shown:
             continue
         if slot.message < 0:
-            raise PrefloopError(
+            raise ToolsDroppedError(
                 "the chat template does not show the tools that it is given; "
-                "use a template with tool support, or an environment without tools"
+                "use a template with tool support, or give no tools"
             )
         role = conversation.messages[slot.message].role.value
         raise PrefloopError(

@@ -51,7 +51,7 @@ class AssistantParser:
         if self.tool_format == "text" and self._renderer.tool_format == "auto":
             raise PrefloopError(
                 "no tool format reads the calls that the chat template shows, so that the policy could call no tool: "
-                "give the tokenizer a response_template, set policy.tool_format, or use an environment without tools"
+                "give the tokenizer a response_template, set policy.tool_format, or give no tools"
             )
 
     def parse_assistant(

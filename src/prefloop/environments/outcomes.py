@@ -32,6 +32,8 @@ def read_outcome(said: JSONObject) -> Outcome | None:
         score = value if value is not None else float(bool(success))
     if not 0 <= score <= 1:
         raise PrefloopError(f"score should be from 0 to 1, not {score:g}: give it beside the value")
+    if success is not None and score == float(not success):
+        raise PrefloopError(f"score {score:g} and success {_shown(success)} contradict each other: leave one out")
     reached = success if success is not None else score >= 0.5
     return Outcome(value if value is not None else score, score, reached, numbers)
 

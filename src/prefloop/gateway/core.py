@@ -15,7 +15,7 @@ from prefloop.chat.template import StoppedError, stoppable
 from prefloop.clients.sampling import Sampled, SamplingSettings
 from prefloop.environments.base import Outcome
 from prefloop.gateway.batcher import Batcher, Job
-from prefloop.gateway.episodes import Name, OpenEpisode, Turn, Voice
+from prefloop.gateway.episodes import Name, OpenEpisode, Turn, Voice, called
 from prefloop.gateway.keeping import Judge, Keeper, Record
 from prefloop.gateway.refusal import RefusedError
 from prefloop.gateway.settings import GatewaySettings
@@ -92,9 +92,7 @@ class Gateway:
         with self._lock:
             if name in self._open or name in self._closed:
                 was = "is open already" if name in self._open else "was closed"
-                raise RefusedError(
-                    409, "duplicate_episode", f"episode {name[1]!r} of task {name[0]!r} {was}: use another id"
-                )
+                raise RefusedError(409, "duplicate_episode", f"{called(name)} {was}: use another id")
             if self._draining:
                 raise _stopping()
             if len(self._open) >= self.settings.max_episodes:
@@ -184,14 +182,14 @@ class Gateway:
             episode = self._open.get(name)
             if episode is not None and episode.owned:
                 if episode.posted is not None:
-                    raise RefusedError(409, "outcome_posted", f"episode {name[1]!r} has its outcome already")
+                    raise RefusedError(409, "outcome_posted", f"{called(name)} has its outcome already")
                 episode.posted = outcome
                 return None
             if episode is not None and not episode.num_said:
                 raise RefusedError(
                     409,
                     "nothing_said",
-                    f"nothing was said in episode {name[1]!r}: there is nothing to grade",
+                    f"nothing was said in {called(name)}: there is nothing to grade",
                 )
         if episode is None and name in self._keeper:
             return self._keeper.judge(name, outcome, reason)
@@ -371,11 +369,11 @@ def _stopping() -> RefusedError:
 
 
 def _was_closed(name: Name) -> RefusedError:
-    return RefusedError(409, "episode_closed", f"episode {name[1]!r} of task {name[0]!r} was closed: use another id")
+    return RefusedError(409, "episode_closed", f"{called(name)} was closed: use another id")
 
 
 def _took_too_long(name: Name) -> RefusedError:
-    return RefusedError(504, "episode_deadline", f"episode {name[1]!r} of task {name[0]!r} took too long")
+    return RefusedError(504, "episode_deadline", f"{called(name)} took too long")
 
 
 def _why_over(ended: Ended, settings: GatewaySettings) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from prefloop.chat import AssistantParser, ChatRenderer, stop_ids
+from prefloop.chat.layout import ToolsDroppedError
 from prefloop.clients.sampling import Sampled
 from prefloop.environments.base import Outcome
 from prefloop.gateway.batcher import Job
@@ -23,6 +24,11 @@ Name = tuple[str, str]  # of an episode: its task's, and its own
 EPISODE = "episode"  # the key of a trajectory's extra that holds the id which an agent gave its episode
 BEGAN_MIDWAY = "began_midway"  # the key where the first request of an episode that nobody opened held replies already
 CHARS_PER_TOKEN = 16  # no text of a real conversation has more; what is longer is refused without being tokenized
+
+
+def called(name: Name) -> str:
+    """An episode in words."""
+    return f"episode {name[1]!r} of task {name[0]!r}"
 
 
 class Voice:
@@ -44,9 +50,12 @@ class Voice:
         """See that calls can be read.
 
         Raises:
-            PrefloopError: they cannot.
+            RefusedError: they cannot.
         """
-        self._parser.require_calls()
+        try:
+            self._parser.require_calls()
+        except PrefloopError as error:
+            raise RefusedError(400, "unsupported_parameter", str(error), param="tools") from None
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of sampled tokens, without the one that ends a turn."""
@@ -136,10 +145,12 @@ class OpenEpisode:
             raise self._too_long(max_context, f"{len(messages)} messages")
         if (num_chars := _num_chars(messages, tools)) > CHARS_PER_TOKEN * max_context:
             raise self._too_long(max_context, f"{num_chars} characters")
+        if tools:
+            self._voice.check_tools()
         try:
-            if tools:
-                self._voice.check_tools()
             thread = self._thread_for(messages, tools)
+        except ToolsDroppedError as error:
+            raise RefusedError(400, "unsupported_parameter", str(error), param="tools") from None
         except (PrefloopError, RecursionError) as error:
             raise RefusedError(400, "invalid_messages", str(error), param="messages") from None
         context = thread.context

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from prefloop.environments.base import Outcome
-from prefloop.gateway.episodes import Name
+from prefloop.gateway.episodes import Name, called
 from prefloop.gateway.refusal import RefusedError
 from prefloop.records import Ended, Task, Trajectory
 from prefloop.rollout import Rollout
@@ -66,7 +66,7 @@ class Keeper:
                 if self._record is not None:
                     self._record(rollout, task)
             except Exception as error:  # whatever a store raises, what was said must not be lost by it
-                raise _not_written(f"episode {name[1]!r} is closed and kept, but not written yet", error) from error
+                raise _not_written(f"{called(name)} is closed and kept, but not written yet", error) from error
             trajectory = rollout.trajectory
             with self._lock:
                 del self._waiting[name]
@@ -106,15 +106,17 @@ class Keeper:
                 self.keep(name)
                 return rollout.trajectory
             if written is None:
-                raise RefusedError(409, "outcome_posted", f"episode {name[1]!r} has its outcome already")
+                raise RefusedError(409, "outcome_posted", f"{called(name)} has its outcome already")
             if outcome is None or self._judge is None:
                 raise RefusedError(
-                    409, "episode_closed", f"episode {name[1]!r} was closed: only an outcome can still be posted"
+                    409,
+                    "episode_closed",
+                    f"{called(name)} was closed: only an outcome can still be posted",
                 )
             try:
                 trajectory = self._judge(written, outcome, reason)
             except Exception as error:  # as above
-                raise _not_written(f"the outcome of episode {name[1]!r} cannot be written now", error) from error
+                raise _not_written(f"the outcome of {called(name)} cannot be written now", error) from error
             with self._lock:
                 del self._ungraded[name]
             return trajectory

@@ -31,6 +31,8 @@ HOW_TO_NAME = (
 )
 OTHER_APIS = ("/v1/responses", "/v1/completions", "/v1/messages", "/v1/embeddings")
 CHAT_INSTEAD = ": set the client to chat completions (POST /v1/chat/completions)"
+BODY_DEADLINE_S = 30
+SPARE_CONNECTIONS = 256  # beyond two for each episode or request in flight: idle ones, graders, people
 log = logging.getLogger(__name__)
 _OUTCOME_KEYS = OUTCOME_KEYS | {"task", "episode", "reason"}
 
@@ -78,7 +80,8 @@ class App:
             if begun:
                 raise
             refusal = as_refusal(error)
-            await respond(send, refusal.status, encoded(refusal.body()), refusal.headers())
+            closing = {"connection": "close"} if refusal.status == 408 else {}
+            await respond(send, refusal.status, encoded(refusal.body()), refusal.headers() | closing)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
@@ -110,9 +113,9 @@ class App:
             raise RefusedError(
                 401, "invalid_api_key", "the API key should be the gateway's token, or TOKEN/TASK/EPISODE"
             )
-        named = tuple(unquote(part) for part in suffix) if len(suffix) == 2 else ("", "")
-        task = unquote(headers.get(b"x-prefloop-task", "")) or named[0]
-        return task, unquote(headers.get(b"x-prefloop-episode", "")) or named[1]
+        named = tuple(_unquoted(part) for part in suffix) if len(suffix) == 2 else ("", "")
+        task = _unquoted(headers.get(b"x-prefloop-task", "")) or named[0]
+        return task, _unquoted(headers.get(b"x-prefloop-episode", "")) or named[1]
 
     async def _body(self, headers: dict[bytes, str], receive: Receive) -> JSONObject:
         if headers.get(b"content-type", "").split(";")[0].strip().lower() != "application/json":
@@ -123,9 +126,14 @@ class App:
         if not length.isdigit() or int(length) > limit:
             raise too_large
         try:
-            return read_json(await read_body(receive, limit))
+            async with asyncio.timeout(BODY_DEADLINE_S):
+                return read_json(await read_body(receive, limit))
         except TooLargeError:
             raise too_large from None
+        except TimeoutError:
+            raise RefusedError(
+                408, "body_too_slow", f"the body did not come within {BODY_DEADLINE_S} s", retry_after_s=1
+            ) from None
 
     # --- routes -------------------------------------------------------------------------------------------------
 
@@ -161,6 +169,13 @@ class App:
             "num_threads": len(trajectory.threads),
             **({BEGAN_MIDWAY: True} if BEGAN_MIDWAY in trajectory.extra else {}),
         }
+
+
+def _unquoted(part: str) -> str:
+    try:
+        return unquote(part, errors="strict")
+    except UnicodeDecodeError:  # other bytes of the kind would name the same
+        raise RefusedError(400, "invalid_name", f"{part!r} is no percent-encoded UTF-8") from None
 
 
 def _whole(name: Name) -> Name:
@@ -226,6 +241,7 @@ class GatewayServer:
             app, log_level="warning", access_log=False, server_header=False, proxy_headers=False, lifespan="off",
             ws="none", timeout_keep_alive=75, timeout_graceful_shutdown=max(1, round(grace_s)),
             callback_notify=self._tick, timeout_notify=0,
+            limit_concurrency=SPARE_CONNECTIONS + 2 * max(gateway.settings.max_queue, gateway.settings.max_episodes),
         )  # fmt: skip
         self._server = uvicorn.Server(config)
         self._keeper = ThreadPoolExecutor(1, thread_name_prefix="prefloop-keeper")
