@@ -45,7 +45,7 @@ def help_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return re.sub(r"\s*│\s*", " ", text)
 
 
-OF_ROWS = {name: found for name, found in OBJECTIVES.items() if found.records != "rollouts"}
+OF_ROWS = {name: found for name, found in OBJECTIVES.items() if not found.fresh}
 
 
 def test_help_lists_every_objective_with_its_summary(capsys):
@@ -80,8 +80,8 @@ def test_every_option_is_documented():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["dppo", "--data", "x.jsonl"], "objective 'dppo' is not one of sft, dpo, .* did you mean 'dpo'"),
-        (["dppo"], "did you mean 'dpo'"),
+        (["dpoo", "--data", "x.jsonl"], "objective 'dpoo' is not one of sft, dpo, .* did you mean 'dpo'"),
+        (["dpoo"], "did you mean 'dpo'"),
         (["nothing.toml"], "there is no run file nothing.toml"),
         (
             ["dpo", "--model", "m", "--data", "x.jsonl", "--gamma", "1"],
@@ -299,7 +299,7 @@ def test_a_training_from_a_file(model: Path, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('lora_rank = 4\n[lora]\nrank = 8\n', "training.toml: lora_rank stands beside a table lora: set it there"),
+        ("lora_rank = 4\n[lora]\nrank = 8\n", "training.toml: lora_rank stands beside a table lora: set it there"),
         ('output = ""\n', "training.toml: output is empty: name a new directory, or leave it out for runs/dpo"),
     ],
 )

@@ -199,7 +199,7 @@ def test_a_wrong_value_is_one_line(sets, message, tmp_path, monkeypatch, capsys)
     ("text", "arguments", "message"),
     [
         ('objective = "dpo"\nmodel = "m"\nbeat = 0.1\ndata = ["x"]', [], "unknown key.*did you mean beta"),
-        ('objective = "dppo"\nmodel = "m"', [], "did you mean 'dpo'"),
+        ('objective = "dpoo"\nmodel = "m"', [], "did you mean 'dpo'"),
         ("objective = 3", [], "objective and output should be texts"),
         ('objective = "dpo"\nmodel = "m"\ndata = ["x.jsonl"]', [], "there is no file x.jsonl"),
         ('objective = "dpo"', ["--iteration", "2"], "--iteration and --dataset are of run files"),

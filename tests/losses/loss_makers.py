@@ -7,10 +7,10 @@ import torch
 
 from prefloop.config import parse_settings
 from prefloop.losses.pairs import Pairs
-from prefloop.losses.registry import OBJECTIVES, objective, resolve_parts
+from prefloop.losses.registry import losses_of_pairs, objective, resolve_parts
 from prefloop.losses.settings import LossSettings
 
-PAIR_LOSSES = [name for name, found in OBJECTIVES.items() if "mixture" in found.knobs]
+PAIR_LOSSES = losses_of_pairs()
 FIELDS = (
     "chosen",
     "rejected",

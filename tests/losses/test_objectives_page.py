@@ -33,6 +33,7 @@ def test_every_objective_is_on_the_page_once_with_its_knobs_and_their_defaults()
             if not (name in PAIR_LOSSES and key in ADDED and value == ADDED[key])
         }
         for name, found in OBJECTIVES.items()
+        if not found.fresh  # of those docs/algorithms.md speaks
     }
     assert documented == expected
 

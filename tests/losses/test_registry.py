@@ -3,7 +3,6 @@
 import inspect
 
 import pytest
-from loss_makers import PAIR_LOSSES
 
 from prefloop.config import parse_settings
 from prefloop.losses.registry import ADDED, CREDITED, OBJECTIVES, objective, resolve_knobs, resolve_parts
@@ -27,7 +26,7 @@ def test_the_knobs_of_an_objective_are_those_of_its_function(name):
     if found.records == "rollouts":  # its algorithm chooses the function by its knobs
         assert set(found.knobs) >= (arguments - {"exponent"}) | set(CREDITED)
         return
-    of_the_algorithm = ADDED if name in PAIR_LOSSES else {"kl"} if name == "kto" else {}
+    of_the_algorithm = ADDED if found.records == "pairs" and found.of_policy else {"kl"} if name == "kto" else {}
     assert set(found.knobs) == arguments | set(of_the_algorithm)
     assert set(found.knobs) <= set(LossSettings.model_fields)
 

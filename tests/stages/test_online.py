@@ -16,7 +16,7 @@ from prefloop.loop import run_loop
 from prefloop.losses.registry import objective
 from prefloop.records import AuthorKind, Ended, Judgement, Message, PrefloopError, Role, Status, Trajectory, Valued
 from prefloop.stages.context import Run, opened
-from prefloop.stages.curating import curate_stage
+from prefloop.stages.curating import curate_stage, dataset_of
 from prefloop.stages.judging import judge_stage
 from prefloop.stages.rewarding import credit_groups, rewards_of
 from prefloop.stages.rollouts import iteration_rollouts, rollout_stage
@@ -25,12 +25,20 @@ from prefloop.stages.start import start_policy
 from prefloop.stages.update_data import online_knobs, rows_to_learn, update_data
 from prefloop.stages.updating import train_stage
 from prefloop.store import Store
+from prefloop.store.metrics import read_metrics
 
 
 def settings_of(**changes):
     rules = {"lowest": -2.0, "noise_sd": 0.3}
-    given = {"train__algorithm": "grpo", "train__beta": None, "rollout__num_tasks": 4, "judge__rules": rules, **changes}
-    return parse_settings(RunSettings, tiny_settings(iterations=2, **given), "t")
+    given = {
+        "iterations": 2,
+        "train__algorithm": "grpo",
+        "train__beta": None,
+        "rollout__num_tasks": 4,
+        "judge__rules": rules,
+        **changes,
+    }
+    return parse_settings(RunSettings, tiny_settings(**given), "t")
 
 
 @pytest.fixture
@@ -110,6 +118,50 @@ def test_two_iterations_of_the_loop(algorithm, tmp_path, monkeypatch):
         kept = {key: 0.9 * value for key, value in first["credit"]["baseline"].items()}
         assert second["credit"]["baseline"]["num"] == pytest.approx(kept["num"] + second["credit"]["num"])
     assert second["credit"]["kl_of_rollouts"] != 0.0
+
+
+@pytest.mark.parametrize("algorithm", ["online_dpo", "rejection_sampling"])
+def test_the_best_attempt_of_each_task_and_for_pairs_the_worst(algorithm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Store("runs/prefloop.db") as store:
+        run = Run(settings_of(iterations=1, train__algorithm=algorithm, guard__max_kl=50.0, curation={}), store)
+        run_loop(run)
+        scores = {j.trajectory_id: j.score for j in store.judgements(rater_id=run.judge.rater.id)}
+        by_task = {}
+        for rollout in iteration_rollouts(run, 0):
+            by_task.setdefault(rollout.task_id, []).append(scores[rollout.id])
+        dataset = store.dataset(run.found(0, "train")["dataset_id"])
+        if algorithm == "rejection_sampling":
+            best = {t.task_id: scores[t.id] for t in store.trajectories(dataset.trajectory_ids)}
+            assert best == {task: max(found) for task, found in by_task.items()}
+        else:
+            pairs = {p.task_id: (scores[p.chosen_id], scores[p.rejected_id]) for p in dataset.pairs}
+            assert pairs == {task: (max(f), min(f)) for task, f in by_task.items() if max(f) > min(f)}
+            assert len(dataset.pairs) == len(pairs) > 0
+
+
+def test_self_play_prefers_demonstrations_to_the_policy_s_own_attempts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Store("runs/prefloop.db") as store:
+        run = Run(settings_of(train__algorithm="spin", guard__max_kl=50.0), store)
+        run_loop(run)
+        for iteration in range(2):
+            trained = run.found(iteration, "train")
+            pairs = store.dataset(trained["dataset_id"]).pairs
+            rollouts = {t.id: t for t in iteration_rollouts(run, iteration)}
+            shown = {t.id: t for t in store.trajectories([pair.chosen_id for pair in pairs])}
+            assert {t.author_kind for t in shown.values()} == {AuthorKind.DEMONSTRATOR}
+            assert all(shown[p.chosen_id].task_id == rollouts[p.rejected_id].task_id for p in pairs)
+            same = [t for t in rollouts.values() if t.id not in {p.rejected_id for p in pairs}]
+            demonstrated = {t.task_id: t.completion for t in shown.values()}
+            assert all(demonstrated.get(t.task_id, t.completion) == t.completion for t in same)
+            # The reference is the policy before the update, so that nothing is learned yet at the first step.
+            first = read_metrics(store, run.id, iteration=iteration)[0].metrics
+            assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
+        for_pairs = {key: value for key, value in run.found(0, "curate").items() if key != "self_play_dataset_id"}
+        monkeypatch.setattr(Run, "require", lambda *_: for_pairs)
+        with pytest.raises(PrefloopError, match="was curated without demonstrations"):
+            dataset_of(run, 0, "spin")
 
 
 def trajectory(name, ended=Ended.DONE):

@@ -25,7 +25,7 @@ from prefloop.stages.updating import train_stage
 from prefloop.store import Store
 from prefloop.store.metrics import Training, read_metrics
 
-OF_POLICIES = [name for name, found in OBJECTIVES.items() if found.of_policy]
+OF_POLICIES = [name for name, found in OBJECTIVES.items() if found.of_policy and not found.self_play]
 QUICK = ("dpo", "simpo", "kto", "grpo")
 
 

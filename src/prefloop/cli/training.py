@@ -250,5 +250,5 @@ def _parameter(name: str, annotation: Any, default: Any, parameter: Parameter) -
 
 
 for _name, _found in OBJECTIVES.items():
-    if _found.records != "rollouts":
+    if not _found.fresh:
         app.command(_command(_name, _found), name=_name)

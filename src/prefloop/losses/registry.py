@@ -28,6 +28,9 @@ class Objective:
     `reference`: it needs a reference model. `couples`: the loss of a row depends on the others of the optimizer step.
     `per_token`: the reward that it implies is a mean over a completion's tokens. `above_zero`: knobs that must be.
     `of_policy`: what is trained is a policy, not a reward model. `margins`: it reads by how much chosen is better.
+    `critic`: a model beside the policy says what each token is compared with.
+    `fresh`: it learns in the loop alone, where rows are made anew in each iteration; `self_play`: of demonstrations
+    against the policy's own attempts, with the policy before the update as its reference.
     """
 
     function: str
@@ -40,6 +43,9 @@ class Objective:
     above_zero: tuple[str, ...] = ()
     of_policy: bool = True
     margins: bool = False
+    critic: bool = False
+    fresh: bool = False
+    self_play: bool = False
 
     def load(self) -> Callable[..., Any]:
         """The function."""
@@ -49,15 +55,21 @@ class Objective:
 
 
 CREDITED: Mapping[str, Any] = {
-    "min_spread": 0.0, "kl_coef": 0.05, "kl_target": None, "kl_horizon": 10_000, "kl_as": "reward", "entropy_coef": 0.0,
+    "kl_coef": 0.05, "kl_target": None, "kl_horizon": 10_000, "kl_as": "reward", "entropy_coef": 0.0,
     "mismatch": "truncate", "mismatch_low": 0.5, "mismatch_high": 2.0,
 }  # fmt: skip
 """Knobs of all policy gradients, with their usual defaults."""
 
 
 def _rollouts(function: str, summary: str, knobs: Mapping[str, Any]) -> Objective:
-    """An objective of the policy's own rollouts."""
-    return Objective(function, summary, {**CREDITED, **knobs}, "rollouts")
+    """An objective of the policy's own rollouts, whose rewards are compared with each other."""
+    return Objective(function, summary, {**CREDITED, "min_spread": 0.0, **knobs}, "rollouts", fresh=True)
+
+
+def _with_critic(function: str, summary: str, knobs: Mapping[str, Any]) -> Objective:
+    """An objective of the policy's own rollouts, whose tokens are compared with what a critic expected."""
+    own = {"gae_lambda": 1.0, "discount": 1.0, "whiten_advantages": True, "clip_value": 0.2}
+    return Objective(function, summary, {**CREDITED, **own, **knobs}, "rollouts", critic=True, fresh=True)
 
 
 def _pairs(function: str, summary: str, knobs: Mapping[str, Any], **traits: Any) -> Objective:
@@ -88,9 +100,13 @@ OBJECTIVES: Mapping[str, Objective] = {
     "simpo": _pairs("reference_free.simpo", "simple preference optimisation", {"beta": 2.0, "gamma": 1.0, "label_smoothing": 0.0}, reference=False, per_token=True),
     "orpo": _pairs("reference_free.orpo", "odds-ratio preference optimisation", {"beta": 0.1, "nll_coef": 1.0}, reference=False, per_token=True),
     "kto": Objective("kto.kto", "Kahneman-Tversky optimisation", {"beta": 0.1, "kl": "derangement", "desirable_weight": 1.0, "undesirable_weight": 1.0}, "labelled samples"),
+    "rejection_sampling": Objective("sft.sft", "imitate the best attempt at each task", {"dft": False}, "demonstrations", reference=False, fresh=True),
+    "online_dpo": _pairs("dpo.dpo", "DPO on the best and the worst attempt at each task", {"beta": 0.1, "label_smoothing": 0.0}, fresh=True),
+    "spin": _pairs("dpo.dpo", "demonstrations against the policy's own attempts", {"beta": 0.1, "label_smoothing": 0.0}, fresh=True, self_play=True),
     "reinforce": _rollouts("policy_gradient.reinforce", "REINFORCE with a running baseline", {"baseline": "running", "ratio": "none", "denominator": "samples"}),
     "rloo": _rollouts("policy_gradient.sequence_clipped", "REINFORCE, leave-one-out", {"baseline": "leave_one_out", "ratio": "sequence", "clip_low": 0.2, "clip_high": 0.2, "denominator": "samples"}),
     "grpo": _rollouts("policy_gradient.clipped", "group-relative policy optimisation", {"baseline": "group_mean", "scale": "none", "ratio": "token", "clip_low": 0.2, "clip_high": 0.28, "denominator": "constant"}),
+    "ppo": _with_critic("policy_gradient.clipped", "proximal policy optimisation with a critic", {"ratio": "token", "clip_low": 0.2, "clip_high": 0.2, "denominator": "tokens"}),
     "reward": Objective("reward.bradley_terry", "a reward model of preference pairs", {"ties": "half", "tie_strength": 1.0, "center_coef": 0.0}, reference=False, of_policy=False, margins=True),
     "process_reward": Objective("reward.step_cross_entropy", "a reward model of steps", {}, "steps", reference=False, of_policy=False),
 }
@@ -108,6 +124,11 @@ def objective(name: str) -> Objective:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise PrefloopError(f"objective {name!r} is not one of {', '.join(OBJECTIVES)}{hint}")
     return OBJECTIVES[name]
+
+
+def losses_of_pairs() -> list[str]:
+    """The losses of preference pairs that may be mixed."""
+    return [name for name, found in OBJECTIVES.items() if "mixture" in found.knobs and not found.fresh]
 
 
 class Part(NamedTuple):
@@ -147,7 +168,7 @@ def resolve_parts(name: str, settings: LossSettings) -> dict[str, Part]:
         return {}
     parts = {}
     for part, weight in {name: 1.0, **given.get("mixture", {})}.items():
-        if part not in (of_pairs := [each for each, found in OBJECTIVES.items() if "mixture" in found.knobs]):
+        if part != name and part not in (of_pairs := losses_of_pairs()):
             raise PrefloopError(f"mixture: {part!r} is not a loss of preference pairs, which are {', '.join(of_pairs)}")
         found = objective(part)
         arguments = {key: given.get(key, default) for key, default in found.knobs.items() if key not in ADDED}

@@ -68,6 +68,16 @@ class LossSettings(Settings):
         description="token losses are summed over a sample, meant over it, meant over all tokens, or summed and "
         "divided by the longest reply",
     )
+    gae_lambda: float | None = Field(
+        default=None, ge=0, le=1, description="λ: 1 compares with what came, below 1 more with what the critic expects"
+    )
+    discount: float | None = Field(default=None, gt=0, le=1, description="γ, what a reward counts a token earlier")
+    whiten_advantages: bool | None = Field(
+        default=None, description="advantages over all own tokens get mean 0 and variance 1"
+    )
+    clip_value: float | None = Field(
+        default=None, gt=0, description="how far a step moves the critic's values, in the unit of the reward"
+    )
     kl_coef: float | None = Field(default=None, ge=0, description="β, the price of a nat of KL to the reference")
     kl_target: float | None = Field(
         default=None, gt=0, description="nats a trajectory to which kl_coef is adapted, from one iteration to the next"

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 
 from prefloop.config import apply_overrides, parse_settings
 from prefloop.curation import CurationSettings, curate
-from prefloop.losses.registry import Records
+from prefloop.losses.registry import Records, objective
 from prefloop.records import Dataset, JSONObject, PrefloopError, Split
 from prefloop.rollout import derived_seed
 from prefloop.stages.context import Run
+from prefloop.stages.demonstrating import self_play_dataset
 from prefloop.stages.judging import rejudge
 from prefloop.stages.rewarding import valued_dataset
 from prefloop.stages.rollouts import iteration_rollouts
@@ -61,6 +62,8 @@ def curate_stage(run: Run, iteration: int) -> None:
         detail["labelled_dataset_id"] = curated.labelled.id
         valued = valued_dataset(run, iteration, trajectories)
         run.store.add_dataset(valued)
+        if objective(run.settings.train.algorithm).self_play:
+            detail["self_play_dataset_id"] = run.store.add_dataset(self_play_dataset(run, iteration, trajectories))
         detail |= {"valued_dataset_id": valued.id, "num_without_reward": len(trajectories) - valued.num_members}
 
 
@@ -82,13 +85,20 @@ def adopt_dataset(run: Run, iteration: int, dataset_id: str) -> None:
     run.store.add_event(run.id, iteration, STAGE, {**detail, **counts, "num_scored": len(dataset.trajectory_ids)})
 
 
-def dataset_of(run: Run, iteration: int, records: Records) -> Dataset:
-    """The dataset of an iteration from which objectives of these records learn.
+def dataset_of(run: Run, iteration: int, name: str) -> Dataset:
+    """The dataset of an iteration from which an objective learns.
 
     Raises:
-        PrefloopError: the iteration is not curated yet.
+        PrefloopError: the iteration is not curated yet, or was for an objective that needs no demonstrations.
     """
-    return run.store.dataset(str(run.require(iteration, STAGE)[DATASETS[records]]))
+    found = objective(name)
+    curated, key = run.require(iteration, STAGE), "self_play_dataset_id" if found.self_play else DATASETS[found.records]
+    if key not in curated:
+        raise PrefloopError(
+            f"run {run.settings.name}: iteration {iteration + 1} was curated without demonstrations, and {name} learns "
+            f"from them: begin a run with train.algorithm = {name!r}"
+        )
+    return run.store.dataset(str(curated[key]))
 
 
 def curate_store(store: Store, rater: str, overrides: Sequence[str]) -> JSONObject:

@@ -73,7 +73,7 @@ class FitSettings(TrainingSettings, LossSettings):
 
     @model_validator(mode="after")
     def _has_rows(self) -> FitSettings:
-        if objective(self.objective).records == "rollouts":
+        if objective(self.objective).fresh:
             raise PrefloopError(
                 f"{self.objective} learns from fresh rollouts, not from rows: set algorithm = {self.objective!r} in "
                 "the table [train] of a run file, and `prefloop run` it"

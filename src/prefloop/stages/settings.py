@@ -18,10 +18,12 @@ from prefloop.judges.base import JudgingSettings
 from prefloop.judges.llm import LLMJudgeSettings
 from prefloop.judges.reward_model import ProcessJudgeSettings, RewardJudgeSettings
 from prefloop.judges.rules import RuleJudgeSettings
-from prefloop.losses.registry import OBJECTIVES
+from prefloop.losses.registry import OBJECTIVES, resolve_knobs
 from prefloop.models.settings import PolicySettings, is_gpu, trains_adapter
-from prefloop.training.recipes import filled
+from prefloop.training.recipes import curation, filled
 from prefloop.training.settings import GuardSettings, TrainingSettings, UpdateSettings, check_held_out
+
+SAMPLES_PER_TASK = 8
 
 
 class JudgeSettings(JudgingSettings):
@@ -63,7 +65,7 @@ class RolloutSettings(Settings):
     """
 
     num_tasks: int = Field(default=48, ge=1)
-    samples_per_task: int = Field(default=8, ge=1)
+    samples_per_task: int = Field(default=SAMPLES_PER_TASK, ge=1)
     tasks_per_unit: int = Field(default=48, ge=1)
     sampling: SamplingSettings = SamplingSettings()
 
@@ -128,7 +130,9 @@ class RunSettings(Settings):
         how = {"lora": trains_adapter(policy), "gpu": is_gpu(str(policy.get("device", "cpu")))}
         names = {"sft": "sft", "train": (given.get("train") or {}).get("algorithm", "dpo")}
         there = [key for key, name in names.items() if isinstance(given.get(key), Mapping) and name in OBJECTIVES]
-        return {**given, **{key: filled(given[key], names[key], **how) for key in there}}
+        recipes = {key: filled(given[key], names[key], **how) for key in there}
+        curated = curation(names["train"], (given.get("rollout") or {}).get("samples_per_task", SAMPLES_PER_TASK))
+        return {**given, **recipes, **({"curation": {**curated, **given.get("curation", {})}} if curated else {})}
 
     @model_validator(mode="after")
     def _start_can_be_made(self) -> RunSettings:
@@ -148,7 +152,8 @@ class RunSettings(Settings):
                 f"{name} needs the probability of every token that could have been sampled: set "
                 "rollout.sampling.top_p to 1 and its temperature above 0"
             )
-        if self.rollout.samples_per_task < 2 and self.train.baseline not in ("running", "none"):
+        compares = resolve_knobs(name, self.train).get("baseline") in ("leave_one_out", "group_mean")
+        if self.rollout.samples_per_task < 2 and compares:
             raise ValueError(f"{name} compares attempts at one task: set rollout.samples_per_task to 2 or more")
         return self
 

@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from prefloop.environments.base import Demonstrator
 from prefloop.formats.rows import place_prompt
 from prefloop.hub import pinned_model
 from prefloop.records import (
-    AuthorKind,
     Checkpoint,
     Dataset,
-    Ended,
     JSONObject,
-    Message,
     PrefloopError,
     Split,
-    Task,
-    Trajectory,
     content_hash,
 )
-from prefloop.rollout import Attempt, Provenance, derived_seed
+from prefloop.rollout import derived_seed
 from prefloop.stages.context import BEFORE, Run, circumstances
+from prefloop.stages.demonstrating import demonstrations
 
 if TYPE_CHECKING:
     from prefloop.models.load import Policy
 
-STAGE = "demonstration"
 SERVED = "served"  # the "algorithm" of a checkpoint whose weights are behind a server
 
 
@@ -62,44 +56,19 @@ def _demonstrations(run: Run) -> Dataset:
     found = run.found(BEFORE, "demonstrations")
     if found is not None:
         return run.store.dataset(str(found["dataset_id"]))
-    environment = run.environment
+    environment, num = run.environment, run.settings.sft.num_demonstrations
     if not isinstance(environment, Demonstrator):
         raise PrefloopError(f"environment {environment.name} has no demonstrator: leave out the table [sft]")
-    tasks = environment.tasks(Split.TRAIN, run.settings.sft.num_demonstrations, first=run.settings.guard.num_tasks)
-    provenance = Provenance(AuthorKind.DEMONSTRATOR, environment.name, run.id, BEFORE, STAGE)
+    tasks = environment.tasks(Split.TRAIN, num, first=run.settings.guard.num_tasks)
     with run.recorded(BEFORE, "demonstrations", len(tasks)) as detail, run.store.transaction():
-        trajectories, verdicts = [], []
-        for task in tasks:
-            messages, outcome = environment.demonstrate(task, run.settings.seed)
-            trajectory = _demonstration(task, messages, provenance, run.settings.seed)
-            trajectories.append(trajectory)
-            verdicts.append(run.verified(trajectory.id, outcome))
         run.keep_files()
-        run.store.add_tasks(tasks)
-        run.store.add_trajectories(trajectories)
-        run.store.add_judgements(verdicts)
+        trajectories, verdicts = demonstrations(run, tasks, BEFORE)
         recipe = {"demonstrator": environment.name, "num": len(tasks), "seed": run.settings.seed}
         dataset = Dataset(recipe, (), tuple(t.id for t in trajectories), run.id, BEFORE)
         detail["dataset_id"] = run.store.add_dataset(dataset)
         detail["num"] = len(tasks)
         detail["success"] = sum(verdict.criteria["success"] for verdict in verdicts) / len(verdicts)
     return dataset
-
-
-def _demonstration(task: Task, messages: Sequence[Message], provenance: Provenance, seed: int) -> Trajectory:
-    return Trajectory(
-        id=provenance.trajectory_id(Attempt(task, 0, seed)),
-        task_id=task.id,
-        messages=tuple(messages),
-        num_prompt_messages=len(task.messages),
-        ended=Ended.DONE,
-        author_kind=provenance.author_kind,
-        author=provenance.author,
-        run_id=provenance.run_id,
-        iteration=provenance.iteration,
-        seed=seed,
-        extra={"stage": provenance.stage},
-    )
 
 
 def _base(run: Run, demonstrations: Dataset | None) -> Checkpoint:

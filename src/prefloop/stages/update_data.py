@@ -14,8 +14,9 @@ from prefloop.credit.groups import Baseline
 from prefloop.losses.registry import objective, resolve_knobs
 from prefloop.records import Dataset, JSONObject, PrefloopError, Split, Valued
 from prefloop.stages.context import Run
+from prefloop.stages.critic import Attempts, credit_by_critic
 from prefloop.stages.examples import Paths, example_of
-from prefloop.stages.rewarding import check_sampled, credit_groups
+from prefloop.stages.rewarding import CUT_OFF, Credited, check_sampled, credit_groups
 from prefloop.stages.rollouts import iteration_rollouts
 from prefloop.stages.selecting import Corpus, Rows, Skips, read_corpus, rows_of_dataset
 from prefloop.training.settings import UpdateSettings
@@ -80,7 +81,8 @@ def update_data(
     corpus = read_corpus(run.store, rows)
     found = run.policies.paths(policy, list(corpus.trajectories.values()), corpus.tasks)
     paths = dict(zip(corpus.trajectories, found, strict=True))
-    reference = run.checkpoint_before(0) if settings.reference == "start" else before
+    of_start = settings.reference == "start" and not objective(settings.algorithm).self_play
+    reference = run.checkpoint_before(0) if of_start else before
     if objective(settings.algorithm).records == "rollouts":
         return _of_rollouts(run, policy, iteration, reference, _Rollouts(rows, corpus, paths), settings)
 
@@ -116,16 +118,25 @@ def _of_rollouts(
     sampling = run.settings.rollout.sampling
     knobs = online_knobs(run, iteration, settings)
     algorithm = PolicyGradient(settings.algorithm, knobs, sampling.temperature, sampling.max_new_tokens)
-    groups, reward_S = _groups(rollouts)
+    attempts = _groups(rollouts)
+    groups = attempts.groups
     options: dict[str, Any] = {"max_tokens": settings.max_tokens, "autocast": settings.precision == "bfloat16"}
     olds = logprobs_of(policy.model, groups, temperature=sampling.temperature, **options)
     groups = [replace(group, old_logprob=old) for group, old in zip(groups, olds, strict=True)]
     if knobs["kl_coef"]:
         groups = _with_reference(run, reference, settings, sampling.temperature)(groups)
     gap = sampling_mismatch(*(torch.from_numpy(np.concatenate(own)) for own in _own_logprobs(groups)))
-    credited = credit_groups(groups, reward_S, knobs, Baseline(**_credit_before(run, iteration).get("baseline", {})))
+    credited = _credited(run, iteration, policy, replace(attempts, groups=groups), knobs)
     detail = {**credited.detail, "sampling_mismatch": asdict(gap)}
     return UpdateData(algorithm, list(credited.groups), [], detail=detail)
+
+
+def _credited(run: Run, iteration: int, policy: Policy, attempts: Attempts, knobs: Mapping[str, Any]) -> Credited:
+    """What each token deserves, by a critic or by comparing attempts."""
+    if objective(run.settings.train.algorithm).critic:
+        return credit_by_critic(run, iteration, policy, attempts, knobs)
+    baseline = Baseline(**_credit_before(run, iteration).get("baseline", {}))
+    return credit_groups(attempts.groups, attempts.reward_S, knobs, baseline)
 
 
 def _own_logprobs(groups: Sequence[RolloutGroup]) -> tuple[list[Floats], list[Floats]]:
@@ -154,8 +165,8 @@ def _credit_before(run: Run, iteration: int) -> JSONObject:
     return dict((run.found(iteration - 1, "train") or {}).get("credit", {})) if iteration else {}
 
 
-def _groups(rollouts: _Rollouts) -> tuple[list[RolloutGroup], NDArray[np.float64]]:
-    """The attempts at each task together, and the reward of each, in their order."""
+def _groups(rollouts: _Rollouts) -> Attempts:
+    """The attempts at each task together, and in their order what each was worth and whether it was cut off."""
     from prefloop.batch.examples import RolloutGroup
 
     by_task: dict[str, list[Valued]] = {}
@@ -168,7 +179,9 @@ def _groups(rollouts: _Rollouts) -> tuple[list[RolloutGroup], NDArray[np.float64
         RolloutGroup(tuple(rollouts.paths[one.trajectory_id] for one in members), (), name=task_id)
         for task_id, members in by_task.items()
     ]
-    return groups, np.array([one.value for members in by_task.values() for one in members])
+    members = [one for members in by_task.values() for one in members]
+    cut_S = [rollouts.corpus.trajectories[one.trajectory_id].ended in CUT_OFF for one in members]
+    return Attempts(groups, np.array([one.value for one in members]), cut_S)
 
 
 def _split(rows: Rows, corpus: Corpus, settings: UpdateSettings) -> tuple[Rows, Rows, list[str]]:

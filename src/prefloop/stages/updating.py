@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefloop.evaluation.guard import Decision, evaluation_guard, kl_guard
-from prefloop.losses.registry import objective
 from prefloop.records import Checkpoint, Dataset, DivergedError, JSONObject, PrefloopError
 from prefloop.rollout import derived_seed
 from prefloop.stages.context import BEFORE, Run
@@ -69,7 +68,7 @@ def train_stage(run: Run, iteration: int) -> None:
 
     settings = run.settings.train
     before = run.checkpoint_before(iteration)
-    dataset = dataset_of(run, iteration, objective(settings.algorithm).records)
+    dataset = dataset_of(run, iteration, settings.algorithm)
     rows = rows_to_learn(run, dataset, settings)
     with run.recorded(iteration, STAGE) as detail:
         detail |= {"algorithm": settings.algorithm, "dataset_id": dataset.id}

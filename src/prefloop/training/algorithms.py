@@ -38,8 +38,8 @@ class SFT(OwnTokens):
     """Imitation of demonstrations: cross-entropy on the policy's own tokens."""
 
     dft: bool = False
+    name: str = "sft"
 
-    name: ClassVar[str] = "sft"
     records: ClassVar[Records] = "demonstrations"
     reads_apart: ClassVar[bool] = True
 
@@ -259,8 +259,8 @@ def make_algorithm(name: str, settings: LossSettings | None = None, **knobs: Any
     """
     settings = settings or parse_settings(LossSettings, knobs, name)
     found = resolve_knobs(name, settings)
-    if name == "sft":
-        return SFT(**found)
+    if objective(name).records == "demonstrations":
+        return SFT(**found, name=name)
     if name == "kto":
         return KTO(found)
     if name == "reward":

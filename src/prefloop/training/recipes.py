@@ -45,6 +45,12 @@ def recipe(name: str, *, lora: bool, gpu: bool) -> JSONObject:
     }
 
 
+def curation(name: str, samples_per_task: int) -> JSONObject:
+    """How an iteration's attempts are chosen from where nobody says: for some objectives the one best of each task."""
+    one = name in ("online_dpo", "rejection_sampling")
+    return {"fraction": 1.0 / samples_per_task, "margin": 0.0} if one else {}
+
+
 def filled(given: Mapping[str, Any], name: str, *, lora: bool, gpu: bool) -> JSONObject:
     """Settings with the recipe in place of those that are not given."""
     return {**recipe(name, lora=lora, gpu=gpu), **{key: value for key, value in given.items() if value is not None}}

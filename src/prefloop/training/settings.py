@@ -97,16 +97,31 @@ def check_held_out(settings: TrainingSettings) -> None:
         raise ValueError("evaluate_every needs held_out: the share of the prompts whose rows are evaluated")
 
 
+class CriticSettings(Settings):
+    """The critic of `ppo`: a model of its own, which says before each token what is still to come.
+
+    It begins with the trunk of `model` (left out: of the policy that the loop starts from) under a head of zeros. On
+    the first iteration's rollouts it learns for `warmup_epochs` passes before the policy's first update, and in each
+    iteration for `num_epochs` (left out: as many as the policy), at its `learning_rate` (left out: the policy's).
+    """
+
+    model: str | None = Field(default=None, min_length=1)
+    learning_rate: float | None = Field(default=None, gt=0)
+    num_epochs: int | None = Field(default=None, ge=1)
+    warmup_epochs: int = Field(default=1, ge=0)
+
+
 class UpdateSettings(TrainingSettings, LossSettings):
     """The update of the policy in each iteration: an objective with its knobs.
 
     `decay` lowers the learning rate over the iterations. The reference is the policy that the loop started from
-    ("start") or the one before the update ("previous").
+    ("start") or the one before the update ("previous"). `critic` is of `ppo` alone.
     """
 
     algorithm: str = "dpo"
     reference: Literal["start", "previous"] = "start"
     decay: Literal["none", "linear"] = "linear"
+    critic: CriticSettings | None = None
 
     @model_validator(mode="after")
     def _trains_a_policy(self) -> UpdateSettings:
@@ -119,6 +134,12 @@ class UpdateSettings(TrainingSettings, LossSettings):
                 f"algorithm should be an objective of policies: {self.algorithm!r} trains a model that judges them; "
                 f"`prefloop train {self.algorithm}` does that"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_critic(self) -> UpdateSettings:
+        if self.critic is not None and not objective(self.algorithm).critic:
+            raise ValueError(f"the table 'critic' should be left out: {self.algorithm} has no critic, ppo has")
         return self
 
     @model_validator(mode="after")
