@@ -205,9 +205,9 @@ def new_reward_model(
 
 
 def load_reward_model(
-    name: str, *, kind: Kind = "sequence", dtype: Dtype = "float32", device: str = "cpu"
+    name: str, *, kind: Kind = "sequence", dtype: Dtype = "float32", device: str = "cpu", frozen: bool = True
 ) -> RewardModel:
-    """Load a reward model from a directory or a hub id, to give scores.
+    """Load a reward model from a directory or a hub id, to give scores, or (not `frozen`) to be trained further.
 
     Beside those that were saved here, any model that transformers opens as a sequence (or token) classification
     model, and an adapter of such a model; their `centres` and `scale` are not known. One of two classes for each token,
@@ -225,13 +225,14 @@ def load_reward_model(
         raise PrefloopError(f"model {name!r} scores each {saved['kind']}, not each {kind}")
     alone = (directory / ADAPTER_CONFIG).is_file()
     adapters = tuple(saved.get("adapters", ("default",) if alone else ()))
-    tokenizer, model = _open(name, kind, adapters, saved.get("num_heads", 1), dtype)
+    tokenizer, model = _open(name, kind, adapters, saved.get("num_heads", 1), dtype, frozen)
     if kind == "token" and not saved and _config(model).num_labels == 2:
         _fold_two_classes(model, name)
     if kind == "sequence" and not saved and _config(model).num_labels != 1:
         raise PrefloopError(f"model {name!r} has {_config(model).num_labels} labels: a reward model gives one score")
+    model = model.to(device).eval()
     return RewardModel(
-        model.to(device).eval().requires_grad_(False),
+        model.requires_grad_(False) if frozen else model,
         tokenizer,
         kind,
         adapters,
@@ -336,7 +337,9 @@ def _save_base(model: Any, directory: Path) -> None:
     bare.save_pretrained(directory)
 
 
-def _open(name: str, kind: Kind, adapters: Sequence[str], num_heads: int, dtype: Dtype) -> tuple[Any, Any]:
+def _open(
+    name: str, kind: Kind, adapters: Sequence[str], num_heads: int, dtype: Dtype, frozen: bool
+) -> tuple[Any, Any]:
     """Tokenizer and model of a directory or a hub id."""
     directory = fetch_model(name)
     places = {one: directory if one == "default" else directory / one for one in adapters}
@@ -352,9 +355,10 @@ def _open(name: str, kind: Kind, adapters: Sequence[str], num_heads: int, dtype:
             model = CLASSES[kind][0].from_pretrained(fetch_model(base), dtype=getattr(torch, dtype), **options)
         for i, (adapter, place) in enumerate(places.items()):
             if i == 0:
-                model = load_peft().PeftModel.from_pretrained(model, str(place), adapter_name=adapter)
+                opened = load_peft().PeftModel.from_pretrained
+                model = opened(model, str(place), adapter_name=adapter, is_trainable=not frozen)
             else:
-                model.load_adapter(str(place), adapter_name=adapter)
+                model.load_adapter(str(place), adapter_name=adapter, is_trainable=not frozen)
     score_head(model)
     return tokenizer, model
 

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prefloop.credit.gae import whiten
+from prefloop.credit.gae import TokenCredit, gae, whiten
 from prefloop.credit.groups import Baseline, Credit, group_mean, leave_one_out, running_baseline, without_spread
 from prefloop.credit.settings import RewardSettings
-from prefloop.credit.shaping import adapted_kl_coef, shaped, weighted_sum
+from prefloop.credit.shaping import adapted_kl_coef, penalised, shaped, weighted_sum
 from prefloop.records import Dataset, Ended, JSONObject, Judgement, PrefloopError, Source, Status, Trajectory, Valued
 from prefloop.stages.context import Run
 
 if TYPE_CHECKING:
     from prefloop.batch.examples import Logprobs, RolloutGroup
+    from prefloop.training.logprobs import Values
 
 Floats = NDArray[np.float64]
+
+CUT_OFF = (Ended.LENGTH, Ended.MAX_TURNS, Ended.DEADLINE)
+"""How a rollout ends that the policy did not end itself."""
 
 
 # --- rewards ----------------------------------------------------------------------------------------------------
@@ -61,7 +65,7 @@ def rewards_of(
     value_S = shaped(
         value_S,
         clip=None if settings.clip is None else (settings.clip[0], settings.clip[1]),
-        stopped_S=[t.ended not in (Ended.LENGTH, Ended.MAX_TURNS, Ended.DEADLINE) for t in trajectories],
+        stopped_S=[t.ended not in CUT_OFF for t in trajectories],
         missing_stop_penalty=settings.missing_stop_penalty,
         num_tokens_S=[_num_own(t) for t in trajectories],
         length_penalty=settings.length_penalty,
@@ -104,27 +108,93 @@ def credit_groups(
     """
     counts = [len(group.samples) for group in groups]
     group_S = np.repeat(np.arange(len(groups)), counts)
-    kl_S = np.concatenate([_kl(group) for group in groups]) if groups else np.zeros(0)
-    pays = bool(knobs["kl_coef"]) and knobs["kl_as"] == "reward"
-    penalised_S = reward_S - knobs["kl_coef"] * kl_S if pays else reward_S
+    penalised_S = reward_S - knobs["kl_coef"] * _kl(groups) if _pays(knobs) else reward_S
     credit, after = _advantages(penalised_S, reward_S, group_S, knobs, baseline)
     advantages = np.split(credit.advantage_S, np.cumsum(counts)[:-1])
     credited = [replace(group, advantage=_spread(group, own)) for group, own in zip(groups, advantages, strict=True)]
     flat_S = without_spread(reward_S, group_S, noise=knobs["min_spread"])
+    detail = {
+        **_detail(groups, reward_S, knobs),
+        "num_groups_without_spread": len(set(group_S[flat_S].tolist())),
+        "baseline": {"total": after.total, "num": after.num},
+    }
+    return Credited(credited, detail)
+
+
+def credit_tokens(
+    groups: Sequence[RolloutGroup],
+    reward_S: Floats,
+    cut_S: Sequence[bool],
+    values: Sequence[Values],
+    knobs: Mapping[str, Any],
+) -> Credited:
+    """Advantages and returns of each own token of groups' attempts, by what a critic expects (`credit.gae`).
+
+    An attempt's steps are its own tokens in time order, path after path; its reward [S] comes with the last, and where
+    KL is part of the reward each token pays for its own (k1). One that was cut off (`cut_S`) is worth what the critic
+    expects after its last token, too.
+    """
+    ends = iter(zip(reward_S.tolist(), cut_S, strict=True))
+    found = [_token_credit(group, one, ends, knobs) for group, one in zip(groups, values, strict=True)]
+    advantages = [credit.advantage_U for of_group in found for credit in of_group]
+    white = iter(whiten(advantages) if knobs["whiten_advantages"] else advantages)
+    credited = [
+        replace(
+            group,
+            advantage=_by_path(group, [next(white) for _ in group.samples]),
+            ret=_by_path(group, [credit.return_U for credit in of_group]),
+            old_value=valued.before,
+        )
+        for group, of_group, valued in zip(groups, found, values, strict=True)
+    ]
+    variance = float(np.concatenate([credit.return_U for of_group in found for credit in of_group]).var())
+    error = float((np.concatenate(advantages) ** 2).mean())  # an advantage is the return less the value
+    detail: JSONObject = {
+        **_detail(groups, reward_S, knobs),
+        "num_cut_off": sum(cut_S),
+        "return_variance": variance,
+        "explained_variance": 1 - error / variance if variance else None,
+    }
+    return Credited(credited, detail)
+
+
+def _token_credit(
+    group: RolloutGroup, values: Values, ends: Iterator[tuple[float, bool]], knobs: Mapping[str, Any]
+) -> list[TokenCredit]:
+    """The credit of each attempt of a group; `ends` gives each one's reward, and whether it was cut off."""
+    value_SU = _by_attempt(group, values.before)
+    logprob_SU = ref_SU = [np.zeros_like(value_U) for value_U in value_SU]
+    if _pays(knobs):
+        logprob_SU, ref_SU = _by_attempt(group, group.old_logprob), _by_attempt(group, group.ref_logprob)
+    how = {"gae_lambda": knobs["gae_lambda"], "discount": knobs["discount"]}
+    credit = []
+    for logprob_U, ref_U, value_U, after in zip(logprob_SU, ref_SU, value_SU, values.after, strict=True):
+        reward, cut = next(ends)
+        reward_U = penalised(reward, logprob_U, ref_U, kl_coef=knobs["kl_coef"])
+        credit.append(gae(reward_U, value_U, float(after) if cut else 0.0, **how))
+    return credit
+
+
+def _pays(knobs: Mapping[str, Any]) -> bool:
+    """Whether KL is part of the reward."""
+    return bool(knobs["kl_coef"]) and knobs["kl_as"] == "reward"
+
+
+def _detail(groups: Sequence[RolloutGroup], reward_S: Floats, knobs: Mapping[str, Any]) -> JSONObject:
+    """What the report says of any objective's credit."""
+    kl = float(_kl(groups).mean()) if _pays(knobs) else None
     detail: JSONObject = {
         "num": len(reward_S),
         "reward": float(reward_S.mean()),
         "reward_sd": float(reward_S.std(ddof=1)) if len(reward_S) > 1 else 0.0,
         "num_groups": len(groups),
-        "num_groups_without_spread": len(set(group_S[flat_S].tolist())),
-        "kl_of_rollouts": float(kl_S.mean()) if pays else None,
+        "kl_of_rollouts": kl,
         "kl_coef": knobs["kl_coef"],
-        "baseline": {"total": after.total, "num": after.num},
     }
-    if pays and knobs["kl_target"] is not None:
+    if kl is not None and knobs["kl_target"] is not None:
         how = {"horizon": knobs["kl_horizon"], "num": len(reward_S)}
-        detail["next_kl_coef"] = adapted_kl_coef(knobs["kl_coef"], float(kl_S.mean()), knobs["kl_target"], **how)
-    return Credited(credited, detail)
+        detail["next_kl_coef"] = adapted_kl_coef(knobs["kl_coef"], kl, knobs["kl_target"], **how)
+    return detail
 
 
 def _advantages(
@@ -145,13 +215,32 @@ def _advantages(
             return Credit(np.nan_to_num(penalised_S), 0, 0), baseline
 
 
-def _kl(group: RolloutGroup) -> Floats:
-    """k1 of each attempt, nats, over its own tokens; 0 where log-probs are not known."""
-    if not (group.old_logprob and group.ref_logprob):
-        return np.zeros(len(group.samples))
-    gaps = (old - ref for old, ref in zip(group.old_logprob, group.ref_logprob, strict=True))
-    sums = [sum(float(next(gaps)[path.loss_mask].sum(dtype=np.float64)) for path in sample) for sample in group.samples]
+def _kl(groups: Sequence[RolloutGroup]) -> Floats:
+    """k1 of each attempt of the groups, nats, over its own tokens."""
+    sums = []
+    for group in groups:
+        logprobs = zip(_by_attempt(group, group.old_logprob), _by_attempt(group, group.ref_logprob), strict=True)
+        sums += [float((old_U - ref_U).sum()) for old_U, ref_U in logprobs]
     return np.array(sums)
+
+
+def _by_attempt(group: RolloutGroup, arrays: Logprobs) -> list[Floats]:
+    """The numbers of each attempt's own tokens in time order, [U], from an array for each path."""
+    rest = iter(arrays)
+    own = ([next(rest)[path.loss_mask] for path in sample] for sample in group.samples)
+    return [np.concatenate(parts, dtype=np.float64) for parts in own]
+
+
+def _by_path(group: RolloutGroup, own_SU: Sequence[Floats]) -> Logprobs:
+    """Numbers of each attempt's own tokens as an array for each path, 0 at other tokens."""
+    arrays = []
+    for own_U, sample in zip(own_SU, group.samples, strict=True):
+        rest = iter(np.split(own_U, np.cumsum([path.loss_mask.sum() for path in sample])[:-1]))
+        for path in sample:
+            array = np.zeros(len(path.loss_mask))
+            array[path.loss_mask] = next(rest)
+            arrays.append(array)
+    return tuple(arrays)
 
 
 def _spread(group: RolloutGroup, advantage: Floats) -> Logprobs:

@@ -93,10 +93,15 @@ class ValuingSettings(Settings):
 
 
 class EvaluationSettings(Settings):
-    """How the start and the end policy are compared on held-out tasks: sampled at temperature 1, and greedily."""
+    """How the start and the end policy are compared on held-out tasks: sampled at temperature 1, and greedily.
+
+    With `best_of` n attempts at each task are sampled, too, of which the judge picks one: what search gains without any
+    training, to hold a training against.
+    """
 
     num_tasks: int = Field(default=512, ge=2)
     greedy: bool = True
+    best_of: int | None = Field(default=None, ge=2)
 
 
 class RunSettings(Settings):
