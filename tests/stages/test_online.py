@@ -17,6 +17,7 @@ from prefloop.losses.registry import objective
 from prefloop.records import AuthorKind, Ended, Judgement, Message, PrefloopError, Role, Status, Trajectory, Valued
 from prefloop.stages.context import Run, opened
 from prefloop.stages.curating import curate_stage, dataset_of
+from prefloop.stages.evaluating import BEST
 from prefloop.stages.judging import judge_stage
 from prefloop.stages.rewarding import credit_groups, rewards_of
 from prefloop.stages.rollouts import iteration_rollouts, rollout_stage
@@ -138,6 +139,26 @@ def test_the_best_attempt_of_each_task_and_for_pairs_the_worst(algorithm, tmp_pa
             pairs = {p.task_id: (scores[p.chosen_id], scores[p.rejected_id]) for p in dataset.pairs}
             assert pairs == {task: (max(f), min(f)) for task, f in by_task.items() if max(f) > min(f)}
             assert len(dataset.pairs) == len(pairs) > 0
+
+
+def test_the_best_of_several_attempts_is_the_judge_s_pick(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Store("runs/prefloop.db") as store:
+        run = Run(settings_of(iterations=0, evaluation__best_of=3), store)
+        run_loop(run)
+        found = run.found(0, "evaluate")
+        attempts = [t for t in store.trajectories(run_id=run.id, iteration=0) if t.extra["stage"] == BEST]
+        scores = {j.trajectory_id: j.score for j in store.judgements(rater_id=run.judge.rater.id)}
+        verdicts = run.verdicts([t.id for t in attempts])
+    by_task = {}
+    for one in attempts:
+        by_task.setdefault(one.task_id, []).append(one)
+    assert {len(group) for group in by_task.values()} == {3} and len(by_task) == found["num_tasks"]
+    picks = [max(group, key=lambda one: scores[one.id]) for group in by_task.values()]
+    successes = [bool(verdicts[one.id].criteria["success"]) for one in picks]
+    assert found["best_of"]["success"]["value"] == pytest.approx(np.mean(successes))
+    assert found["best_of"]["kl_bound"] == pytest.approx(math.log(3) - 2 / 3)
+    assert found["best_of"]["mean_judge_score"] == pytest.approx(np.mean([scores[one.id] for one in picks]))
 
 
 def test_self_play_prefers_demonstrations_to_the_policy_s_own_attempts(tmp_path, monkeypatch):

@@ -74,17 +74,15 @@ def _confirmations(run: Run, work: Workload) -> int:
 
 
 def _evaluations(run: Run) -> int:
-    """Judgements of start and end on held-out tasks, sampled and greedily; none where outcomes are verified."""
+    """Judgements of start and end on held-out tasks: where outcomes are verified, only of the attempts to pick from."""
     environment, settings = run.environment, run.settings.evaluation
     unverified = isinstance(environment, Prompts) or (
         isinstance(environment, Agent) and environment.settings.command is not None and not environment.settings.grader
     )
-    if not unverified:
-        return 0
     there_are = environment.num_tasks(Split.HELD_OUT)
     num_tasks = settings.num_tasks if there_are is None else min(settings.num_tasks, there_are)
     left = sum(run.found(iteration, "evaluate") is None for iteration in {BEFORE, run.settings.iterations})
-    return left * num_tasks * (2 if settings.greedy else 1)
+    return left * num_tasks * (unverified * (1 + settings.greedy) + (settings.best_of or 0))
 
 
 def _asked(run: Run, settings: LLMJudgeSettings, lengths: Lengths) -> int:

@@ -83,7 +83,8 @@ def seconds_of(settings: RunSettings, setup: Setup, work: Workload, rates: Rates
     stages = {"rollout": units * _sampled(setup, work.rollout, rates), "train": update + scored, "guard": guard}
     if settings.policy.vllm is not None:
         stages["rollout"] = 0.0
-    times = 2 * (2 if settings.evaluation.greedy else 1) * settings.evaluation.num_tasks / work.evaluation.num_rows
+    num_attempts = 1 + settings.evaluation.greedy + (settings.evaluation.best_of or 0)
+    times = 2 * num_attempts * settings.evaluation.num_tasks / work.evaluation.num_rows
     once = {"evaluate": 0.0 if settings.policy.vllm is not None else times * _sampled(setup, work.evaluation, rates)}
     if work.sft is not None:
         once["sft"] = work.sft.num_steps * _trained(setup, work.sft, rates)

@@ -150,6 +150,8 @@ def final_rows(record: RunRecord) -> list[Row]:
         _success_row("Success, sampled", start, end, "sampled", record.finish.get("paired")),
         _success_row("Success, greedy", start, end, "greedy"),
     ]
+    if num := (end.get("best_of") or {}).get("n"):
+        rows.append(_success_row(f"Success, best of {num} by the judge", start, end, "best_of"))
     rows += [_kl_row("KL from start, nats a trajectory", end, "kl_per_trajectory")]
     rows += [_kl_row("KL from start, nats a token", end, "kl_per_token")]
     before, after = _metrics(start), _metrics(end)

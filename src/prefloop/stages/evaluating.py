@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from prefloop.stats.intervals import Interval, proportion
 if TYPE_CHECKING:
     from prefloop.models.load import Policy
 
-SAMPLED, GREEDY = "evaluate_sampled", "evaluate_greedy"
+SAMPLED, GREEDY, BEST = "evaluate_sampled", "evaluate_greedy", "evaluate_best"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,8 @@ def evaluate_stage(run: Run, iteration: int, checkpoint_id: str) -> JSONObject:
         detail["sampled"] = _evaluate(run, checkpoint_id, tasks, iteration, SAMPLED)
         if settings.greedy:
             detail["greedy"] = _evaluate(run, checkpoint_id, tasks, iteration, GREEDY)
+        if settings.best_of is not None:
+            detail["best_of"] = _best_of(run, checkpoint_id, tasks, iteration, settings.best_of)
     return detail
 
 
@@ -105,6 +108,33 @@ def _evaluate(run: Run, checkpoint_id: str, tasks: Sequence[Task], iteration: in
         "num_unverified": len(trajectories),
         **kl_detail(kl),
     }
+
+
+def _best_of(run: Run, checkpoint_id: str, tasks: Sequence[Task], iteration: int, num: int) -> JSONObject:
+    """What the attempts come to that the judge scores best, of `num` at each task; the first of equal ones.
+
+    The policy of such picks is at most log n - (n - 1) / n nats from the one that was sampled (`kl_bound`; Beirami et
+    al. 2024, arXiv:2401.01879).
+    """
+    sampled = roll_out_in_units(run, checkpoint_id, tasks, num, _sampling(run, 1.0), iteration, BEST)
+    judge(run, sampled)
+    ids = [trajectory.id for trajectory in sampled]
+    score = {j.trajectory_id: j.score for j in run.store.judgements(trajectory_ids=ids, rater_id=run.judge.rater.id)}
+    best: dict[str, Trajectory] = {}
+    for trajectory in sampled:
+        found, kept = score.get(trajectory.id), best.get(trajectory.task_id)
+        if found is not None and (kept is None or found > (score[kept.id] or 0.0)):
+            best[trajectory.task_id] = trajectory
+    picked = [trajectory.id for trajectory in best.values()]
+    verdicts = list(run.verdicts(picked).values())
+    scores = [float(score[i] or 0.0) for i in picked]
+    detail: JSONObject = {
+        "n": num,
+        "kl_bound": math.log(num) - (num - 1) / num,
+        "mean_judge_score": sum(scores) / len(scores) if scores else None,
+        "num_without_score": len(tasks) - len(picked),
+    }
+    return {**(success_summary(list(best.values()), verdicts) if verdicts else {"success": None}), **detail}
 
 
 def kl_detail(kl: KLSummary | None) -> JSONObject:
