@@ -7,17 +7,19 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from packed_examples import random_demonstrations, random_pairs, tiny_model
-from prefloop.batch.examples import LabelledSample, Step, SteppedSample
+from prefloop.batch.examples import LabelledSample, RolloutGroup, Step, SteppedSample
 from prefloop.losses.registry import OBJECTIVES
 from prefloop.losses.settings import LossSettings
 from prefloop.training.algorithms import make_algorithm
 from prefloop.training.metrics import BETTER, HELD_OUT, telling_metrics
 from prefloop.training.settings import TrainingSettings
 from prefloop.training.trainer import train
+from prefloop.training.value import Value
 
 PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 
@@ -42,6 +44,10 @@ def logs(name, by):
             return found.records == "pairs" and found.of_policy
         case "nll_coef":
             return bool(found.knobs.get("nll_coef"))
+        case "rollouts":
+            return found.records == "rollouts"
+        case "entropy_coef" | "critic":  # no objective's default, and no objective
+            return False
     assert by in OBJECTIVES
     return name == by
 
@@ -56,7 +62,13 @@ def rows(name):
             return [LabelledSample(one.paths, i % 2 == 0, name=one.name) for i, one in enumerate(demonstrations)]
         case "steps":
             return [SteppedSample(one.paths, (Step(0, len(one.paths[0].token) - 1, 1.0),)) for one in demonstrations]
+        case "rollouts":
+            return [RolloutGroup((one.paths,), one_for_each_token(one), name=one.name) for one in demonstrations]
     return demonstrations
+
+
+def one_for_each_token(example):
+    return tuple(np.ones(len(path.token)) for path in example.paths)
 
 
 def scored_model():
@@ -76,13 +88,15 @@ def logged(name, directory, **knobs):
         def write(self, step, metrics):
             seen.update(metrics)
 
-    of_policy = OBJECTIVES[name].of_policy
+    of_policy = name != "critic" and OBJECTIVES[name].of_policy
     model = tiny_model(num_hidden_layers=1) if of_policy else scored_model()
-    reference = copy.deepcopy(model) if OBJECTIVES[name].reference else None
+    reference = copy.deepcopy(model) if of_policy and OBJECTIVES[name].reference else None
+    examples = rows(name) if name != "critic" else [replace(one, ret=one.advantage) for one in rows("ppo")]
+    algorithm = make_algorithm(name, **knobs) if name != "critic" else Value(0.2, variance=1.0)
     settings = TrainingSettings(learning_rate=1e-3, num_steps=1)
     train(
-        model, reference, make_algorithm(name, **knobs), rows(name), settings, seed=0, identity="",
-        state_directory=directory, held_out=rows(name), writers=[Recorder()],
+        model, reference, algorithm, examples, settings, seed=0, identity="",
+        state_directory=directory, held_out=examples, writers=[Recorder()],
     )  # fmt: skip
     return seen
 
@@ -99,12 +113,22 @@ def test_each_objective_logs_what_the_page_says_and_nothing_else(tmp_path, name)
 
 def test_the_page_knows_nothing_that_nobody_logs():
     by_whom = {by for logged_by in documented().values() for by in logged_by}
-    assert by_whom == {"all", "pairs", "kto", "reward", "process_reward", "nll_coef"}
+    of_preferences = {"pairs", "kto", "reward", "process_reward", "nll_coef"}
+    assert by_whom == {"all", "rollouts", "rloo", "grpo", "ppo", "entropy_coef", "critic"} | of_preferences
     assert BETTER.keys() <= documented().keys()
     text = PAGE.read_text(encoding="utf-8")
     for way in ("lower", "higher"):
         listed = re.search(rf"((?:`[\w/]+`,?\s)+)\(the {way} the better\)", text)[1]
         assert set(re.findall(r"`([\w/]+)`", listed)) == {name for name, better in BETTER.items() if better == way}
+
+
+def test_a_critic_logs_what_the_page_says(tmp_path):
+    expected = {metric for metric, by in documented().items() if {"all", "critic"} & set(by)}
+    assert {metric for metric in logged("critic", tmp_path) if not metric.startswith(HELD_OUT)} == expected
+
+
+def test_the_entropy_is_logged_where_there_is_a_bonus_for_it(tmp_path):
+    assert "entropy" in logged("grpo", tmp_path, entropy_coef=0.1)
 
 
 def test_the_likelihood_is_logged_where_it_is_added(tmp_path):
