@@ -42,14 +42,13 @@ class Online(Objective):
         return PolicyGradient(self.algorithm, self.all_knobs, 1.0, self.longest)
 
 
-GRPO = Online(
-    "grpo",
-    "grpo",
-    {"kl_coef": 0.0},
-    {"beta": 0.0, "loss_type": "dr_grpo", "scale_rewards": "none", "epsilon": 0.2, "epsilon_high": 0.28},
-)
-RLOO = Online("rloo", "rloo", {"kl_coef": 0.0}, {"beta": 0.0, "epsilon": 0.2})
-ONLINE = {"grpo": GRPO, "rloo": RLOO}
+DR_GRPO = {"loss_type": "dr_grpo", "scale_rewards": "none", "epsilon": 0.2, "epsilon_high": 0.28}
+FREE = {"kl_coef": 0.0}
+ONLINE = {
+    "grpo": Online("grpo", "grpo", FREE, {"beta": 0.0, **DR_GRPO}),
+    "rloo": Online("rloo", "rloo", FREE, {"beta": 0.0, "epsilon": 0.2}),
+}
+"""Without KL: none of the peers scores a reference."""
 
 
 def reward(completions: Sequence[str], **_: object) -> list[float]:

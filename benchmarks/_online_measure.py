@@ -16,7 +16,7 @@ from _offline_measure import times
 from _offline_models import SMALL, needed_work, new_model, noisy_copy
 from _offline_rows import FIRST_TOKEN
 from _offline_trl import toy_tokenizer
-from _online_engines import GRPO, ONLINE, Online, OurStep, Task
+from _online_engines import ONLINE, Online, OurStep, Task
 from _online_rows import Rollouts
 from _online_trl import TheirStep, TheirTraining
 from prefloop.batch.examples import RolloutGroup
@@ -27,9 +27,8 @@ from prefloop.training.logprobs import with_reference
 TOLERANCE = {"loss": 1e-3, "grad_norm": 1e-3}
 """Relative differences. TRL keeps log-probs in float32; the ratio of a whole sample is the exponential of a sum."""
 
-OLD_NOISE = {"grpo": 2e-3, "rloo": 1e-4}
-"""Noise of the policy that sampled: enough that losses depend on log-probs and some are clipped; a whole sample's
-ratio is a product of a hundred and more."""
+OLD_NOISE = {"grpo": 2e-3, "rloo": 1e-3}
+"""Noise of the policy that sampled: so much that losses depend on log-probs and some are clipped, and not most."""
 
 PEERS = ("installed", "compact", "padded")
 STEP_PROMPTS, STEP_GROUP, STEP_PROMPT, STEP_LONGEST, STEP_MEAN = 8, 8, 256, 128, 56
@@ -76,8 +75,9 @@ def measure_training(case: Training, options: Options) -> Measured:
         "visited": float(num_visits),
         "computed": float(work.tokens),
     }
+    rate = flops / timings["ours"].median_cpu / 1e9
     rows = table(timings)
-    rows[0]["distinct"] = f"{work.tokens} of {num_visits} tokens, {flops / timings['ours'].median_cpu / 1e9:.0f} GFLOP/s"
+    rows[0]["distinct"] = f"{work.tokens} of {num_visits} tokens, {rate:.0f} GFLOP/s"
     return Measured({case.figure(what): value for what, value in figures.items()}, rows)
 
 
@@ -114,46 +114,49 @@ def check_same(name: str, engines: Mapping[str, Engine]) -> None:
             assert close, f"{name}: {what} {found['ours']}, {engine} {found[engine]}"
 
 
-def measure_step(options: Options) -> Measured:
-    """A whole step of GRPO: 64 rollouts in groups of 8, prompts of 256 tokens, geometric lengths of up to 128."""
+def measure_step(algorithm: str, options: Options) -> Measured:
+    """A whole step: 64 rollouts in groups of 8, prompts of 256 tokens, geometric lengths of up to 128.
+
+    RLOOTrainer computes the policy's log-probs before it trains, and so does ours; GRPOTrainer need not. Our loop
+    does, to compare them with the sampler's, and stands beside as `looped`.
+    """
     task = new_task(options)
-    found, model = replace(GRPO, longest=task.longest), new_model(SMALL, options.seed)
-    tokenizer = toy_tokenizer(SMALL.vocab)
-    models = (copy.deepcopy(model) for _ in range(4))
-    ours = OurStep(found, next(models), tokenizer, task, options.seed)
-    engines = {
-        "ours": ours,
-        "ours with old log-probs": OurStep(found, next(models), tokenizer, task, options.seed, with_old=True),
-        "installed": TheirStep(found, next(models), task, options.seed),
-        "compact": TheirStep(found, next(models), task, options.seed, compact=True),
-    }
-    check_same_rollouts(engines)
-    timings = interleaved(engines, 1 if options.quick else 5, warm=True)
-    old = timings["ours with old log-probs"].median_cpu
-    figures = {
-        **ratios(timings),
-        "s": timings["ours"].median_cpu,
-        **{f"with_old_{peer}": timings[peer].median_cpu / old for peer in ("installed", "compact")},
-        "sampling_share": float(np.median(ours.sampling_s[1:])) / timings["ours"].median_cpu,
-    }
-    figures.pop("ours with old log-probs")
+    found, model = replace(ONLINE[algorithm], longest=task.longest), new_model(SMALL, options.seed)
+
+    def ours(*, with_old: bool) -> OurStep:
+        own = copy.deepcopy(model)
+        return OurStep(found, own, toy_tokenizer(SMALL.vocab), task, options.seed, with_old=with_old)
+
+    engines: dict[str, Any] = {"ours": ours(with_old=algorithm == "rloo")}
+    if algorithm == "grpo":
+        engines["looped"] = ours(with_old=True)
+    for name in ("installed", "compact"):
+        engines[name] = TheirStep(found, copy.deepcopy(model), task, options.seed, compact=name == "compact")
+    check_same_rollouts(f"{algorithm}_step", engines)
+    timings = interleaved(engines, 1 if options.quick else 3, warm=True)
+    share = float(np.median(engines["ours"].sampling_s[1:])) / timings["ours"].median_cpu
+    figures = {**ratios(timings), "s": timings["ours"].median_cpu, "sampling_share": share}
+    if "looped" in timings:
+        looped = timings["looped"].median_cpu
+        del figures["looped"]
+        figures |= {f"looped_{peer}": timings[peer].median_cpu / looped for peer in ("installed", "compact")}
     rows = table(timings)
-    rows[0]["distinct"] = f"{figures['sampling_share']:.0%} sampling, {int(task.lengths.sum())} new tokens"
-    return Measured({f"grpo_step_{what}": value for what, value in figures.items()}, rows)
+    rows[0]["distinct"] = f"{share:.0%} sampling, {int(task.lengths.sum())} new tokens"
+    return Measured({f"{algorithm}_step_{what}": value for what, value in figures.items()}, rows)
 
 
-def check_same_rollouts(engines: Mapping[str, Any]) -> None:
+def check_same_rollouts(name: str, engines: Mapping[str, Any]) -> None:
     """That all engines compute the same of what ours sampled first, which TRL is given as if it had sampled it."""
     ours = engines["ours"]
-    loss = ours()
-    first = {"ours": Done(loss, ours.grad_norm)}
-    for name, engine in engines.items():
+    first = {"ours": Done(ours(), ours.grad_norm)}
+    for peer, engine in engines.items():
         if isinstance(engine, TheirStep):
             engine.replay = ours.completions
-            first[name] = Done(engine(), engine.grad_norm)
+            first[peer] = Done(engine(), engine.grad_norm)
             engine.replay = None
-    check_same("grpo_step", first)
-    engines["ours with old log-probs"]()
+        elif engine is not ours:
+            engine()
+    check_same(name, first)
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ and compact: its head on the completions only, as on CUDA, which is the honest p
 backward, clipping, fused AdamW on rollouts that are there) also stands beside a lean padded loop. Every cell first
 compares the loss and the gradient norm of all engines on the same rollouts and log-probs, and stops where they differ.
 
-Cells: `grpo_step` samples, scores and trains; `ALGORITHM_train_gN` trains on a group of N, 512:128 tokens; `tree` on 27
-branching trajectories of one root; `long` on completions of 2,048 tokens; `growth_…` on groups of 2 to 32 and on 1 to
-8 turns, drawn against the number of distinct tokens in `out/benchmarks/speed_online.svg`; `rollout` is that of
-`rollout.py`. Needs `pip install 'prefloop[oracle,report]'`.
+Cells: `ALGORITHM_step` samples, scores and trains; `ALGORITHM_train_gN` trains on a group of N, 512:128 tokens;
+`tree` on 27 branching trajectories of one root; `long` on completions of 2,048 tokens; `growth_…` on groups of 2 to 32
+and on 1 to 8 turns, drawn against the number of distinct tokens in `out/benchmarks/speed_online.svg`; `rollout` is
+that of `rollout.py`. Needs `pip install 'prefloop[oracle,report]'`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from _common import STATE, Cell, Measured, Options, parse_options, run_cells, versions
 from _offline_models import SMALL
 from _offline_trl import quieten
+from _online_engines import ONLINE
 from _online_measure import Training, measure_step, measure_training
 from _online_rows import Rollouts, grouped, tree, with_turns
 from rollout import measure as measure_rollout
@@ -66,14 +67,14 @@ def all_cells() -> dict[str, Cell]:
     training = [
         *(
             Training(f"{algorithm}_train", algorithm, partial(of_group, size), f"g{size}")
-            for algorithm in ("grpo", "rloo")
+            for algorithm in ONLINE
             for size in (8, 16)
         ),
         Training("tree", "grpo", of_tree),
         Training("long", "grpo", partial(of_group, 4, prompt=128, completion=2048), repetitions=3),
     ]
     return {
-        "grpo_step": measure_step,
+        **{f"{algorithm}_step": partial(measure_step, algorithm) for algorithm in ONLINE},
         **{case.figure("").replace("__", "_"): partial(measure_training, case) for case in training},
         **{f"growth_{kind}": partial(measure_growth, kind) for kind in ("group", "turns")},
         "rollout": partial(measure_rollout, "rollout"),
