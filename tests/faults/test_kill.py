@@ -113,3 +113,23 @@ def test_kills_of_a_run_that_learns_from_its_rollouts(tmp_path):
         assert run.go(point=point).code == -signal.SIGKILL, f"{point} was never reached"
     run.finish().assert_same(undisturbed)
     assert len(undisturbed.rows["checkpoint"]) > 1
+
+
+def test_kills_of_a_run_with_a_critic(tmp_path):
+    """In its warm-up, while it learns and after it: what is saved of it is found, and all else comes out the same."""
+    settings = miniature(train__algorithm="ppo", train__num_epochs=2, train__learning_rate=1e-3, guard__max_kl=50.0)
+    undisturbed = MiniatureRun(tmp_path / "undisturbed", settings).finish()
+    run = MiniatureRun(tmp_path / "killed", settings)
+    points = [
+        "train/0:step:2",  # of one pass of warm-up
+        "train/0:rename:1:after",  # the critic that was warmed up
+        "train/0:step:4",  # of two passes of its own
+        "train/0:step:4",  # the policy's second: two were left of the critic
+        "train/0:turn:5",
+        "train/1:step:7",
+    ]
+    for point in points:
+        assert run.go(point=point).code == -signal.SIGKILL, f"{point} was never reached"
+    run.finish().assert_same(undisturbed)
+    critics = [name for name in undisturbed.files if "-critic-" in name and name.endswith("model.safetensors")]
+    assert len(critics) == 3  # before the loop, and after each iteration
