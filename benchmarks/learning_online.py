@@ -49,8 +49,10 @@ ALGORITHMS: Mapping[str, JSONObject] = {
 }
 """What differs from `examples/booking.toml`, whose [curation] and [train] are left out but for the batch of 16."""
 
-QUICK = ("sft.num_steps=40", "sft.num_demonstrations=200", "iterations=1", "evaluation.num_tasks=16",
-         "guard.num_tasks=16", "rollout.num_tasks=4", "rollout.tasks_per_unit=4", "rollout.samples_per_task=4")  # fmt: skip
+QUICK = (
+    *("sft.num_steps=40", "sft.num_demonstrations=200", "iterations=1", "evaluation.num_tasks=16"),
+    *("guard.num_tasks=16", "rollout.num_tasks=4", "rollout.tasks_per_unit=4", "rollout.samples_per_task=4"),
+)
 
 
 class _WithoutEvaluations(Progress):
