@@ -149,6 +149,17 @@ def test_guards_are_sampled_here_where_vllm_samples_the_rollouts():
     assert [peak.stage for peak in need().peaks(served)] == ["load", "guard", "KL", "train"]
 
 
+@pytest.mark.parametrize("lora", [None, {"rank": 8}])
+def test_a_critic_is_trained_beside_the_policy(lora):
+    found = {peak.stage: peak for peak in need().peaks(settings(policy={"lora": lora}, train={"algorithm": "ppo"}))}
+    critic, train = found["critic"], found["train"]
+    assert list(found)[-2:] == ["critic", "train"]
+    for part in ("weights", "gradients", "optimizer", "reference"):
+        assert critic.parts[part] == train.parts[part]
+    assert critic.parts["judge"] - train.parts["judge"] == train.parts["weights"]  # the policy's
+    assert critic.parts["logits"] < 0.2 * train.parts["logits"]
+
+
 def test_a_reference_that_follows_has_weights_of_its_own():
     shared = settings(policy={"lora": {"rank": 8}})
     follows = settings(policy={"lora": {"rank": 8}}, train={"sync_reference_every": 10})

@@ -70,6 +70,10 @@ class Need:
             peaks.append(sampling_peak(setup, "rollout", work.rollout, judge))
         peaks.append(sampling_peak(setup, "guard", work.guard, judge))
         peaks.append(scoring_peak(scored, "KL", work.guard.num_positions, judge, arena, work.update.longest))
+        if objective(settings.train.algorithm).critic:
+            # It is never of few bits, has no logits, and shares no weight with the policy, which lies beside it.
+            critic, beside = replace(setup, quantization=None), judge + setup.base_bytes + setup.adapter_bytes
+            peaks.append(update_peak(critic, "critic", replace(work.update, num_loss_tokens=0), beside, arena))
         peaks.append(update_peak(setup, "train", work.update, judge, arena))
         return peaks
 

@@ -11,9 +11,11 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from prefloop.losses.registry import objective
 from prefloop.planning.memory import Sampling, Setup, Update
 from prefloop.planning.workload import Workload
 from prefloop.stages.settings import RunSettings
+from prefloop.training.settings import CriticSettings
 
 PACK_ROWS = 512
 """Rows of a product of a pack; more do not make it faster."""
@@ -81,6 +83,10 @@ def seconds_of(settings: RunSettings, setup: Setup, work: Workload, rates: Rates
     update = work.update.num_steps * _trained(setup, work.update, rates)
     scored = _scored(setup, work.update.num_tokens, rates) if setup.reference else 0.0
     stages = {"rollout": units * _sampled(setup, work.rollout, rates), "train": update + scored, "guard": guard}
+    if objective(settings.train.algorithm).critic:
+        passes = (settings.train.critic or CriticSettings()).num_epochs or settings.train.num_epochs
+        said = _scored(setup, work.update.num_tokens, rates)
+        stages["critic"] = said + update * passes / settings.train.num_epochs
     if settings.policy.vllm is not None:
         stages["rollout"] = 0.0
     num_attempts = 1 + settings.evaluation.greedy + (settings.evaluation.best_of or 0)
