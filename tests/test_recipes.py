@@ -71,7 +71,7 @@ def test_what_is_given_counts():
 
 # --- examples ---------------------------------------------------------------------------------------------------
 
-RUNS = ["booking.toml", "dialogue.toml", "qwen3-0.6b-lora.toml", "qwen3-4b-lora.toml"]
+RUNS = ["booking.toml", "booking-grpo.toml", "dialogue.toml", "qwen3-0.6b-lora.toml", "qwen3-4b-lora.toml"]
 SMALL = [
     "iterations=1", "num_threads=1", "policy.device=cpu", "sft.warmup_steps=0",
     "sft.num_demonstrations=24", "sft.num_epochs=1",
@@ -105,7 +105,7 @@ def test_examples_of_runs_have_only_keys_that_are_known(name: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS[2:])
+@pytest.mark.parametrize("name", RUNS[3:])
 def test_examples_of_runs_run_with_a_tiny_model(name: str, tiny: Path, tmp_path: Path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     sets = [part for one in (f"policy.model={tiny}", *SMALL) for part in ("--set", one)]
