@@ -63,8 +63,11 @@ def with_turns(prompt: int, length: int, turns: int, size: int, vocab: int, seed
     return Rollouts(rng.integers(FIRST_TOKEN, vocab, prompt).tolist(), completions, [own] * size)
 
 
-def tree(length: int, vocab: int, seed: int) -> Rollouts:
-    """Trajectories that branch: the first turn is the prompt, the others are the policy's own."""
+def tree(length: int, vocab: int, seed: int, *, tools: bool = False) -> Rollouts:
+    """Trajectories that branch: the first turn is the prompt, the others are the policy's own.
+
+    With `tools`, a turn is half the policy's, and half the answer of a tool.
+    """
     rng = np.random.default_rng([seed, length])
     turns = [rng.integers(FIRST_TOKEN, vocab, (num, length)) for num in TREE_NODES]
     num_leaves = TREE_NODES[-1]
@@ -72,4 +75,5 @@ def tree(length: int, vocab: int, seed: int) -> Rollouts:
         np.concatenate([turn[leaf * len(turn) // num_leaves] for turn in turns[1:]]).tolist()
         for leaf in range(num_leaves)
     ]
-    return Rollouts(turns[0][0].tolist(), completions, [[True] * len(c) for c in completions])
+    own = [not tools or i % length < length // 2 for i in range(len(completions[0]))]
+    return Rollouts(turns[0][0].tolist(), completions, [own] * num_leaves)

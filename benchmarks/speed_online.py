@@ -8,9 +8,10 @@ backward, clipping, fused AdamW on rollouts that are there) also stands beside a
 compares the loss and the gradient norm of all engines on the same rollouts and log-probs, and stops where they differ.
 
 Cells: `ALGORITHM_step` samples, scores and trains; `ALGORITHM_train_gN` trains on a group of N, 512:128 tokens;
-`tree` on 27 branching trajectories of one root; `long` on completions of 2,048 tokens; `growth_…` on groups of 2 to 32
-and on 1 to 8 turns, drawn against the number of distinct tokens in `out/benchmarks/speed_online.svg`; `rollout` is
-that of `rollout.py`. Needs `pip install 'prefloop[oracle,report]'`.
+`tree` on 27 branching trajectories of one root (`tree_tools`: half of each turn is the answer of a tool); `long` on
+completions of 2,048 tokens; `growth_…` on groups of 2 to 32 and on 1 to 8 turns, drawn against the number of distinct
+tokens in `out/benchmarks/speed_online.svg`; `rollout` is that of `rollout.py`. Needs
+`pip install 'prefloop[oracle,report]'`.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ def of_turns(turns: int, options: Options) -> Rollouts:
     return with_turns(256 // shorter, 64 // shorter, turns, 8, SMALL.vocab, options.seed)
 
 
-def of_tree(options: Options) -> Rollouts:
+def of_tree(options: Options, *, tools: bool = False) -> Rollouts:
     """Six turns of 100 tokens: 16,200 tokens, of which 6,800 are distinct."""
-    return tree(12 if options.quick else 100, SMALL.vocab, options.seed)
+    return tree(12 if options.quick else 100, SMALL.vocab, options.seed, tools=tools)
 
 
 def measure_growth(kind: str, options: Options) -> Measured:
@@ -71,6 +72,7 @@ def all_cells() -> dict[str, Cell]:
             for size in (8, 16)
         ),
         Training("tree", "grpo", of_tree),
+        Training("tree_tools", "grpo", partial(of_tree, tools=True)),
         Training("long", "grpo", partial(of_group, 4, prompt=128, completion=2048), repetitions=3),
     ]
     return {
