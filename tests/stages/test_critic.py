@@ -91,7 +91,8 @@ def test_credit_bridges_paths_and_only_a_run_that_was_cut_off_is_worth_what_was_
 def curated(tmp_path, monkeypatch):
     """A run whose first iteration is curated."""
     monkeypatch.chdir(tmp_path)
-    changes = {"guard__max_kl": 1e-9, "rollout__sampling": {"max_new_tokens": 8}}  # some replies are longer
+    # Some replies are longer, and steps so large that no update is accepted.
+    changes = {"guard__max_kl": 1e-9, "train__learning_rate": 0.05, "rollout__sampling": {"max_new_tokens": 8}}
     with Store("runs/prefloop.db") as store, opened(Run(settings_of(**changes), store)) as run:
         start_policy(run)
         rollout_stage(run, 0)
@@ -176,6 +177,7 @@ def test_two_iterations_of_the_loop(lora, tmp_path, monkeypatch):
     heads = [load_reward_model(str(place), kind="token", frozen=False) for place in (fresh, *places)]
     weights = [{n: p.detach().clone() for n, p in head.model.named_parameters() if p.requires_grad} for head in heads]
     assert bool(lora) == any("lora_" in name for name in weights[0]) and any("score" in name for name in weights[0])
+    assert [base.parent for base in fresh.parent.glob("*/base")] == ([fresh] if lora else [])  # below the adapters
     changed = [sum(bool((one[name] != other[name]).any()) for name in one) for one, other in pairwise(weights)]
     assert min(changed) > 0
 

@@ -120,14 +120,19 @@ class _Learning:
 
     def load(self, saved: JSONObject) -> RewardModel:
         """A critic that was saved, to be trained further."""
-        from prefloop.models.reward import load_reward_model
+        from prefloop.models.reward import BASE, load_reward_model
         from prefloop.training.checkpoint import verify
 
         path = str(saved["path"])
         if verify(Path(path)) != saved["manifest_hash"]:
             raise PrefloopError(f"critic {path} is not the one that was recorded: restore it")
         policy = self.run.settings.policy
-        return load_reward_model(path, kind="token", dtype=policy.dtype, device=policy.device, frozen=False)
+        critic = load_reward_model(path, kind="token", dtype=policy.dtype, device=policy.device, frozen=False)
+        if critic.own_base:  # which is saved once, with the first
+            critic.own_base = False
+            for adapter in critic.adapters:
+                critic.model.peft_config[adapter].base_model_name_or_path = str(Path(path) / BASE)
+        return critic
 
     def _start(self) -> str:
         """The model whose trunk the critic begins with."""
