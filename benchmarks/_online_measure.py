@@ -24,8 +24,9 @@ from prefloop.credit.groups import Baseline
 from prefloop.stages.rewarding import credit_groups
 from prefloop.training.logprobs import with_reference
 
-TOLERANCE = {"loss": 1e-3, "grad_norm": 1e-3}
-"""Relative differences. TRL keeps log-probs in float32; the ratio of a whole sample is the exponential of a sum."""
+TOLERANCE = 1e-3
+"""Relative difference of losses and of gradient norms. TRL keeps log-probs in float32; the ratio of a whole sample is
+the exponential of a sum."""
 
 OLD_NOISE = {"grpo": 2e-3, "rloo": 1e-3}
 """Noise of the policy that sampled: so much that losses depend on log-probs and some are clipped, and not most."""
@@ -65,7 +66,7 @@ def measure_training(case: Training, options: Options) -> Measured:
     model = new_model(SMALL, options.seed)
     group = credited(found, model, rollouts, options.seed)
     engines = training_engines(found, model, rollouts, group, case.peers)
-    check_same(case.figure("step"), engines)
+    differences = check_same(case.figure("step"), engines)
     timings = interleaved(engines, 1 if options.quick else case.repetitions, warm=True)
     work, flops, num_visits = needed_work(found, model, [group])
     figures = {
@@ -74,6 +75,7 @@ def measure_training(case: Training, options: Options) -> Measured:
         **{f"{peer}_s": timings[peer].median_cpu for peer in case.peers},
         "visited": float(num_visits),
         "computed": float(work.tokens),
+        **differences,
     }
     rate = flops / timings["ours"].median_cpu / 1e9
     rows = table(timings)
@@ -103,15 +105,18 @@ def training_engines(
     return engines | {name: builders[name](copy.deepcopy(model)) for name in peers}
 
 
-def check_same(name: str, engines: Mapping[str, Engine]) -> None:
-    """That the first step of all engines has one loss and one gradient norm."""
-    losses = {engine: step() for engine, step in engines.items()}
-    norms = {engine: step.grad_norm for engine, step in engines.items()}
-    assert norms["ours"] > 0, f"{name}: there is no gradient"
-    for engine in engines:
-        for what, found in (("loss", losses), ("grad_norm", norms)):
-            close = abs(found[engine] - found["ours"]) <= TOLERANCE[what] * abs(found["ours"])
-            assert close, f"{name}: {what} {found['ours']}, {engine} {found[engine]}"
+def check_same(name: str, engines: Mapping[str, Engine]) -> dict[str, float]:
+    """That the first step of all engines has one loss and one gradient norm; the largest relative differences."""
+    first = {engine: {"loss": step(), "grad_norm": step.grad_norm} for engine, step in engines.items()}
+    ours = first.pop("ours")
+    assert ours["grad_norm"] > 0, f"{name}: there is no gradient"
+    largest = {f"{what}_rel_diff": 0.0 for what in ours}
+    for engine, found in first.items():
+        for what, value in found.items():
+            off = abs(value / ours[what] - 1)
+            assert off < TOLERANCE, f"{name}: {what} {ours[what]}, {engine} {value}"
+            largest[f"{what}_rel_diff"] = max(largest[f"{what}_rel_diff"], off)
+    return largest
 
 
 def measure_step(algorithm: str, options: Options) -> Measured:
@@ -132,10 +137,10 @@ def measure_step(algorithm: str, options: Options) -> Measured:
         engines["looped"] = ours(with_old=True)
     for name in ("installed", "compact"):
         engines[name] = TheirStep(found, copy.deepcopy(model), task, options.seed, compact=name == "compact")
-    check_same_rollouts(f"{algorithm}_step", engines)
+    differences = check_same_rollouts(f"{algorithm}_step", engines)
     timings = interleaved(engines, 1 if options.quick else 3, warm=True)
     share = float(np.median(engines["ours"].sampling_s[1:])) / timings["ours"].median_cpu
-    figures = {**ratios(timings), "s": timings["ours"].median_cpu, "sampling_share": share}
+    figures = {**ratios(timings), "s": timings["ours"].median_cpu, "sampling_share": share, **differences}
     if "looped" in timings:
         looped = timings["looped"].median_cpu
         del figures["looped"]
@@ -145,8 +150,8 @@ def measure_step(algorithm: str, options: Options) -> Measured:
     return Measured({f"{algorithm}_step_{what}": value for what, value in figures.items()}, rows)
 
 
-def check_same_rollouts(name: str, engines: Mapping[str, Any]) -> None:
-    """That all engines compute the same of what ours sampled first, which TRL is given as if it had sampled it."""
+def check_same_rollouts(name: str, engines: Mapping[str, Any]) -> dict[str, float]:
+    """`check_same` on what ours sampled first, which TRL is given as if it had sampled it."""
     ours = engines["ours"]
     first = {"ours": Done(ours(), ours.grad_norm)}
     for peer, engine in engines.items():
@@ -156,7 +161,7 @@ def check_same_rollouts(name: str, engines: Mapping[str, Any]) -> None:
             engine.replay = None
         elif engine is not ours:
             engine()
-    check_same(name, first)
+    return check_same(name, first)
 
 
 @dataclass(frozen=True)
