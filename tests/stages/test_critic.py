@@ -29,6 +29,7 @@ from prefloop.store import Store
 from prefloop.store.metrics import read_metrics
 from prefloop.training.checkpoint import verify
 from prefloop.training.logprobs import Values, values_of
+from prefloop.training.settings import CriticSettings
 
 SAID, READ = Source.SAMPLED, Source.PROMPT
 
@@ -157,6 +158,20 @@ def test_a_refused_update_leaves_one_critic_and_every_try_has_the_same_credit(cu
     curate_stage(run, 1)
     with pytest.raises(PrefloopError, match=r"critic.*config\.json is damaged"):
         train_stage(run, 1)
+
+
+def test_a_critic_may_begin_with_another_model_of_the_same_tokens(curated, model):
+    def begin_with(path):
+        train = curated.settings.train.model_copy(update={"critic": CriticSettings(model=str(path))})
+        curated.settings = curated.settings.model_copy(update={"train": train})
+
+    begin_with(model)
+    with pytest.raises(PrefloopError, match="has other tokens than the policy: it cannot read its replies"):
+        credited(curated)
+    (untrained,) = Path("runs/mini/checkpoints").glob("000-initial-*")
+    begin_with(untrained)
+    data, _ = credited(curated)
+    assert data.detail["critic"]["steps"] == 2 and np.isfinite(data.detail["explained_variance"])
 
 
 @pytest.mark.parametrize("lora", [None, pytest.param({"rank": 2, "alpha": 4}, marks=pytest.mark.slow)])
