@@ -42,10 +42,10 @@ ALGORITHMS: Mapping[str, JSONObject] = {
     "dpo": {"curation": {"fraction": 0.3, "margin": 0.3}, "train": {"nll_coef": 1.0, "learning_rate": 1e-3}},
     "online_dpo": {"train": {"learning_rate": 5e-4}},
     "spin": {"train": {"learning_rate": 2e-4}},
-    "reinforce": {"train": {"kl_coef": 0.02, "learning_rate": 5e-4, "decay": "none"}},
-    "rloo": {"train": {"kl_coef": 0.02, "learning_rate": 5e-4, "decay": "none"}},
-    "grpo": {"train": {"kl_coef": 0.02, "learning_rate": 5e-4, "decay": "none"}},
-    "ppo": {"train": {"kl_coef": 0.02, "learning_rate": 5e-4, "decay": "none"}},
+    "reinforce": {"train": {"kl_coef": 0.02, "learning_rate": 3e-4, "decay": "none"}},
+    "rloo": {"train": {"kl_coef": 0.02, "learning_rate": 3e-4, "decay": "none"}},
+    "grpo": {"train": {"kl_coef": 0.02, "learning_rate": 3e-4, "decay": "none"}},
+    "ppo": {"train": {"kl_coef": 0.02, "learning_rate": 3e-4, "decay": "none"}},
 }
 """What differs from `examples/booking.toml`, whose [curation] and [train] are left out but for the batch of 16."""
 
