@@ -390,7 +390,8 @@ def test_a_server_that_is_down_is_given_up_and_costs_nothing(tmp_path):
     items = make_items(*(f"Booked {n}." for n in range(40)))
     money = {"input_price": 3.0, "output_price": 15.0, "budget_usd": 1.0}
     with open_store(tmp_path, items) as store:
-        retry = QUICK.model_copy(update={"num_attempts": 2})
+        # An attempt that ran into its time limit may have been paid for: on a busy machine five seconds are not enough.
+        retry = QUICK.model_copy(update={"num_attempts": 2, "timeout_s": 60.0, "deadline_s": 120.0})
         judge = LLMJudge(settings("http://127.0.0.1:1", retry=retry, concurrency=4, **money), store)
         with pytest.raises(PrefloopError, match="the connection failed: ConnectError"):
             judge_all(judge, items, store)

@@ -95,7 +95,8 @@ def test_every_architecture_equals_plain_padded_sequences(kind, settings, case, 
 
 
 def test_every_objective_has_a_case():
-    assert {case.objective for case in CASES} == set(OBJECTIVES)
+    of_rows = {name for name, found in OBJECTIVES.items() if not found.fresh}
+    assert {case.objective for case in CASES} == of_rows  # the others: test_policy_gradient.py
 
 
 @pytest.mark.parametrize("max_tokens", [40, 10_000])
