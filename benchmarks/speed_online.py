@@ -85,8 +85,8 @@ def all_cells() -> dict[str, Cell]:
 
 def plot(figures: Mapping[str, float]) -> dict[str, float]:
     """Draw the growth, where it was measured; adds no figure."""
-    curves = {kind: curve_of(kind, figures) for kind in ("group", "turns")}
-    if not any(curves.values()):
+    curves = {kind: curve for kind in ("group", "turns") if (curve := curve_of(kind, figures))}
+    if not curves:
         return {}
     import matplotlib
 
@@ -94,8 +94,8 @@ def plot(figures: Mapping[str, float]) -> dict[str, float]:
     from matplotlib import pyplot
 
     titles = {"group": "groups of 2 to 32, 512:128 tokens", "turns": "1 to 8 turns, groups of 8"}
-    figure, grid = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axes, (kind, curve) in zip(grid, curves.items(), strict=True):
+    figure, grid = pyplot.subplots(1, len(curves), figsize=(5 * len(curves), 4), squeeze=False, layout="constrained")
+    for axes, (kind, curve) in zip(grid.flat, curves.items(), strict=True):
         for engine, color, label in (("s", "C0", "prefloop"), ("compact_s", "C1", "TRL, compact")):
             places = [(tokens, figures[f"growth_{kind}_{engine}_{size}"]) for size, tokens in curve]
             axes.plot(*zip(*places, strict=True), marker="o", markersize=4, color=color, label=label)
