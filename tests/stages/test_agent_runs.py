@@ -288,7 +288,11 @@ def test_a_signal_ends_a_run_and_its_agents(model, tmp_path, monkeypatch, number
     program = "import os, time; open(f'pid-{os.getpid()}', 'w').close(); time.sleep(60)"
     with agent_run(model, command=[sys.executable, "-c", program], max_parallel=2) as run:
         Path("run.toml").write_text(toml(run.settings.model_dump(mode="json", exclude_none=True)))
-    process = subprocess.Popen([sys.executable, "-m", "prefloop.cli", "run", "run.toml", "--ignore-memory"], stderr=-1)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prefloop.cli", "run", "run.toml", "--ignore-memory"],
+        stderr=-1,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup's way is to be heeded, but not here
+    )
     try:
         while not (started := list(Path().glob("pid-*"))) and process.poll() is None:
             time.sleep(0.05)
