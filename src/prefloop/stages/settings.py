@@ -136,8 +136,11 @@ class RunSettings(Settings):
         names = {"sft": "sft", "train": (given.get("train") or {}).get("algorithm", "dpo")}
         there = [key for key, name in names.items() if isinstance(given.get(key), Mapping) and name in OBJECTIVES]
         recipes = {key: filled(given[key], names[key], **how) for key in there}
-        curated = curation(names["train"], (given.get("rollout") or {}).get("samples_per_task", SAMPLES_PER_TASK))
-        return {**given, **recipes, **({"curation": {**curated, **given.get("curation", {})}} if curated else {})}
+        rollout, chosen = given.get("rollout", {}), given.get("curation", {})
+        if not isinstance(rollout, Mapping) or not isinstance(chosen, Mapping):
+            return {**given, **recipes}  # what is wrong with them is said when they are read
+        curated = curation(names["train"], rollout.get("samples_per_task", SAMPLES_PER_TASK))
+        return {**given, **recipes, **({"curation": {**curated, **chosen}} if curated else {})}
 
     @model_validator(mode="after")
     def _start_can_be_made(self) -> RunSettings:

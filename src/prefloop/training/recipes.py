@@ -45,9 +45,12 @@ def recipe(name: str, *, lora: bool, gpu: bool) -> JSONObject:
     }
 
 
-def curation(name: str, samples_per_task: int) -> JSONObject:
-    """How an iteration's attempts are chosen from where nobody says: for some objectives the one best of each task."""
-    one = name in ("online_dpo", "rejection_sampling")
+def curation(name: str, samples_per_task: Any) -> JSONObject:
+    """How an iteration's attempts are chosen from where nobody says: for some objectives the one best of each task.
+
+    Nothing where the number of attempts is none.
+    """
+    one = name in ("online_dpo", "rejection_sampling") and isinstance(samples_per_task, int) and samples_per_task > 0
     return {"fraction": 1.0 / samples_per_task, "margin": 0.0} if one else {}
 
 
