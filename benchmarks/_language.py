@@ -23,7 +23,7 @@ from torch import nn
 
 from prefloop.batch.examples import Demonstration, Example, LabelledSample, PreferencePair
 from prefloop.batch.packed import pack
-from prefloop.clients.sampling import SamplingSettings
+from prefloop.clients.sampling import Sampled, SamplingSettings
 from prefloop.models.forward import forward
 from prefloop.models.sampler import LocalSampler
 from prefloop.records import Source, TokenPath
@@ -81,10 +81,14 @@ class Language:
         return total / 4 + 0.6 * float(np.clip(surprise + 2.5, -3, 1))
 
 
-def path_of(prompt: Words, completion: Words) -> TokenPath:
+def path_of(prompt: Words, completion: Words, logprob: NDArray[np.float32] | None = None) -> TokenPath:
+    """The tokens of an answer; `logprob` are those that it was sampled with, where it was."""
     token = np.concatenate([prompt, completion]).astype(np.int32)
     source = np.repeat([Source.PROMPT, Source.SAMPLED], [len(prompt), len(completion)]).astype(np.uint8)
-    return TokenPath(token, source, np.zeros_like(token), np.full(len(token), np.nan, dtype=np.float32))
+    logprobs = np.full(len(token), np.nan, dtype=np.float32)
+    if logprob is not None:
+        logprobs[len(prompt) :] = logprob
+    return TokenPath(token, source, np.zeros_like(token), logprobs)
 
 
 def train_steps(
@@ -148,10 +152,13 @@ class World:
 
     def sample(self, model: nn.Module, prompts: Words, draw: int) -> list[Words]:
         """One completion of each prompt, at temperature 1."""
+        return [row.token.astype(np.int64) for row in self.sample_rows(model, prompts, draw)]
+
+    def sample_rows(self, model: nn.Module, prompts: Words, draw: int) -> list[Sampled]:
+        """The same with the log-probs of its tokens."""
         session = LocalSampler(model, [STOP]).session()
         settings = SamplingSettings(max_new_tokens=NUM_COMPLETION)
-        rows = session.generate(list(prompts), range(len(prompts)), settings, seed=self.seed * 1000 + draw)
-        return [row.token.astype(np.int64) for row in rows]
+        return session.generate(list(prompts), range(len(prompts)), settings, seed=self.seed * 1000 + draw)
 
     def gold(self, prompts: Words, completions: Sequence[Words]) -> NDArray[np.float64]:
         """The true reward in standard deviations of the start policy's completions."""
