@@ -1,0 +1,125 @@
+"""The claim that DPO is cheaper than PPO: CPU seconds from the same preferences to the same true reward."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import nn
+
+from _claims_proxy import LAST, Proxy
+from _language import World, train_steps
+from _language_online import Reward, Rollouts, train_online
+from prefloop.training.algorithms import make_algorithm
+
+TEST = 20
+TARGET = 1.0
+"""In sd of the start policy's completions, which is at 0."""
+
+
+class Clock:
+    """The process's CPU seconds since it was made, without its pauses."""
+
+    def __init__(self) -> None:
+        self._began = time.process_time()
+
+    @property
+    def seconds(self) -> float:
+        """Until now."""
+        return time.process_time() - self._began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For what is measured and is not part of a method."""
+        before = time.process_time()
+        try:
+            yield
+        finally:
+            self._began += time.process_time() - before
+
+
+@dataclass
+class Climb:
+    """The true reward and the CPU seconds at which a training had come to it."""
+
+    clock: Clock = field(default_factory=Clock)
+    seconds: list[float] = field(default_factory=list)
+    gold: list[float] = field(default_factory=list)
+
+    def note(self, gold: float) -> None:
+        """Where the training stands now."""
+        self.seconds.append(self.clock.seconds)
+        self.gold.append(gold)
+
+    def figures(self, name: str) -> dict[str, float]:
+        """Seconds to the target, interpolated; all that were spent where it was not reached."""
+        gold, seconds = np.array(self.gold), np.array(self.seconds)
+        above = np.flatnonzero(gold >= TARGET)
+        reached = float(seconds[-1])
+        if len(above):
+            i = int(above[0])
+            share = (TARGET - gold[i - 1]) / (gold[i] - gold[i - 1]) if i else 1.0
+            reached = float(seconds[i - 1] + share * (seconds[i] - seconds[i - 1])) if i else float(seconds[0])
+        return {f"gold_{name}": float(gold[-1]), f"reached_{name}": float(len(above) > 0), f"s_{name}": reached}
+
+
+def cheaper(world: World, quick: bool) -> dict[str, float]:
+    """DPO on 2,000 preferences; a reward model of the same and PPO on it; PPO on the true reward, for free."""
+    num_rounds = 3 if quick else 60
+    found = by_dpo(world, quick).figures("dpo")
+    climb = Climb()
+    proxy = Proxy(world, len(world.pairs), 3 if quick else 60)
+    found["s_reward_model"] = climb.clock.seconds
+    found |= by_ppo(world, proxy, climb, num_rounds, quick).figures("ppo")
+    found |= by_ppo(world, world.gold, Climb(), num_rounds, quick).figures("ppo_true")
+    return found
+
+
+def by_dpo(world: World, quick: bool) -> Climb:
+    """The offline way, the reference's log-probs among its costs."""
+    climb, policy, algorithm = Climb(), world.copy_of_start(), make_algorithm("dpo", beta=0.1)
+
+    def at(step: int) -> None:
+        if step % 5 == 0 or quick:
+            with climb.clock.paused():
+                gold = world.evaluate(policy, TEST, 64 if quick else 512)[0]
+            climb.note(gold)
+
+    climb.note(0.0)
+    examples = world.examples(algorithm)
+    train_steps(
+        policy,
+        algorithm,
+        examples,
+        num_steps=3 if quick else 80,
+        learning_rate=5e-4,
+        reference=world.start,
+        at=at,
+    )
+    return climb
+
+
+def by_ppo(world: World, reward: Reward, climb: Climb, num_rounds: int, quick: bool) -> Climb:
+    """PPO with a critic; what a policy is worth is read off its attempts, averaged over rounds."""
+    recent: list[float] = []
+
+    def at(step: int, model: nn.Module, rollouts: Rollouts) -> None:
+        with climb.clock.paused():
+            recent.append(float(world.gold(rollouts.prompts, rollouts.completions).mean()))
+        climb.note(float(np.mean(recent[-LAST:])))
+
+    train_online(
+        world,
+        "ppo",
+        reward,
+        num_steps=num_rounds,
+        learning_rate=1e-3,
+        prompts_per_step=4 if quick else 32,
+        samples_per_prompt=4,
+        kl_coef=0.05,
+        at=at,
+    )
+    return climb
