@@ -2,8 +2,8 @@
 
 Two estimators of the same number. `kl_summary` (k1: the difference of log-probabilities at the sampled tokens,
 summed over a trajectory) is unbiased and needs nothing but those; `summarise_kl` takes the exact divergence over
-the vocabulary at each position (`full_vocabulary_kl`), which is unbiased too and has the smaller variance.
-Sequence-level k3 is not offered: its variance explodes with length.
+the vocabulary at each position (`full_vocabulary_kl`, or of models `prefloop.models.divergence`), which is unbiased
+too and has the smaller variance. Sequence-level k3 is not offered: its variance explodes with length.
 """
 
 from __future__ import annotations

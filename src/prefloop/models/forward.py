@@ -217,7 +217,7 @@ class _LinearHead(torch.autograd.Function):
         keep: bool,
     ) -> tuple[Tensor, Tensor]:
         logprobs, entropies, kept = [], [], []
-        for rows in _chunks(token_U.shape[0], weight_WD.shape[0]):
+        for rows in token_chunks(token_U.shape[0], weight_WD.shape[0]):
             hidden, token = hidden_UD[rows], token_U[rows]
             logprob, entropy, probability = _score(_logits(hidden, weight_WD, bias_W), token, want_entropy)
             if keep:
@@ -238,7 +238,7 @@ class _LinearHead(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden_UD) if needs_hidden else None
         grad_weight = torch.zeros_like(weight_WD, dtype=wide(weight_WD)) if needs_weight else None
         grad_bias = torch.zeros_like(bias_W) if bias_W is not None and needs_bias else None
-        for i, rows in enumerate(_chunks(token_U.shape[0], weight_WD.shape[0])):
+        for i, rows in enumerate(token_chunks(token_U.shape[0], weight_WD.shape[0])):
             hidden, token = hidden_UD[rows], token_U[rows]
             if ctx.kept:
                 probability = ctx.kept[i]
@@ -267,8 +267,8 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left @ right
 
 
-def _chunks(num_tokens: int, num_words: int) -> list[slice]:
-    """Tokens whose logits over a vocabulary are computed at a time."""
+def token_chunks(num_tokens: int, num_words: int) -> list[slice]:
+    """Tokens whose logits over a vocabulary of `num_words` are computed at a time."""
     step = min(CHUNK_TOKENS, max(1, CHUNK_LOGITS // num_words))
     return [slice(start, start + step) for start in range(0, num_tokens, step)]
 

@@ -79,7 +79,8 @@ def seconds_of(settings: RunSettings, setup: Setup, work: Workload, rates: Rates
     """The time of the stages of an iteration, evaluations before and after the loop apart."""
     units = work.num_trajectories / max(1, work.rollout.num_rows)
     guards = work.num_guards / max(1, work.guard.num_rows)
-    guard = guards * (_sampled(setup, work.guard, rates) + _scored(setup, work.guard.num_positions, rates))
+    readers = 2 if settings.guard.kl == "vocabulary" else 1  # policy and reference, or the reference alone
+    guard = guards * (_sampled(setup, work.guard, rates) + readers * _scored(setup, work.guard.num_positions, rates))
     update = work.update.num_steps * _trained(setup, work.update, rates)
     scored = _scored(setup, work.update.num_tokens, rates) if setup.reference else 0.0
     stages = {"rollout": units * _sampled(setup, work.rollout, rates), "train": update + scored, "guard": guard}

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prefloop.clients.sampling import SamplingSettings
 from prefloop.evaluation.compare import compare_on_tasks, outcomes_by_task
-from prefloop.evaluation.kl import KLSummary, kl_summary
+from prefloop.evaluation.kl import KLSummary, kl_summary, summarise_kl
 from prefloop.evaluation.success import success_summary
 from prefloop.records import AuthorKind, JSONObject, PrefloopError, Source, Split, Task, Trajectory
 from prefloop.rollout import Attempt, Provenance
@@ -21,6 +22,9 @@ from prefloop.stages.rollouts import roll_out_in_units
 from prefloop.stats.intervals import Interval, proportion
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from prefloop.batch.examples import Demonstration, Logprobs
     from prefloop.models.load import Policy
 
 SAMPLED, GREEDY, BEST = "evaluate_sampled", "evaluate_greedy", "evaluate_best"
@@ -50,7 +54,7 @@ def guard_evaluation(run: Run, policy: Policy) -> Evaluated:
         for rollout in run.policies.roll_out(policy, attempts[start : start + at_once], sampling, provenance)
     ]
     verified = [rollout.outcome.success for rollout in rollouts if rollout.outcome is not None]
-    kl = _kl_to_start(run, [rollout.trajectory for rollout in rollouts])
+    kl = _kl_to_start(run, policy, [rollout.trajectory for rollout in rollouts])
     return Evaluated(proportion(verified) if verified else None, kl)
 
 
@@ -94,7 +98,7 @@ def _evaluate(run: Run, checkpoint_id: str, tasks: Sequence[Task], iteration: in
     sampling = _sampling(run, 1.0 if stage == SAMPLED else 0.0)
     trajectories = roll_out_in_units(run, checkpoint_id, tasks, 1, sampling, iteration, stage)
     ids = [t.id for t in trajectories]
-    kl = _kl_to_start(run, trajectories) if stage == SAMPLED else None
+    kl = _kl_to_start(run, checkpoint_id, trajectories) if stage == SAMPLED else None
     verdicts = list(run.verdicts(ids).values())
     if verdicts:
         return success_summary(trajectories, verdicts, kl=kl)
@@ -159,22 +163,44 @@ def _sampling(run: Run, temperature: float) -> SamplingSettings:
     return SamplingSettings(temperature=temperature, max_new_tokens=run.settings.rollout.sampling.max_new_tokens)
 
 
-def _kl_to_start(run: Run, trajectories: Sequence[Trajectory]) -> KLSummary | None:
-    """KL to the start policy; the trajectories were sampled at temperature 1 without truncation.
+def _kl_to_start(run: Run, who: Policy | str, trajectories: Sequence[Trajectory]) -> KLSummary | None:
+    """KL to the start policy of one in memory, or of a checkpoint by its id, whose samples at temperature 1 these are.
 
     None where fewer than two of them hold tokens that it sampled.
     """
-    from prefloop.batch.examples import Demonstration
-    from prefloop.training.logprobs import with_reference
-
     written = [t for t in trajectories if any((path.source == Source.SAMPLED).any() for path in t.token_paths)]
     if len(written) < 2:
         return None
-    start = run.policies.reference(run.checkpoint_before(0))
-    scored = with_reference(start, [Demonstration(t.token_paths, name=t.id) for t in written])
-    own, reference = [], []
-    for example in scored:
-        masks = [path.loss_mask for path in example.paths]
-        own.append(np.concatenate([path.logprob[mask] for path, mask in zip(example.paths, masks, strict=True)]))
-        reference.append(np.concatenate([r[mask] for r, mask in zip(example.ref_logprob, masks, strict=True)]))
-    return kl_summary(own, reference)
+    start = run.checkpoint_before(0)
+    if run.settings.guard.kl == "sampled":
+        return _sampled_kl(run.policies.reference(start), written)
+    policy = run.policies.get(who) if isinstance(who, str) else who
+    return _vocabulary_kl(policy.model, run.policies.reference(start), written)
+
+
+def _vocabulary_kl(policy: nn.Module, reference: nn.Module, written: Sequence[Trajectory]) -> KLSummary:
+    from prefloop.training.logprobs import divergences_of
+
+    examples = _examples(written)
+    found = divergences_of(policy, reference, examples)
+    return summarise_kl([_own(example, arrays) for example, arrays in zip(examples, found, strict=True)])
+
+
+def _sampled_kl(reference: nn.Module, written: Sequence[Trajectory]) -> KLSummary:
+    from prefloop.training.logprobs import logprobs_of
+
+    examples = _examples(written)
+    found = logprobs_of(reference, examples)
+    own = [_own(example, tuple(path.logprob for path in example.paths)) for example in examples]
+    return kl_summary(own, [_own(example, arrays) for example, arrays in zip(examples, found, strict=True)])
+
+
+def _examples(written: Sequence[Trajectory]) -> list[Demonstration]:
+    from prefloop.batch.examples import Demonstration
+
+    return [Demonstration(t.token_paths, name=t.id) for t in written]
+
+
+def _own(example: Demonstration, arrays: Logprobs) -> NDArray[np.float32]:
+    """The numbers of the policy's own tokens, in order, from an array for each path."""
+    return np.concatenate([array[path.loss_mask] for path, array in zip(example.paths, arrays, strict=True)])

@@ -43,9 +43,11 @@ class _Attempt:
     credit: JSONObject
 
     def to_dict(self) -> JSONObject:
+        kl = self.evaluated.kl if self.evaluated else None
         return {
             "learning_rate": self.learning_rate,
-            "kl": self.evaluated.kl.per_trajectory if self.evaluated and self.evaluated.kl else None,
+            "kl": kl.per_trajectory if kl else None,
+            "kl_se": kl.per_trajectory_se if kl else None,
             "success": _plain(self.evaluated.success) if self.evaluated else None,
             **self.decision.to_dict(),
             "skipped": [asdict(skipped) for skipped in self.result.skipped],

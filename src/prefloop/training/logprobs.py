@@ -1,4 +1,4 @@
-"""What a frozen model says of examples, computed once: log-probs of a reference or of the policy, values of a critic.
+"""What frozen models say of examples: log-probs of a reference or of the policy, their KL, values of a critic.
 
 Shape suffix: V visits.
 """
@@ -29,6 +29,7 @@ from prefloop.batch.packed import PackedBatch
 from prefloop.batch.packing import split_examples
 from prefloop.batch.pieces import Piece, pack_pieces
 from prefloop.models.attention import why_not_shared
+from prefloop.models.divergence import divergence
 from prefloop.models.forward import forward
 
 
@@ -83,6 +84,27 @@ def logprobs_of(
         return logprob_of(model, batch, pieces, temperature)
 
     return _read_examples(model, examples, read, max_tokens, autocast)
+
+
+def divergences_of(
+    policy: nn.Module, reference: nn.Module, examples: Sequence[Example], *, max_tokens: int = 16384
+) -> list[Logprobs]:
+    """KL(policy ‖ reference) over the whole vocabulary where examples' own tokens were drawn, nats, at temperature 1.
+
+    An array for each path of each example, aligned with its tokens, 0 outside the loss mask; as `with_reference`.
+
+    Raises:
+        PrefloopError: as `pack`.
+    """
+    reference.eval()
+
+    def read_piece(piece: PackedBatch) -> Tensor:
+        return divergence(policy, reference, piece)[piece.visit_token_V] * piece.loss_mask_V
+
+    def read(batch: PackedBatch, pieces: Sequence[Piece]) -> Tensor:
+        return _of_pieces(batch, pieces, read_piece)
+
+    return _read_examples(policy, examples, read, max_tokens, autocast=False)
 
 
 def values_of(

@@ -173,16 +173,18 @@ class UpdateSettings(TrainingSettings, LossSettings):
 
 
 class GuardSettings(Settings):
-    """When an update is rolled back and tried again more gently.
+    """When an update is stopped, or rolled back and tried again more gently; and when the run stops.
 
     After each update `num_tasks` training tasks that are never rolled out for training are sampled: success may not
     fall by more than `max_drop` against the policy before, nor the KL to the start policy exceed `max_kl` nats a
-    trajectory. Each of `max_retries` retries multiplies the learning rate by `retry_factor`; after the last the
-    policy stays as it was.
+    trajectory. `kl` says how that is estimated: over the whole vocabulary at each of the policy's own tokens, or from
+    the sampled ones alone (k1), for half the forwards and with a larger error. Each of `max_retries` retries multiplies
+    the learning rate by `retry_factor`; after the last the policy stays as it was.
     """
 
     num_tasks: int = Field(default=256, ge=2)
     max_drop: float = Field(default=0.10, gt=0, le=1)
     max_kl: float = Field(default=5.0, gt=0)
+    kl: Literal["vocabulary", "sampled"] = "vocabulary"
     max_retries: int = Field(default=2, ge=0)
     retry_factor: float = Field(default=0.5, gt=0, lt=1)
