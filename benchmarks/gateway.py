@@ -2,15 +2,17 @@
 
 The agent is a tool loop: it asks, "runs a tool" for a while, and goes on with the reply and the tool's result. The
 direct side is 32 threads of this process that render, submit to the batcher and parse by themselves; the other is 32
-agents of another process on keep-alive connections, in OpenAI's format. Model, batcher, prompts, lengths of replies
-and tool times are the same, both sides are run in turn, and a latency is from the agent's messages to the reply in
-its hands. Every reply is as long as its budget, so that both sides sample the same number of tokens.
+agents of another process on keep-alive connections, in OpenAI's format, before a gateway whose sampler has a process
+of its own, as that of `prefloop gateway`. Model, batching, threads of torch (one), prompts, lengths of replies and tool
+times are the same, both sides are run in turn, and a latency is from the agent's messages to the reply in its hands.
+Every reply is as long as its budget, so that both sides sample the same number of tokens.
 
 What is added is measured twice. *Beside the sampler* is a call's latency less the time between its submission to the
 batcher and its result: what the wire, the reading, rendering, parsing and recording of this very call took, and its
 waiting for those of others. *Difference* is the gateway's latencies less the direct ones, quantile by quantile over
-all calls, with an interval over the rounds: it holds also what the gateway takes from the sampler's CPU, but whom a
-call meets in the batch is chance, which makes it far less certain.
+all calls, with an interval over the rounds: whom a call meets in the batch is chance, which makes it far less certain.
+The direct side's 32 threads take their time from the sampler, as any program's do that samples in its own process; the
+gateway's do not, so that the difference may be below what is beside the sampler.
 
 * tools: a tool takes half a second on average (exponential): agents come and go, and the sampler keeps up.
 * streamed: the same with streaming; the latency is to the last piece.
@@ -159,35 +161,25 @@ class Timed:
 
 
 class Bench:
-    """A model, its batcher, and a gateway in front of it."""
+    """A model sampled here, and a gateway that samples it in a process of its own."""
 
     def __init__(self, seed: int) -> None:
-        import torch
-
+        from _gateway_model import load_sampler, tokenizer
         from prefloop.chat import ChatRenderer
         from prefloop.clients.sampling import SamplingSettings
-        from prefloop.gateway import ContinuousBatcher, Gateway, GatewayServer, GatewaySettings
-        from prefloop.models.initial import initial_model, train_tokenizer
-        from prefloop.models.sampler import LocalSampler
-        from prefloop.models.settings import InitialModelSettings
-        from prefloop.records import AuthorKind, Message, Role, Task
+        from prefloop.gateway import ContinuousBatcher, Gateway, GatewayServer, GatewaySettings, ProcessBatcher
+        from prefloop.records import AuthorKind, Task
         from prefloop.rollout import Attempt, Provenance
 
-        torch.set_num_threads(1)
-        text = [Message(Role.USER, " ".join(map(str, range(1000)))), Message(Role.ASSISTANT, "Yes.")]
-        tokenizer = train_tokenizer([(text, ())], 600)
-        model = initial_model(tokenizer, InitialModelSettings(max_length=4096, seed=seed)).eval()
-        self.renderer = ChatRenderer(tokenizer)
+        self.renderer = ChatRenderer(tokenizer())
         settings = GatewaySettings(max_turns=10_000, max_episodes=10_000)
-        # No token that is ever drawn ends a turn: both sides sample the same number.
-        sampler = LocalSampler(silenced(model, len(tokenizer)), [len(tokenizer) - 1])
-        self.batcher = Timed(
-            ContinuousBatcher(sampler, settings.max_batch, settings.chunk_tokens, settings.cached_rows)
-        )
+        limits = (settings.max_batch, settings.chunk_tokens, settings.cached_rows)
+        self.here = Timed(ContinuousBatcher(load_sampler(seed), *limits))
+        self.there = Timed(ProcessBatcher(partial(load_sampler, seed), *limits))
         self.sampling = SamplingSettings(max_new_tokens=NUM_SAMPLED)
         provenance = Provenance(AuthorKind.CHECKPOINT, "bench", "bench", 0, "rollout")
         self.gateway = Gateway(
-            self.renderer, self.batcher, provenance, 4096, self.sampling, settings,
+            self.renderer, self.there, provenance, 4096, self.sampling, settings,
             find=lambda name: Attempt(Task("agent", {"task": name}), 0, 0), record=lambda rollout, task: None,
         )  # fmt: skip
         self.server = GatewayServer(self.gateway, port=0)
@@ -205,7 +197,7 @@ class Bench:
         order = [port, str(self.num_runs), plan.regime == "streamed", vars(plan)]
         print(json.dumps(order), file=self.agents.stdin, flush=True)
         latencies = json.loads(self.agents.stdout.readline())
-        took = self.batcher.collect([episode.keys for episode in episodes])
+        took = self.there.collect([episode.keys for episode in episodes])
         for name in names:
             self.gateway.close(name)
         return np.array([latencies, took])
@@ -233,7 +225,7 @@ class Bench:
                 job = Job(
                     base + number, context, len(messages), self.sampling, lambda r: (results.append(r), done.set())
                 )
-                self.batcher.submit(job)
+                self.here.submit(job)
                 done.wait()
                 if isinstance(results[0], PrefloopError):
                     raise results[0]
@@ -245,8 +237,8 @@ class Bench:
 
         latencies = play_all(plan, asker)
         keys = [base + number for number in range(NUM_AGENTS)]
-        self.batcher.release(keys)
-        return np.array([latencies, self.batcher.collect([[key] for key in keys])])
+        self.here.release(keys)
+        return np.array([latencies, self.here.collect([[key] for key in keys])])
 
     def close(self) -> None:
         """End the gateway and the other process."""
@@ -254,18 +246,8 @@ class Bench:
         self.agents.stdin.close()
         self.agents.wait(10)
         self.server.close()
-        self.batcher.close()
-
-
-def silenced(model: Any, num_tokens: int) -> Any:
-    """The model with a bias under which control tokens and the stop token are never drawn."""
-    import torch
-
-    head = model.get_output_embeddings()
-    head.bias = torch.nn.Parameter(torch.zeros(head.weight.shape[0]))
-    head.bias.data[:8] = -1e4
-    head.bias.data[num_tokens - 1] = -1e4
-    return model
+        self.here.close()
+        self.there.close()
 
 
 def measure(regime: str, options: Any) -> Any:

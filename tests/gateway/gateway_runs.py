@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -14,9 +15,10 @@ import openai
 import torch
 
 from prefloop.chat import ChatRenderer, render_demonstration, stop_ids
-from prefloop.clients.sampling import SamplingSettings
+from prefloop.clients.sampling import Sampled, SamplingSettings
 from prefloop.environments.booking import TOOLS, Booking, BookingSettings
 from prefloop.gateway import ContinuousBatcher, Gateway, GatewayServer, GatewaySettings
+from prefloop.gateway.batcher import Job
 from prefloop.gateway.episodes import Voice
 from prefloop.models.initial import initial_model, train_tokenizer
 from prefloop.models.sampler import LocalSampler
@@ -183,3 +185,46 @@ def assert_exact(trajectory: Trajectory, temperature: float = 1.0) -> int:
     assert sorted(seen) == list(trajectory.own_turns)
     assert set(seen.values()) <= {1}
     return total
+
+
+def sampler(stops: bool = True, **options) -> LocalSampler:
+    """The tiny policy; without stops, replies are as long as their budget."""
+    model, renderer = policy()
+    return LocalSampler(model, stop_ids(renderer) if stops else [renderer.tokenizer.pad_token_id], **options)
+
+
+class Waiting:
+    """What becomes of a job."""
+
+    def __init__(self, key=1, context=(5, 6, 7), seed=3, stream=False, **settings):
+        self.done, self.started = threading.Event(), threading.Event()
+        self.tokens: list[int] = []
+        self.results: list[Sampled | PrefloopError] = []
+        tell = self._hear if stream else None
+        wanted = SamplingSettings(**{"max_new_tokens": 40, **settings})
+        self.job = Job(key, np.array(context, np.int32), seed, wanted, self._end, tell)
+
+    def _hear(self, tokens):
+        self.tokens += tokens.tolist()
+        self.started.set()
+
+    def _end(self, result):
+        self.results.append(result)
+        self.done.set()
+
+    def result(self) -> Sampled:
+        assert self.done.wait(30)
+        (found,) = self.results
+        if isinstance(found, PrefloopError):
+            raise found
+        return found
+
+
+def alone(of: LocalSampler, job: Job) -> Sampled:
+    return of.session().generate([job.context], [job.key], job.settings, job.seed)[0]
+
+
+def assert_equal(found: Sampled, expected: Sampled) -> None:
+    np.testing.assert_array_equal(found.token, expected.token)
+    np.testing.assert_allclose(found.logprob, expected.logprob, atol=1e-5)
+    assert found.stopped == expected.stopped

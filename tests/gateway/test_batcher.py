@@ -9,47 +9,12 @@ from contextlib import closing
 import numpy as np
 import pytest
 import torch
-from gateway_runs import policy
+from gateway_runs import Waiting, alone, assert_equal, policy, sampler
 
-from prefloop.chat import stop_ids
-from prefloop.clients.sampling import Sampled, SamplingSettings
+from prefloop.clients.sampling import Sampled
 from prefloop.gateway.batcher import ContinuousBatcher, Job, ServedBatcher
 from prefloop.models.draw import uniforms, words
-from prefloop.models.sampler import LocalSampler
 from prefloop.records import PrefloopError
-
-
-class Waiting:
-    """What becomes of a job."""
-
-    def __init__(self, key=1, context=(5, 6, 7), seed=3, stream=False, **settings):
-        self.done, self.started = threading.Event(), threading.Event()
-        self.tokens: list[int] = []
-        self.results: list[Sampled | PrefloopError] = []
-        tell = self._hear if stream else None
-        wanted = SamplingSettings(**{"max_new_tokens": 40, **settings})
-        self.job = Job(key, np.array(context, np.int32), seed, wanted, self._end, tell)
-
-    def _hear(self, tokens):
-        self.tokens += tokens.tolist()
-        self.started.set()
-
-    def _end(self, result):
-        self.results.append(result)
-        self.done.set()
-
-    def result(self) -> Sampled:
-        assert self.done.wait(30)
-        (found,) = self.results
-        if isinstance(found, PrefloopError):
-            raise found
-        return found
-
-
-def sampler(stops: bool = True, **options) -> LocalSampler:
-    """The tiny policy; without stops, replies are as long as their budget."""
-    model, renderer = policy()
-    return LocalSampler(model, stop_ids(renderer) if stops else [renderer.tokenizer.pad_token_id], **options)
 
 
 def continuous(of=None, max_batch=32, chunk=4, cached=64):
@@ -72,16 +37,6 @@ def assert_drawn(job: Job, found: Sampled, slack: float = 1e-4) -> None:
     lower = upper - share[np.arange(len(positions)), found.token]
     assert (drawn > lower - slack).all() and (drawn < upper + slack).all()
     np.testing.assert_allclose(found.logprob, np.log(upper - lower), atol=1e-4)
-
-
-def alone(of: LocalSampler, job: Job) -> Sampled:
-    return of.session().generate([job.context], [job.key], job.settings, job.seed)[0]
-
-
-def assert_equal(found: Sampled, expected: Sampled) -> None:
-    np.testing.assert_array_equal(found.token, expected.token)
-    np.testing.assert_allclose(found.logprob, expected.logprob, atol=1e-5)
-    assert found.stopped == expected.stopped
 
 
 @pytest.mark.parametrize("max_batch", [1, 3, 32])
@@ -139,7 +94,7 @@ def test_a_cancelled_job_leaves_at_the_next_chunk():
         batcher.submit(first.job)
         batcher.submit(second.job)
         assert first.started.wait(30)
-        first.job.cancelled = True
+        batcher.cancel(first.job)
         assert len(second.result().token) == 5
         assert len(first.tokens) < 900 and not first.results
 
@@ -268,7 +223,7 @@ def test_a_cancelled_job_of_a_server_is_told_nothing():
     with closing(ServedBatcher(Slow(), 1)) as batcher:
         batcher.submit(left.job)
         assert begun.wait(30)
-        left.job.cancelled = True
+        batcher.cancel(left.job)
         go.set()
         batcher.submit(after.job)
         assert after.result().token.tolist() == after.tokens == [0, 1, 2, 3, 4]

@@ -188,6 +188,20 @@ def test_signals_keep_all_that_was_said_and_a_gateway_that_is_started_again_goes
     assert "rollouts of iteration 1 of run served are finished" in refused()
 
 
+def test_a_gateway_whose_sampler_is_gone_keeps_what_was_said_and_ends(folder):
+    with running(folder) as gateway:
+        ask(gateway.client("closed"))
+        assert gateway.outcome("closed", score=1).status_code == 200
+        ask(gateway.client("open"))
+        pid = gateway.process.pid
+        (sampler,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        os.kill(int(sampler), signal.SIGKILL)
+        said = gateway.process.communicate(timeout=60)[0]
+    assert gateway.process.returncode == 1
+    assert "the policy cannot be sampled any more: its process was ended by SIGKILL" in (folder / "errors").read_text()
+    assert {t.extra["episode"]: t.ended for t in recorded()} == {"closed": Ended.DONE, "open": Ended.INTERRUPTED}, said
+
+
 def test_a_token_opens_it_to_other_hosts(folder, refused):
     assert "can be reached by others: set a token by PREFLOOP_GATEWAY_TOKEN" in refused("--host", "0.0.0.0")
     (folder / "token").write_text("from-a-file\n")

@@ -11,12 +11,14 @@ In this process, an environment opens each episode, runs an agent against the en
     batcher.close()
 
 All of it may be called from any thread, for many episodes at once. `batcher` is a `ContinuousBatcher` over a
-`LocalSampler`, or a `ServedBatcher` over a sampler whose server batches. An episode that overran a limit stays open
+`LocalSampler`, a `ProcessBatcher`, which has one in a process of its own and leaves it the whole of its CPU, or a
+`ServedBatcher` over a sampler whose server batches. An episode that overran a limit stays open
 for its owner: its requests are refused, and `close` gives it with that end.
 """
 
 from prefloop.gateway.batcher import Batcher, ContinuousBatcher, ServedBatcher
 from prefloop.gateway.core import Gateway, key_of
+from prefloop.gateway.process import ProcessBatcher
 from prefloop.gateway.refusal import RefusedError
 from prefloop.gateway.server import GatewayServer
 from prefloop.gateway.settings import GatewaySettings
@@ -27,6 +29,7 @@ __all__ = [
     "Gateway",
     "GatewayServer",
     "GatewaySettings",
+    "ProcessBatcher",
     "RefusedError",
     "ServedBatcher",
     "key_of",

@@ -3,7 +3,7 @@
 `ContinuousBatcher` owns a session of a sampler whose weights are here, in one thread: rows join and leave between
 short chunks of decoding, so that nobody waits for another's reply to end. A row goes on from chunk to chunk to the
 same bits as in one call, since a draw is a function of (seed, row, position). `ServedBatcher` is for a sampler whose
-server batches by itself: every request goes there at once.
+server batches by itself: every request goes there at once. (`process.ProcessBatcher` is the first, elsewhere.)
 """
 
 from __future__ import annotations
@@ -49,8 +49,20 @@ class Batcher(Protocol):
         """Sample a reply; a batcher that is closed fails it."""
         ...
 
+    def cancel(self, job: Job) -> None:
+        """Do not go on with a reply: nothing more is told of it, but what is being told this moment."""
+        ...
+
     def release(self, keys: Sequence[int]) -> None:
         """Forget what is kept of conversations that are over."""
+        ...
+
+    def check(self) -> None:
+        """See that replies can be sampled.
+
+        Raises:
+            PrefloopError: nothing can be sampled any more.
+        """
         ...
 
     def close(self) -> None:
@@ -118,11 +130,20 @@ class ContinuousBatcher:
                 return
         job.on_done(PrefloopError(STOPPING))
 
+    def cancel(self, job: Job) -> None:
+        """Do not go on with a reply."""
+        job.cancelled = True
+
     def release(self, keys: Sequence[int]) -> None:
         """Forget the cache of conversations that are over."""
         with self._wake:
             self._released += keys
             self._wake.notify()
+
+    def check(self) -> None:
+        """See that the thread lives."""
+        if not self._thread.is_alive():
+            raise PrefloopError("the policy cannot be sampled any more: its thread has ended; see what it said above")
 
     def close(self) -> None:
         """Fail what is in work and end the thread."""
@@ -219,8 +240,15 @@ class ServedBatcher:
         except RuntimeError:  # closed
             job.on_done(PrefloopError(STOPPING))
 
+    def cancel(self, job: Job) -> None:
+        """Do not tell of a reply; one that the server has begun it samples to its end."""
+        job.cancelled = True
+
     def release(self, keys: Sequence[int]) -> None:
         """Nothing is kept here."""
+
+    def check(self) -> None:
+        """A server that cannot be asked fails each request."""
 
     def close(self) -> None:
         """Let what is in work end, and fail what waits."""

@@ -345,13 +345,21 @@ class Gateway:
                 self._num_in_work -= 1
                 episode.give_up(turn)
         if turn.job is not None:
-            turn.job.cancelled = True
+            self._batcher.cancel(turn.job)
 
     def _abandon(self, episode: OpenEpisode, why: RefusedError) -> None:
         for turn in list(episode.in_work):
             self.give_up(episode, turn)
             if turn.job is not None:
                 turn.job.on_done(why)
+
+    def check(self) -> None:
+        """See that the policy can be sampled.
+
+        Raises:
+            PrefloopError: it cannot any more.
+        """
+        self._batcher.check()
 
     def states(self) -> list[JSONObject]:
         """The open episodes as seen from outside."""

@@ -280,8 +280,9 @@ class GatewayServer:
         """See that it still serves.
 
         Raises:
-            PrefloopError: its thread has died.
+            PrefloopError: its thread has died, or the policy cannot be sampled any more.
         """
+        self._gateway.check()
         if not self._thread.is_alive():
             raise PrefloopError("the gateway's server has stopped: see what it said above, and start it again")
 

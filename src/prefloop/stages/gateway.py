@@ -7,15 +7,19 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from prefloop.environments.agent import Agent
 from prefloop.environments.base import Outcome
-from prefloop.gateway import Batcher, Gateway, GatewayServer
+from prefloop.gateway import Gateway, GatewayServer
 from prefloop.gateway.episodes import EPISODE, Name
 from prefloop.records import AuthorKind, PrefloopError, Split, Task, Trajectory
 from prefloop.rollout import Attempt, Provenance
 from prefloop.stages.context import Run
 from prefloop.stages.rollouts import STAGE, save_rollouts, served_rollouts
+
+if TYPE_CHECKING:
+    from prefloop.stages.policies import Serving
 
 NUM_NEAR = 3
 
@@ -55,7 +59,7 @@ def served(
         tried[trajectory.task_id] = max(tried[trajectory.task_id], trajectory.sample + 1)
     tasks = _Tasks(run, tried)
     names, verdicts = _names(run, recorded), run.verdicts(trajectory.id for trajectory in recorded)
-    with closing(_Policy(run, checkpoint_id)) as policy:
+    with _served_policy(run, checkpoint_id) as policy:
         gateway = Gateway(
             policy.renderer,
             policy.batcher,
@@ -73,23 +77,19 @@ def served(
             yield gateway, at
 
 
-class _Policy:
-    """What samples a checkpoint for the gateway."""
-
-    def __init__(self, run: Run, checkpoint_id: str) -> None:
-        if run.settings.policy.server is not None:
-            raise PrefloopError(
-                "the gateway needs the policy's weights here: policy.server gives no tokens, which is what is recorded"
-            )
-        voice = run.policies.voice(checkpoint_id)
-        self.renderer, self.max_context = voice.renderer, voice.sampler.max_context
-        self.batcher: Batcher = run.policies.batcher(voice)
-        self._rest = run.policies.rest
-
-    def close(self) -> None:
-        """Stop sampling."""
-        self.batcher.close()
-        self._rest()
+@contextmanager
+def _served_policy(run: Run, checkpoint_id: str) -> Iterator[Serving]:
+    """What samples a checkpoint for the gateway, until the end of the block."""
+    if run.settings.policy.server is not None:
+        raise PrefloopError(
+            "the gateway needs the policy's weights here: policy.server gives no tokens, which is what is recorded"
+        )
+    policy = run.policies.serve(checkpoint_id)
+    try:
+        with closing(policy.batcher):
+            yield policy
+    finally:
+        run.policies.rest()
 
 
 def _task_name(task: Task) -> str:

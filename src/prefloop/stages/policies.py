@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,7 @@ from prefloop.clients.sampling import SamplingSettings
 from prefloop.clients.vllm import VLLMSampler
 from prefloop.environments.agent import Agent
 from prefloop.environments.base import steppable
-from prefloop.gateway import ContinuousBatcher, ServedBatcher
+from prefloop.gateway import Batcher, ContinuousBatcher, ProcessBatcher, ServedBatcher
 from prefloop.models.allocation import map_large_blocks_of_wide
 from prefloop.models.load import Policy, load_policy
 from prefloop.models.sampler import LocalSampler
@@ -31,7 +33,7 @@ from prefloop.records import (
 )
 from prefloop.rollout import Attempt, LocalSpeaker, Provenance, Rollout, open_episodes, roll_out, unit_seed
 from prefloop.stages.agents import AgentRunner, Keep
-from prefloop.stages.voices import ServedVoices, Voice
+from prefloop.stages.voices import ServedVoices, Voice, load_tokenizer
 from prefloop.training.checkpoint import save_atomically, verify
 
 CHECKPOINTS = "checkpoints"  # in a run's directory
@@ -53,8 +55,7 @@ class Policies:
         self._taken: Callable[[], Policy | None] = lambda: None
         self._reference: tuple[str, Policy] | None = None
         self._served = _served_voices(run, self._release)
-        torch.set_num_threads(run.settings.num_threads)
-        torch.use_deterministic_algorithms(True, warn_only=run.settings.policy.device != "cpu")
+        _set_up_torch(run.settings.num_threads, run.settings.policy.device)
 
     def get(self, checkpoint_id: str) -> Policy:
         """The policy of a checkpoint, loaded if it is not the current one."""
@@ -124,6 +125,22 @@ class Policies:
         if isinstance(voice.sampler, VLLMSampler):
             return ServedBatcher(voice.sampler, settings.max_batch)
         return ContinuousBatcher(voice.sampler, settings.max_batch, settings.chunk_tokens, settings.cached_rows)
+
+    def serve(self, checkpoint_id: str) -> Serving:
+        """A checkpoint for agents that run elsewhere, sampled in a process of its own where its weights are here.
+
+        The caller closes its batcher. No model stays in memory here.
+        """
+        if self._served is not None:
+            voice = self.voice(checkpoint_id)
+            return Serving(voice.renderer, self.batcher(voice), voice.sampler.max_context)
+        self._release()
+        path, settings = self._whole(checkpoint_id), self._run.settings
+        renderer = settings.policy.renderer(load_tokenizer(path))
+        load = partial(load_sampler, path, stop_ids(renderer), settings.num_threads, **self._options())
+        limits = settings.gateway
+        batcher = ProcessBatcher(load, limits.max_batch, limits.chunk_tokens, limits.cached_rows)
+        return Serving(renderer, batcher, batcher.max_context)
 
     def rest(self) -> None:
         """Nobody is to speak for a while: a server that was asked to may sleep."""
@@ -200,6 +217,28 @@ class Policies:
         seed = unit_seed(self._run.settings.seed, provenance, attempts)
         speaker = LocalSpeaker(sampler, renderer, episodes, sampling, seed)
         return roll_out(environment, attempts, episodes, speaker, provenance)
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """A policy that answers many agents at once; `max_context` is the most tokens of a conversation."""
+
+    renderer: ChatRenderer
+    batcher: Batcher
+    max_context: int
+
+
+def load_sampler(path: str, stops: Iterable[int], num_threads: int, **options: Any) -> LocalSampler:
+    """The sampler of a checkpoint's directory in a process that does nothing else; as `load_policy` for the rest."""
+    _set_up_torch(num_threads, options["device"])
+    policy = load_policy(path, frozen=True, **options)
+    map_large_blocks_of_wide(policy.model)
+    return LocalSampler(policy.model, stops)
+
+
+def _set_up_torch(num_threads: int, device: str) -> None:
+    torch.set_num_threads(num_threads)
+    torch.use_deterministic_algorithms(True, warn_only=device != "cpu")
 
 
 def _served_voices(run: Run, before_wake: Callable[[], None]) -> ServedVoices | None:

@@ -72,7 +72,7 @@ class ServedVoices:
             PrefloopError: it is neither the run's model nor an adapter.
         """
         self._used = True
-        renderer = self._renderer(_tokenizer(fetch_model(path)))
+        renderer = self._renderer(load_tokenizer(path))
         return Voice(self.server.sampler(stop_ids(renderer), self.adapter(checkpoint_id, path)), renderer)
 
     def check(self, checkpoint_id: str, path: str) -> None:
@@ -113,15 +113,21 @@ class ServedVoices:
 def describe(base: str) -> BaseModel:
     """What a server must serve that serves this model; the probe holds the control tokens of its tokenizer."""
     directory = fetch_model(base)
-    tokenizer = _tokenizer(directory)
+    tokenizer = load_tokenizer(base)
     text = PROBE + "".join(sorted(tokenizer.get_added_vocab())[:MAX_CONTROL_TOKENS])
     hub = None if Path(base).is_dir() else model_name(base)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return BaseModel(hub.repo if hub is not None else str(directory.resolve()), directory, text, tuple(ids))
 
 
-def _tokenizer(directory: Path) -> Any:
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a directory or hub id.
+
+    Raises:
+        PrefloopError: it cannot be read; as `fetch_model`.
+    """
     from transformers import AutoTokenizer
 
+    directory = fetch_model(name)
     with readable(f"the tokenizer in {directory}"):
         return AutoTokenizer.from_pretrained(directory)
