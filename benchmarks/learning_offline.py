@@ -90,11 +90,11 @@ def learn(world: World, method: str, setting: Setting, quick: bool) -> tuple[Pat
     return paths
 
 
-def at_levels(path: Path) -> dict[str, float]:
+def at_levels(path: Path, levels: Sequence[float] = KL_LEVELS) -> dict[str, float]:
     """The reward at each KL level that the path reaches, by interpolation, and at its end."""
     kl, reward = (np.array(values) for values in zip(*path, strict=True))
     found = {"gold_end": float(reward[-1]), "kl_end": float(kl[-1])}
-    for level in KL_LEVELS:
+    for level in levels:
         above = np.flatnonzero(kl >= level)
         if len(above):
             i = int(above[0])

@@ -1,41 +1,49 @@
-"""What algorithms learn from their own rollouts: the booking loop, each algorithm with settings of its own.
+"""What algorithms learn from their own rollouts: two tasks, each algorithm with settings of its own, and TRL beside us.
 
     python benchmarks/learning_online.py [--json PATH] [--only PATTERN] [--quick] [--seed N]
 
-The loop is that of `prefloop run examples/booking.toml`: 12 iterations of 64 tasks with 8 attempts each, a noisy judge,
-and a guard that takes harmful updates back. All algorithms of a seed begin with one policy that imitates the
-demonstrator, and have the same tasks, judge and number of attempts. Their settings (`ALGORITHMS`) were chosen on seeds
-0 and 1, the figures are of five others. CPU seconds are those of this process without the two evaluations on held-out
-tasks, which are for the reader.
+`ALGORITHM_SEED`: the loop of `prefloop run examples/booking.toml`, 12 iterations of 64 tasks with 8 attempts each, a
+noisy judge, and a guard that takes harmful updates back. All algorithms of a seed begin with one policy that imitates
+the demonstrator, and have the same tasks, judge and number of attempts. `sft` has as many more demonstrations in place
+of attempts, `best_of_n` picks the attempt that the judge likes best and trains nothing. `trl_grpo_SEED`: our GRPO and
+TRL's GRPOTrainer from the same policy with the same loss, schedule and attempts (`_learning_trl.py`), ours without and
+with the guard, which TRL does not have. `language_ALGORITHM_SEED`: a single-turn task whose true reward is known
+(`_learning_language.py`).
+
+Settings were chosen on seeds 0 and 1, the figures are of five others. Seconds are those of this process without the
+evaluations on held-out tasks, which are for the reader.
 """
 
 from __future__ import annotations
 
-import itertools
 import shutil
-import tempfile
-import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
 import numpy as np
+import torch
 
 from _common import STATE, Cell, Measured, Options, parse_options, run_cells, versions
-from prefloop.config import apply_overrides, parse_settings, read_run_file
-from prefloop.loop import run_loop
+from _learning_booking import (
+    QUICK,
+    best_of_n,
+    evaluated_beside,
+    figures_by_name,
+    imitating_more,
+    loop,
+    loop_with_curve,
+    start_of,
+    success_at,
+)
+from _learning_language import LANGUAGE, learn, world_of
 from prefloop.records import JSONObject
-from prefloop.stages.context import Progress, Run, opened
-from prefloop.stages.settings import RunSettings
-from prefloop.stages.start import start_policy
 from prefloop.stats.intervals import mean_interval
-from prefloop.store import Store
 
-RUN_FILE = Path(__file__).resolve().parents[1] / "examples" / "booking.toml"
 NUM_SEEDS = 5
 FIRST_SEED = 11  # not used while tuning; 10 was looked at before the last change
 STARTS = STATE / "learning_online"
+BEST_OF = 8
 
 ALGORITHMS: Mapping[str, JSONObject] = {
     "rejection_sampling": {"train": {"learning_rate": 5e-4}},
@@ -51,116 +59,95 @@ ALGORITHMS: Mapping[str, JSONObject] = {
 
 `spin` can come to no more than the demonstrator, whose own success is 0.43."""
 
-QUICK = (
-    *("sft.num_steps=40", "sft.num_demonstrations=200", "iterations=1", "evaluation.num_tasks=16"),
-    *("guard.num_tasks=16", "rollout.num_tasks=4", "rollout.tasks_per_unit=4", "rollout.samples_per_task=4"),
-)
+SFT: JSONObject = {"num_epochs": 3, "batch_size": 32, "learning_rate": 1e-3, "schedule": "linear"}
+
+MATCHED: JSONObject = {"train": {"kl_coef": 0.0, "mismatch": "none", "learning_rate": 5e-4, "decay": "none"}}
+TRL_OPTIONS: JSONObject = {}
+UNGUARDED = ("guard.num_tasks=2", "guard.max_drop=1.0", "guard.max_kl=1e9", "guard.max_retries=0")
+NOT_GREEDY = ("evaluation.greedy=false",)
 
 
-class _WithoutEvaluations(Progress):
-    """The CPU and wall seconds since it was made, without those of the evaluations on held-out tasks."""
-
-    def __init__(self) -> None:
-        self._began = self._clocks()
-        self._evaluating = np.zeros(2)
-
-    @staticmethod
-    def _clocks() -> np.ndarray:
-        return np.array([time.process_time(), time.perf_counter()])
-
-    def begin(self, iteration: int, stage: str, total: int) -> None:
-        if stage == "evaluate":
-            self._evaluating -= self._clocks()
-
-    def end(self, iteration: int, stage: str, detail: JSONObject) -> None:
-        if stage == "evaluate":
-            self._evaluating += self._clocks()
-
-    @property
-    def seconds(self) -> tuple[float, float]:
-        """CPU, wall."""
-        cpu, wall = self._clocks() - self._began - self._evaluating
-        return float(cpu), float(wall)
+def start(seed: int, quick: bool) -> str:
+    """The directory of the policy that all algorithms of a seed begin with."""
+    return start_of(seed, STARTS / f"{seed}{'-quick' if quick else ''}", quick)
 
 
-def settings_of(seed: int, directory: str, table: JSONObject, overrides: Sequence[str]) -> RunSettings:
-    """The run file with tables in place of its own; the noise of the judge is a function of the run's name and seed."""
-    data = {**read_run_file(RUN_FILE), **table, "directory": directory}
-    seeds = (f"seed={seed}", f"judge.rules.seed={seed}")
-    return parse_settings(RunSettings, apply_overrides(data, (*seeds, *overrides)), str(RUN_FILE))
-
-
-def start_of(seed: int, directory: Path, quick: bool) -> str:
-    """The directory of the policy that imitates the demonstrator; made once.
-
-    Its demonstrations are of other flights than the loop's, whose seed it does not have.
-    """
-    own = f"policy.initial.seed={seed}"
-    settings = settings_of(seed + 1000, str(directory), {}, (own, *(QUICK if quick else ())))
-    directory.mkdir(parents=True, exist_ok=True)
-    with Store(str(directory / "start.db")) as store, opened(Run(settings, store)) as run:
-        checkpoint = store.checkpoint(start_policy(run))
-        assert checkpoint is not None
-        return checkpoint.path
-
-
-def loop(seed: int, algorithm: str, table: JSONObject, start: str, overrides: Sequence[str] = ()) -> dict[str, float]:
-    """One run from a start policy; its figures."""
-    train = {"algorithm": algorithm, "batch_size": 16, **table["train"]}
-    tables = {"policy": {"model": start}, "sft": None, "curation": {}, **table, "train": train}
-    started = tuple(one for one in overrides if not one.startswith("sft."))
-    with tempfile.TemporaryDirectory() as directory:
-        settings = settings_of(seed, directory, tables, started)
-        with Store(f"{directory}/store.db") as store:
-            run = Run(settings, store, spent := _WithoutEvaluations())
-            run_loop(run)
-            cpu, wall = spent.seconds
-            return {**figures_of(run), "cpu_s": cpu, "wall_s": wall}
-
-
-def figures_of(run: Run) -> dict[str, float]:
-    """What the store holds of a finished run."""
-    by_kind: defaultdict[str, list[JSONObject]] = defaultdict(list)
-    for event in run.store.events(run.id):
-        by_kind[event["kind"]].append(event["detail"])
-    start, end = by_kind["evaluate"]
-    guards = [guard["sampled"]["success"]["value"] for guard in by_kind["guard"]]
-    return {
-        "success_start": start["sampled"]["success"]["value"],
-        "success": end["sampled"]["success"]["value"],
-        "greedy_start": start["greedy"]["success"]["value"],
-        "greedy": end["greedy"]["success"]["value"],
-        "kl": end["sampled"]["kl_per_trajectory"],
-        "worst_drop": max(before - after for before, after in itertools.pairwise(guards)),
-        "num_samples": sum(rollout["num"] for rollout in by_kind["rollout"]),
-        "num_judge_calls": len(run.store.judgements(rater_id=run.judge.rater.id)),
-        "num_retries": sum(max(0, len(update["attempts"]) - 1) for update in by_kind["train"]),
-        "num_rolled_back": sum(update["rolled_back"] for update in by_kind["train"]),
-    }
-
-
-def measure(seed: int, algorithm: str, options: Options) -> Measured:
+def of_loop(seed: int, algorithm: str, options: Options) -> Measured:
     """A cell: one algorithm on one seed."""
-    start = start_of(seed, STARTS / f"{seed}{'-quick' if options.quick else ''}", options.quick)
-    found = loop(seed, algorithm, ALGORITHMS[algorithm], start, QUICK if options.quick else ())
-    return Measured({f"{algorithm}_{name}_seed_{seed}": value for name, value in found.items()}, [row_of(found)])
+    table = ALGORITHMS[algorithm]
+    table = {**table, "train": {"algorithm": algorithm, **table["train"]}}
+    found = loop(seed, table, start(seed, options.quick), QUICK if options.quick else ())
+    return Measured(figures_by_name(algorithm, seed, found), [row_of(found)])
+
+
+def of_sft(seed: int, options: Options) -> Measured:
+    """A cell: more demonstrations in place of attempts."""
+    begin, quick = start(seed, options.quick), options.quick
+    path, spent = imitating_more(seed, STARTS / f"{seed}-more{'-quick' if quick else ''}", begin, SFT, quick)
+    found = evaluated_beside(seed, begin, path, QUICK if quick else ()) | spent
+    return Measured(figures_by_name("sft", seed, found), [row_of(found)])
+
+
+def of_search(seed: int, options: Options) -> Measured:
+    """A cell: the best of several attempts, as the judge sees them."""
+    more = QUICK if options.quick else ()
+    found = best_of_n(seed, start(seed, options.quick), BEST_OF, more)
+    return Measured(figures_by_name("best_of_n", seed, found), [row_of(found)])
+
+
+def beside_trl(seed: int, options: Options) -> Measured:
+    """A cell: ours and TRL's, and ours with the guard."""
+    from _learning_trl import trl_loop  # what it imports takes long
+
+    begin, more = start(seed, options.quick), (*(QUICK if options.quick else ()), *NOT_GREEDY)
+    table = {**MATCHED, "train": {"algorithm": "grpo", **MATCHED["train"]}}
+    ours, curve = loop_with_curve(seed, table, begin, (*more, *UNGUARDED))
+    theirs, their_curve = trl_loop(seed, table, begin, (*more, *UNGUARDED), **TRL_OPTIONS)
+    guarded = loop(seed, table, begin, more)
+    names = {"matched_grpo": ours, "matched_grpo_guarded": guarded, "trl_grpo": theirs}
+    figures: dict[str, float] = {}
+    for name, found in names.items():
+        figures |= figures_by_name(name, seed, found)
+    compared = {
+        "cpu_of_trl": ours["cpu_s"] / theirs["cpu_s"],
+        "guarded_cpu_of_trl": guarded["cpu_s"] / theirs["cpu_s"],
+        "success_above_trl": ours["success"] - theirs["success"],
+        "success_above_trl_equal_time": ours["success"] - success_at(their_curve, ours["cpu_s"]),
+        "success_above_trl_half_time": success_at(curve, ours["cpu_s"] / 2)
+        - success_at(their_curve, ours["cpu_s"] / 2),
+    }
+    figures |= figures_by_name("matched_grpo", seed, compared)
+    return Measured(figures, [{"side": name, **row_of(found)} for name, found in names.items()])
+
+
+def of_language(seed: int, algorithm: str, options: Options) -> Measured:
+    """A cell: one algorithm on one language."""
+    found, _ = learn(world_of(seed, options.quick), LANGUAGE[algorithm], options.quick)
+    return Measured(figures_by_name(f"language_{algorithm}", seed, found), [row_of(found)])
+
+
+COLUMNS: Mapping[str, tuple[str, str]] = {
+    "success_start": ("start", ".3f"),
+    "success": ("success", ".3f"),
+    "greedy": ("greedy", ".3f"),
+    "gold": ("true reward", ".2f"),
+    "gold_at_kl_1": ("at KL 1", ".2f"),
+    "gold_at_kl_2": ("at KL 2", ".2f"),
+    "gold_at_kl_4": ("at KL 4", ".2f"),
+    "kl": ("KL", ".2f"),
+    "worst_drop": ("worst drop", ".3f"),
+    "num_retries": ("tried again", ".0f"),
+    "num_rolled_back": ("taken back", ".0f"),
+    "num_samples": ("samples", ".0f"),
+    "num_judge_calls": ("judged", ".0f"),
+    "cpu_s": ("CPU s", ".1f"),
+    "wall_s": ("wall s", ".1f"),
+}
 
 
 def row_of(found: Mapping[str, float]) -> dict[str, str]:
     """A run as people read it."""
-    return {
-        "start": f"{found['success_start']:.3f}",
-        "success": f"{found['success']:.3f}",
-        "greedy": f"{found['greedy']:.3f}",
-        "KL": f"{found['kl']:.2f}",
-        "worst drop": f"{found['worst_drop']:.3f}",
-        "tried again": f"{found['num_retries']:.0f}",
-        "taken back": f"{found['num_rolled_back']:.0f}",
-        "samples": f"{found['num_samples']:.0f}",
-        "judged": f"{found['num_judge_calls']:.0f}",
-        "CPU s": f"{found['cpu_s']:.1f}",
-        "wall s": f"{found['wall_s']:.1f}",
-    }
+    return {title: f"{found[name]:{form}}" for name, (title, form) in COLUMNS.items() if name in found}
 
 
 def over_seeds(figures: dict[str, float]) -> dict[str, float]:
@@ -179,13 +166,24 @@ def over_seeds(figures: dict[str, float]) -> dict[str, float]:
     return found
 
 
-def main(options: Options) -> None:
-    first = options.seed or FIRST_SEED
-    seeds = range(first, first + (1 if options.quick else NUM_SEEDS))
-    cells: dict[str, Cell] = {
-        f"{algorithm}_{seed}": partial(measure, seed, algorithm) for seed in seeds for algorithm in ALGORITHMS
+def cells_of(seed: int) -> dict[str, Cell]:
+    """All cells of one seed."""
+    return {
+        f"sft_{seed}": partial(of_sft, seed),
+        f"best_of_n_{seed}": partial(of_search, seed),
+        **{f"{algorithm}_{seed}": partial(of_loop, seed, algorithm) for algorithm in ALGORITHMS},
+        f"trl_grpo_{seed}": partial(beside_trl, seed),
+        **{f"language_{algorithm}_{seed}": partial(of_language, seed, algorithm) for algorithm in LANGUAGE},
     }
-    caption = versions("prefloop", "torch", "transformers")
+
+
+def main(options: Options) -> None:
+    torch.set_num_threads(1)
+    first = options.seed or FIRST_SEED
+    cells: dict[str, Cell] = {}
+    for seed in range(first, first + (1 if options.quick else NUM_SEEDS)):
+        cells |= cells_of(seed)
+    caption = versions("prefloop", "trl", "torch", "transformers")
     run_cells("learning_online", cells, options, caption, summary=over_seeds)
     shutil.rmtree(STARTS, ignore_errors=True)
 
