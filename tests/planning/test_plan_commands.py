@@ -327,7 +327,7 @@ def test_confirmations_and_evaluations_by_the_judge_cost_calls_too(capsys):
     assert judge["remaining"] == pytest.approx(judge["per_iteration"] / judge["num_calls"] * (3 * 32 + 12))
 
 
-@pytest.mark.parametrize("command", ["run", "rollout", "train"])
+@pytest.mark.parametrize("command", ["run", "rollout", "train", "evaluate", "gateway"])
 def test_a_run_without_the_memory_is_refused_with_advice(command, capsys, monkeypatch):
     monkeypatch.setattr(plan, "available_memory", lambda device, **_: 300 << 20)
     assert main([command, "run.toml", "--set", "rollout.num_tasks=400", "--set", "guard.num_tasks=2000"]) == 1

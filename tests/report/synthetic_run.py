@@ -42,9 +42,10 @@ CITIES = ("Tokyo", "Lima", "Oslo", "Paris", "Cairo")
 
 
 class SyntheticRun:
-    """Builds the run into a store; `stop_after` leaves it unfinished."""
+    """Builds the run into a store; `stop_after` leaves it unfinished, `online` learns from its own rollouts."""
 
-    def __init__(self, store, *, num_tasks=48, num_iterations=4, seed=0, payload=""):
+    def __init__(self, store, *, num_tasks=48, num_iterations=4, seed=0, payload="", online=False):
+        self.online = online
         self.store, self.draw, self.payload = store, random.Random(seed), payload
         self.num_tasks, self.num_iterations = num_tasks, num_iterations
         self.tasks = [self._task(number, Split.HELD_OUT) for number in range(num_tasks)]
@@ -192,7 +193,17 @@ class SyntheticRun:
             "metrics": {"rewards/accuracies": 0.9, "rewards/margins": 1.1},
             "attempts": [refused, accepted] if index == 1 else [accepted],
             "warnings": ["step 24: chosen completions have become 6.1 nats less likely"] if index == 0 else [],
+            **({"credit": self._credit(index)} if self.online else {}),
         })  # fmt: skip
+
+    @staticmethod
+    def _credit(index):
+        mismatch = {"mean": 2e-4, "largest": 0.03, "effective_share": 0.987, "num_unknown": 0}
+        return {
+            "num": 64, "reward": 0.2 + 0.1 * index, "reward_sd": 0.4, "num_groups": 8, "kl_of_rollouts": 0.5 * index,
+            "kl_coef": 0.02, "num_groups_without_spread": index, "explained_variance": 0.25 * index,
+            "sampling_mismatch": mismatch,
+        }  # fmt: skip
 
     def finish(self, agreement=None):
         """The last event: paired comparison over the rows of both full evaluations."""

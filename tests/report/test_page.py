@@ -184,3 +184,21 @@ def test_errors_name_the_run_and_the_path(store, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(PrefloopError, match="cannot write the report to"):
         write_report(store, RUN, tmp_path / "file" / "x.html")
+
+
+# --- learning from own rollouts -----------------------------------------------------------------------------
+
+
+def test_a_run_that_learns_from_its_own_rollouts_shows_what_they_were_worth(store, tmp_path):
+    SyntheticRun(store, online=True).build()
+    page = Page(write_report(store, RUN, tmp_path / "report.html"))
+    said = [one["aria-label"] for one in page.all("svg") if "aria-label" in one]
+    assert "Reward. 1: 0.200; 2: 0.300; 3: 0.400; 4: 0.500." in said
+    assert "Share of tasks. 1: 0; 2: 0.125; 3: 0.250; 4: 0.375." in said
+    assert "Explained variance. 1: 0; 2: 0.250; 3: 0.500; 4: 0.750." in said
+    # rollouts, reward, its SD, tasks, nothing to choose, KL, coefficient, mismatch, effective share, critic
+    assert "4 64" + "0.500" + "0.400" + "8" + "3" + " 1.50" + "0.0200" + "2.0e-04" + "98.7 %" + "75.0 %" in page.text
+
+
+def test_a_run_that_learns_from_pairs_shows_nothing_of_that(page):
+    assert "What its own rollouts were worth" not in page.text and "The critic" not in page.text

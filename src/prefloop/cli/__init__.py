@@ -123,13 +123,10 @@ def rollout(
     overrides: SetOption = None,
 ) -> None:
     """Roll out the current policy; makes the start policy first where there is none."""
-    from prefloop.planning import check_memory
     from prefloop.stages.rollouts import rollout_stage
     from prefloop.stages.start import start_policy
 
-    with open_stage(file, store, overrides) as opened:
-        if not ignore_memory:
-            check_memory(opened)
+    with open_stage(file, store, overrides, ignore_memory=ignore_memory) as opened:
         number = iteration_of(opened, iteration, "rollout")
         start_policy(opened)
         rollout_stage(opened, number)
@@ -208,13 +205,15 @@ app.command("prefloop.cli.gateway:gateway", name="gateway", help="Serve the poli
 
 
 @app.command
-def evaluate(file: RunFile, *, store: StoreOption = None, overrides: SetOption = None) -> None:
+def evaluate(
+    file: RunFile, *, ignore_memory: IgnoreMemoryOption = False, store: StoreOption = None, overrides: SetOption = None
+) -> None:
     """Evaluate the start policy and the current one on the held-out tasks."""
     from prefloop.stages.context import BEFORE
     from prefloop.stages.evaluating import evaluate_stage
     from prefloop.stages.start import start_policy
 
-    with open_stage(file, store, overrides) as opened:
+    with open_stage(file, store, overrides, ignore_memory=ignore_memory) as opened:
         evaluate_stage(opened, BEFORE, start_policy(opened))
         done = opened.current_iteration()
         if done:

@@ -12,7 +12,15 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from prefloop.cli.plumbing import RunFile, SetOption, StoreOption, console, ending_signals, open_stage
+from prefloop.cli.plumbing import (
+    IgnoreMemoryOption,
+    RunFile,
+    SetOption,
+    StoreOption,
+    console,
+    ending_signals,
+    open_stage,
+)
 from prefloop.gateway.core import Gateway
 from prefloop.records import PrefloopError, counted
 
@@ -30,6 +38,7 @@ def gateway(
     checkpoint: Annotated[
         str, Parameter(help="id of a checkpoint (or its beginning); the current one if left out")
     ] = "",
+    ignore_memory: IgnoreMemoryOption = False,
     store: StoreOption = None,
     overrides: SetOption = None,
 ) -> None:
@@ -38,7 +47,7 @@ def gateway(
     from prefloop.stages.start import start_policy
 
     token = _token(token_file)
-    with open_stage(file, store, overrides) as run:
+    with open_stage(file, store, overrides, ignore_memory=ignore_memory) as run:
         iteration = iteration_to_serve(run)
         run.environment.check()
         start_policy(run)

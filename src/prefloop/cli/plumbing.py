@@ -138,11 +138,17 @@ def _terminate(number: int, _frame: FrameType | None) -> None:
 
 
 @contextmanager
-def open_stage(file: Path, store: str | None, overrides: list[str] | None) -> Iterator[Run]:
-    """A locked run whose progress is shown."""
+def open_stage(
+    file: Path, store: str | None, overrides: list[str] | None, *, ignore_memory: bool = True
+) -> Iterator[Run]:
+    """A locked run whose progress is shown; unless `ignore_memory`, one that does not fit into memory is refused."""
     from prefloop.stages.context import opened
 
     with described_run(file, store, overrides) as described, shown_progress(described), opened(described) as run:
+        if not ignore_memory:
+            from prefloop.planning import check_memory
+
+            check_memory(run)
         yield run
 
 

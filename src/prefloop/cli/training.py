@@ -69,8 +69,6 @@ def update(
     overrides: SetOption = None,
 ) -> None:
     """Update the policy on an iteration's dataset, guarded; or train an objective on data of your own."""
-    from prefloop.planning import check_memory
-
     if file.name in OBJECTIVES and not file.exists():
         raise PrefloopError(
             f'{file.name} learns from fresh rollouts, not from rows: set algorithm = "{file.name}" in the table '
@@ -87,9 +85,7 @@ def update(
     from prefloop.stages.start import start_policy
     from prefloop.stages.updating import train_stage
 
-    with open_stage(file, store, overrides) as opened:
-        if not ignore_memory:
-            check_memory(opened)
+    with open_stage(file, store, overrides, ignore_memory=ignore_memory) as opened:
         start_policy(opened)
         number = iteration_of(opened, iteration, "train")
         if dataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,9 @@ def figures(record: RunRecord, calibration: Calibration | None) -> list[Figure]:
         _pairs(turns),
         _precision(turns),
         _lengths(turns),
+        _reward(turns),
+        _without_choice(turns),
+        _explained(turns),
         _loss(turns),
         _sft_loss(record),
         _calibration(calibration),
@@ -256,6 +260,64 @@ def _lengths(turns: Sequence[Iteration]) -> Figure | None:
     caption = "Mean length of what the assistant wrote. A lasting gap teaches length instead of quality."
     said = _said("Length of chosen", list(zip(at, chosen, strict=True)))
     return Figure("Length of chosen and rejected", caption, draw("lengths", said, paint))
+
+
+# --- learning from own rollouts -------------------------------------------------------------------------------
+
+
+def _reward(turns: Sequence[Iteration]) -> Figure | None:
+    credited = [(turn.number, turn.credit) for turn in turns if turn.credit]
+    points = [(at, _mean_with_interval(c["reward"], c["reward_sd"], c["num"])) for at, c in credited]
+    if not points:
+        return None
+
+    def paint(axes: Axes) -> None:
+        _line_with_intervals(axes, points, FIRST, "")
+        axes.set_ylabel("reward")
+        _iterations_axis(axes, [at for at, _ in points])
+
+    caption = "Mean of what the rollouts of each iteration were worth, KL not counted, with 95 % intervals."
+    said = _said("Reward", [(at, point["value"]) for at, point in points])
+    return Figure("Reward of the rollouts", caption, draw("reward", said, paint))
+
+
+def _mean_with_interval(mean: float, sd: float, num: int) -> dict[str, float]:
+    half = 1.96 * sd / math.sqrt(num)
+    return {"value": mean, "low": mean - half, "high": mean + half}
+
+
+def _without_choice(turns: Sequence[Iteration]) -> Figure | None:
+    credited = [(turn.number, turn.credit) for turn in turns if "num_groups_without_spread" in turn.credit]
+    points = [(at, c["num_groups_without_spread"] / c["num_groups"]) for at, c in credited]
+    if not points:
+        return None
+
+    def paint(axes: Axes) -> None:
+        _bars(axes, points, MUTED, "")
+        _share_axis(axes)
+        _iterations_axis(axes, [at for at, _ in points])
+
+    caption = (
+        "Share of tasks whose attempts were all worth the same, so that nothing is learned from them; "
+        "rollout.redraws draws others in their place."
+    )
+    return Figure("Tasks with nothing to choose", caption, draw("flat", _said("Share of tasks", points), paint))
+
+
+def _explained(turns: Sequence[Iteration]) -> Figure | None:
+    points = [
+        (t.number, t.credit["explained_variance"]) for t in turns if t.credit.get("explained_variance") is not None
+    ]
+    if not points:
+        return None
+
+    def paint(axes: Axes) -> None:
+        axes.axhline(0.0, color=MUTED, linewidth=1, linestyle=(0, (3, 3)))
+        axes.plot(*zip(*points, strict=True), "o-", color=FIRST)
+        _iterations_axis(axes, [at for at, _ in points])
+
+    caption = "How much of the variance of returns the critic foretold, before it learned from them; dashed: nothing."
+    return Figure("The critic", caption, draw("critic", _said("Explained variance", points), paint))
 
 
 # --- training -----------------------------------------------------------------------------------------------

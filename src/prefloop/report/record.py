@@ -41,6 +41,11 @@ class Iteration:
         found = self._measured().get("kl_per_trajectory")
         return None if found is None else float(found)
 
+    @property
+    def credit(self) -> JSONObject:
+        """What its rollouts were worth and how that became advantages; empty where it learned from something else."""
+        return dict(self.train.get("credit") or {})
+
     def _measured(self) -> JSONObject:
         return dict((self.evaluate or self.guard).get("sampled") or {})
 
