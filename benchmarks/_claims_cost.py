@@ -68,7 +68,7 @@ class Climb:
 
 def cheaper(world: World, quick: bool) -> dict[str, float]:
     """DPO on 2,000 preferences; a reward model of the same and PPO on it; PPO on the true reward, for free."""
-    num_rounds = 3 if quick else 60
+    num_rounds = 3 if quick else 40
     found = by_dpo(world, quick).figures("dpo")
     climb = Climb()
     proxy = Proxy(world, len(world.pairs), 3 if quick else 60)

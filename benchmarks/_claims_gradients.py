@@ -108,7 +108,7 @@ class _Estimates:
 
 def result_variance(world: World, quick: bool) -> dict[str, float]:
     """The spread of the true reward at the end over repetitions that differ in their draws alone."""
-    num_steps, num_repeats = (2, 2) if quick else (30, 4)
+    num_steps, num_repeats = (2, 2) if quick else (20, 4)
     found: dict[str, float] = {}
     for algorithm in ALGORITHMS:
         ends = []
@@ -119,7 +119,7 @@ def result_variance(world: World, quick: bool) -> dict[str, float]:
                 world.gold,
                 num_steps=num_steps,
                 learning_rate=RATE,
-                prompts_per_step=4 if quick else 32,
+                prompts_per_step=4 if quick else 16,
                 samples_per_prompt=PER_PROMPT,
                 seed=seed,
             )

@@ -22,7 +22,7 @@ def without_penalty(world: World, quick: bool) -> dict[str, float]:
     proxy = Proxy(world, PROXY_PAIRS, 3 if quick else 60)
     found: dict[str, float] = {}
     for name, kl_coef in (("free", 0.0), ("penalised", PENALTY)):
-        trace = _gradient(world, proxy, kl_coef, 80, quick)
+        trace = _gradient(world, proxy, kl_coef, 60, quick)
         peak = int(trace.smooth_gold.argmax())
         found[f"gold_{name}"], found[f"kl_{name}"] = trace.end(trace.gold), trace.end(trace.kl)
         found[f"proxy_{name}"] = trace.end(trace.reward)
@@ -47,7 +47,7 @@ def _gradient(world: World, reward: Reward, kl_coef: float, num_steps: int, quic
         reward,
         num_steps=3 if quick else num_steps,
         learning_rate=RATE,
-        prompts_per_step=4 if quick else 48,
+        prompts_per_step=4 if quick else 32,
         samples_per_prompt=4,
         kl_coef=kl_coef,
         at=trace,
@@ -57,8 +57,8 @@ def _gradient(world: World, reward: Reward, kl_coef: float, num_steps: int, quic
 
 # --- more of it ---------------------------------------------------------------------------------------------------
 
-DPO_BETAS = (0.03, 0.1, 0.3, 1.0)
-RLOO_BETAS = (0.03, 0.1, 0.3, 1.0)
+DPO_BETAS = (0.05, 0.2, 0.8)
+RLOO_BETAS = (0.05, 0.2, 0.8)
 
 
 def higher_beta(world: World, quick: bool) -> dict[str, float]:
@@ -68,10 +68,10 @@ def higher_beta(world: World, quick: bool) -> dict[str, float]:
         algorithm, policy = make_algorithm("dpo", beta=beta), world.copy_of_start()
         examples = world.examples(algorithm)
         train_steps(
-            policy, algorithm, examples, num_steps=3 if quick else 80, learning_rate=5e-4, reference=world.start
+            policy, algorithm, examples, num_steps=3 if quick else 60, learning_rate=5e-4, reference=world.start
         )
         found[f"gold_dpo_{beta:g}"], found[f"kl_dpo_{beta:g}"] = world.evaluate(policy, TEST, 64 if quick else 512)
     for beta in RLOO_BETAS:
-        trace = _gradient(world, world.gold, beta, 50, quick)
+        trace = _gradient(world, world.gold, beta, 40, quick)
         found[f"gold_rloo_{beta:g}"], found[f"kl_rloo_{beta:g}"] = trace.end(trace.gold), trace.end(trace.kl)
     return found

@@ -28,7 +28,7 @@ SHARES = (0.1, 0.3, 0.5, 1.0)
 
 def top_k(world: World, quick: bool) -> dict[str, float]:
     """True reward after as many attempts, judgements and updates, by what is kept of each prompt's ten attempts."""
-    num_rounds, num_prompts = (2, 4) if quick else (40, 32)
+    num_rounds, num_prompts = (2, 4) if quick else (40, 16)
     found: dict[str, float] = {}
 
     def record(name: str, policy: nn.Module) -> None:
@@ -58,21 +58,27 @@ def imitate(world: World, share: float, num_rounds: int, num_prompts: int, *, at
     judge, policy, algorithm = noisy(world, JUDGE_NOISE), world.copy_of_start(), make_algorithm("rejection_sampling")
     step = TrainingStep(policy, None, algorithm, adamw(policy, IMITATION_RATE))
     rng = np.random.default_rng([world.seed, 23])
-    num_kept = round(share * PER_PROMPT)
     for draw in range(1000, 1000 + num_rounds):
         prompts = np.repeat(world.language.sentences(num_prompts, draw, NUM_PROMPT), PER_PROMPT, axis=0)
         completions = world.sample(policy, prompts, draw)
         judged = judge(prompts, completions)
-        rank = (rng.permutation(len(judged)) if at_random else -judged).reshape(num_prompts, PER_PROMPT)
-        kept = (rank.argsort(1)[:, :num_kept] + PER_PROMPT * np.arange(num_prompts)[:, None]).ravel()
+        score_S = rng.random(len(judged)) if at_random else judged
+        kept = best_of_each(score_S.reshape(num_prompts, PER_PROMPT), round(share * PER_PROMPT))
         step([Demonstration((path_of(prompts[i], completions[i]),)) for i in kept])
     return policy
 
 
+def best_of_each(score_PN: Floats, num: int) -> Words:
+    """The places, in a row of all attempts, of the best ones at each prompt."""
+    place_PN = (-score_PN).argsort(axis=1, kind="stable")[:, :num]
+    return (place_PN + score_PN.shape[1] * np.arange(len(score_PN))[:, None]).ravel()
+
+
 # --- a judge that moves with the policy ---------------------------------------------------------------------------
 
-JUDGE_PAIRS = 500
-ONLINE_RATE, ONLINE_BETA = 5e-4, 0.3
+JUDGE_PAIRS = 2000
+TAUGHT_RATE = 1e-3
+ONLINE_RATE, ONLINE_BETA = 5e-4, 1.0
 PER_TASK = 4
 
 
@@ -93,7 +99,7 @@ def moving_judge(world: World, quick: bool) -> dict[str, float]:
 def by_own_probability(world: World, quick: bool, moves: bool) -> Trace:
     """A policy that DPO taught judges by its implicit reward, log π / π_start; or the policy of the moment does."""
     taught = world.copy_of_start()
-    step = TrainingStep(taught, world.start, make_algorithm("dpo", beta=0.1), adamw(taught, 5e-4))
+    step = TrainingStep(taught, world.start, make_algorithm("dpo", beta=0.1), adamw(taught, TAUGHT_RATE))
     for first in range(0, 64 if quick else JUDGE_PAIRS, 32):
         step(world.pairs[first : first + 32])
     taught.eval().requires_grad_(False)
@@ -119,7 +125,7 @@ def _implicit_reward(world: World, policy: Callable[[], nn.Module]) -> Reward:
 
 def by_reward_model(world: World, quick: bool, moves: bool) -> Trace:
     """A reward model judges; the moving one learns in each round from its own labels of the policy's attempts."""
-    proxy = Proxy(world, JUDGE_PAIRS, 3 if quick else 60)
+    proxy = Proxy(world, JUDGE_PAIRS, 3 if quick else 120)
     step = TrainingStep(proxy.model.requires_grad_(True), None, proxy.algorithm, adamw(proxy.model, ONLINE_RATE))
 
     def at(number: int, model: nn.Module, rollouts: Rollouts) -> None:
@@ -140,9 +146,9 @@ def _online(world: World, judge: Reward, quick: bool, at: Callable[[int, nn.Modu
         world,
         "online_dpo",
         judge,
-        num_steps=3 if quick else 60,
+        num_steps=3 if quick else 50,
         learning_rate=ONLINE_RATE,
-        prompts_per_step=4 if quick else 48,
+        prompts_per_step=4 if quick else 32,
         samples_per_prompt=PER_TASK,
         kl_coef=ONLINE_BETA,
         at=both,
