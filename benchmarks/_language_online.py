@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -171,7 +171,7 @@ class _Learner:
     algorithm: Algorithm
     reward: Reward
     critic_learning_rate: float
-    baseline: Baseline = field(default_factory=Baseline)
+    baselines: Sequence[Baseline] = ()
     critic: _Critic | None = None
 
     def examples(self, attempts: _Attempts, draw: int) -> Sequence[Example]:
@@ -181,8 +181,8 @@ class _Learner:
             self.critic = self.critic or _Critic.of(self.world.start, self.critic_learning_rate)
             return self.critic.credit(attempts, self._knobs)
         if found.records == "rollouts":
-            credited = credit_groups(attempts.groups, attempts.rollouts.reward_S, self._knobs, self.baseline)
-            self.baseline = Baseline(**credited.detail["baseline"])
+            credited = credit_groups(attempts.groups, attempts.rollouts.reward_S, self._knobs, self.baselines)
+            self.baselines = [Baseline(**one) for one in credited.detail["baselines"]]
             return credited.groups
         if found.self_play:
             return self._over_own(attempts, draw)

@@ -16,7 +16,6 @@ from _offline_engines import MAX_GRAD_NORM, Objective, new_optimizer
 from _offline_rows import FIRST_TOKEN
 from _online_rows import Rollouts
 from prefloop.clients.sampling import SamplingSettings
-from prefloop.credit.groups import Baseline
 from prefloop.losses.registry import objective
 from prefloop.models.sampler import LocalSampler
 from prefloop.stages.rewarding import credit_groups
@@ -106,7 +105,7 @@ class OurStep:
         if self.with_old:
             olds = logprobs_of(self.model, groups)
             groups = [replace(group, old_logprob=old) for group, old in zip(groups, olds, strict=True)]
-        credited = credit_groups(groups, np.array(values), self.found.all_knobs, Baseline())
+        credited = credit_groups(groups, np.array(values), self.found.all_knobs)
         self.metrics = self.step(credited.groups)
         return self.metrics["loss"]
 

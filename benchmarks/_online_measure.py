@@ -20,7 +20,6 @@ from _online_engines import ONLINE, Online, OurStep, Task
 from _online_rows import Rollouts
 from _online_trl import TheirStep, TheirTraining
 from prefloop.batch.examples import RolloutGroup
-from prefloop.credit.groups import Baseline
 from prefloop.stages.rewarding import credit_groups
 from prefloop.training.logprobs import with_reference
 
@@ -91,7 +90,7 @@ def credited(found: Online, model: nn.Module, rollouts: Rollouts, seed: int) -> 
     """The group with advantages of random rewards, and the log-probs of the policy that sampled it."""
     num = len(rollouts.completions)
     rewards = np.random.default_rng([seed, num]).random(num)
-    (group,) = credit_groups([rollouts.group([0.0] * num)], rewards, found.all_knobs, Baseline()).groups
+    (group,) = credit_groups([rollouts.group([0.0] * num)], rewards, found.all_knobs).groups
     before = noisy_copy(model, seed, OLD_NOISE[found.algorithm])
     (scored,) = with_reference(before, [group])
     return replace(group, old_logprob=scored.ref_logprob)

@@ -35,6 +35,7 @@ _STAGES = {
     "evaluate": "evaluate",
     "rollout": "roll out",
     "judge": "judge",
+    "redraw": "draw again",
     "curate": "curate",
     "train": "train",
 }
@@ -143,6 +144,8 @@ def _found(stage: str, detail: JSONObject) -> str:
             return _rollouts(detail)
         case "judge":
             return f"mean score {_number(detail['mean_score'])}, statuses {detail['statuses']}{_left_out(detail)}"
+        case "redraw":
+            return _redrawn(detail)
         case "curate":
             words = {"num_duplicates": "equal to another", "num_without_turns": "in which nothing was said"}
             left_out = ", ".join(f"{detail[key]:,} {why}" for key, why in words.items() if detail.get(key))
@@ -164,6 +167,12 @@ def _rollouts(detail: JSONObject) -> str:
         there_are = counted(detail["num_tasks"], "training task")
         found += f"; there are {there_are} beside the guard's, rollout.num_tasks asks for {detail['num_tasks_asked']:,}"
     return found
+
+
+def _redrawn(detail: JSONObject) -> str:
+    drawn = sum(one["num_tasks"] for one in detail["rounds"])
+    found = f"{counted(drawn, 'other task')} in {counted(len(detail['rounds']), 'round')}"
+    return f"{found}; {detail['num_missing']:,} too few" if detail.get("num_missing") else found
 
 
 def _left_out(detail: JSONObject) -> str:

@@ -13,6 +13,7 @@ from prefloop.stages.context import BEFORE, Run, opened
 from prefloop.stages.curating import curate_stage
 from prefloop.stages.evaluating import compare_start_and_end, evaluate_stage
 from prefloop.stages.judging import judge_stage
+from prefloop.stages.redrawing import redraw_stage
 from prefloop.stages.rollouts import awaits_episodes, rollout_stage
 from prefloop.stages.start import start_policy
 from prefloop.stages.updating import train_stage
@@ -35,6 +36,7 @@ def run_loop(run: Run) -> JSONObject:
                 return {}
             rollout_stage(run, iteration)
             judge_stage(run, iteration)
+            redraw_stage(run, iteration)
             curate_stage(run, iteration)
             train_stage(run, iteration)
         return finish(run)

@@ -86,6 +86,24 @@ def test_the_ratio_of_a_sample_by_hand(exponent, length):
     assert bound[0].item() == pytest.approx(2 * max(ratio, 0.8))
 
 
+@pytest.mark.parametrize("exponent", ["sum", "mean"])
+def test_tokens_of_a_sample_answer_for_their_own_advantage_under_one_ratio(exponent):
+    """GSPO-token; where nothing has moved, that is REINFORCE."""
+    old = vector(-1.0, -1.0, -2.0, -1.0, -2.0)
+    length = torch.bincount(SAMPLE, minlength=3)[SAMPLE].double() if exponent == "mean" else torch.ones(5)
+    advantage = vector(2.0, -1.0, 0.5, 4.0, 0.0)
+
+    def gradient(logprob, advantage):
+        logprob = logprob.clone().requires_grad_()
+        sequence_clipped(logprob, old, advantage, SAMPLE, 3, exponent=exponent, **CLIP).sum().backward()
+        return logprob.grad
+
+    torch.testing.assert_close(gradient(old, advantage).double(), (-advantage / length).double())
+    moved = old + vector(0.05, 0.02, 0.0, -0.1, 0.0)
+    ratio = sample_ratio(moved, old, SAMPLE, 3, exponent=exponent)[SAMPLE]
+    torch.testing.assert_close(gradient(moved, advantage).double(), -ratio * advantage / length, rtol=1e-6, atol=1e-6)
+
+
 def test_sums_and_means_of_samples():
     value = vector(1.0, 2.0, 5.0, 3.0, 7.0)
     assert sum_of_samples(value, SAMPLE, 3).tolist() == [6.0, 0.0, 12.0]

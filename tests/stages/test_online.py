@@ -10,7 +10,6 @@ import pytest
 from tiny_runs import tiny_settings
 
 from prefloop.config import parse_settings
-from prefloop.credit.groups import Baseline
 from prefloop.credit.settings import RewardSettings
 from prefloop.loop import run_loop
 from prefloop.losses.registry import objective
@@ -116,8 +115,8 @@ def test_two_iterations_of_the_loop(algorithm, tmp_path, monkeypatch):
     assert finished["end_checkpoint"] == second["checkpoint_id"]
     assert first["steps"] == 2 * math.ceil(first["credit"]["num_groups"] / run.settings.train.batch_size)
     if algorithm == "reinforce":  # what came before is the baseline of what comes
-        kept = {key: 0.9 * value for key, value in first["credit"]["baseline"].items()}
-        assert second["credit"]["baseline"]["num"] == pytest.approx(kept["num"] + second["credit"]["num"])
+        (before,), (after,) = (found["credit"]["baselines"] for found in (first, second))
+        assert after["num"] == pytest.approx(0.9 * before["num"] + second["credit"]["num"])
     assert second["credit"]["kl_of_rollouts"] != 0.0
 
 
@@ -254,6 +253,6 @@ def test_groups_whose_rewards_differ_by_noise_teach_nothing(curated):
     data = run.store.dataset(run.found(0, "curate")["valued_dataset_id"])
     before, settings = run.checkpoint_before(0), run.settings.train
     groups = update_data(run, run.policies.take(before), 0, before, rows_to_learn(run, data, settings), settings)
-    found = credit_groups(groups.examples, np.array([v.value for v in data.valued]), quiet, Baseline())
+    found = credit_groups(groups.examples, np.array([v.value for v in data.valued]), quiet)
     assert found.detail["num_groups_without_spread"] == found.detail["num_groups"] == 4
     assert all(not array.any() for group in found.groups for array in group.advantage)

@@ -136,11 +136,14 @@ def rollout(
 def judge(
     file: RunFile, *, iteration: IterationOption = None, store: StoreOption = None, overrides: SetOption = None
 ) -> None:
-    """Score an iteration's rollouts with the frozen judge."""
+    """Score an iteration's rollouts with the frozen judge; with rollout.redraws, draw other tasks for flat ones."""
     from prefloop.stages.judging import judge_stage
+    from prefloop.stages.redrawing import redraw_stage
 
     with open_stage(file, store, overrides) as opened:
-        judge_stage(opened, iteration_of(opened, iteration, "judge"))
+        number = iteration_of(opened, iteration, "judge")
+        judge_stage(opened, number)
+        redraw_stage(opened, number)
 
 
 @app.command

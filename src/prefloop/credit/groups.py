@@ -70,13 +70,22 @@ def group_mean(
     Unscaled, the gradient is (n - 1) / n of the exact one. Arguments and errors as `leave_one_out`.
     """
     groups = _Groups.of(value_S, group_S, noise)
+    return groups.credit(groups.centred_S / divisor(value_S, group_S, scale, eps=eps))
+
+
+def divisor(value_S: ArrayLike, group_S: ArrayLike, scale: Scale, *, eps: float = 1e-4) -> Floats:
+    """What advantages are divided by, [S]: 1, or the standard deviation of the values of the group or of the batch + ε.
+
+    It is infinite in groups whose values do not differ, where "group" has nothing to divide by. Arguments and errors as
+    `group_mean`.
+    """
+    groups = _Groups.of(value_S, group_S, 0.0)
     if scale == "none":
-        return groups.credit(groups.centred_S)
+        return np.ones(len(groups.value_S))
     if scale == "group":
-        return groups.credit(groups.centred_S / (groups.spread_G[groups.index_S] + eps))
+        return np.where(groups.flat_G, np.inf, groups.spread_G + eps)[groups.index_S]
     known_N = groups.value_S[groups.known_S]
-    spread = float(np.std(known_N, ddof=1)) if len(known_N) > 1 else 0.0
-    return groups.credit(groups.centred_S / (spread + eps))
+    return np.full(len(groups.value_S), (float(np.std(known_N, ddof=1)) if len(known_N) > 1 else 0.0) + eps)
 
 
 def running_baseline(value_S: ArrayLike, baseline: Baseline, *, decay: float = 0.9) -> tuple[Credit, Baseline]:

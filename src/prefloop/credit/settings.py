@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal, TypeAlias
+
 from pydantic import Field, model_validator
 
 from prefloop.config import Settings
+
+StepReward: TypeAlias = Literal["min", "difference", "sum"]
 
 
 class RewardSettings(Settings):
@@ -14,10 +18,14 @@ class RewardSettings(Settings):
     then `missing_stop_penalty` is taken off where the policy did not end its last turn itself, and `length_penalty` for
     each token of its own beyond `free_tokens`. With `whiten` the rewards of an iteration are divided by their standard
     deviation, their mean staying.
+
+    `steps` says how a judge of kind `process` pays each step (`prefloop.credit.steps`): as the minimum (the default),
+    as differences of value, as a sum; or not, its "whole" value coming at the end.
     """
 
     judge: float = Field(default=1.0, ge=0)
     verified: float = Field(default=0.0, ge=0)
+    steps: StepReward | Literal["whole"] | None = None
     clip: list[float] | None = Field(default=None, min_length=2, max_length=2)
     missing_stop_penalty: float = Field(default=0.0, ge=0)
     length_penalty: float = Field(default=0.0, ge=0)

@@ -1,24 +1,50 @@
-"""Rewards along the way: of a process reward model's steps, and of turns."""
+"""Rewards along the way: of a process reward model's steps, and of turns.
+
+Shape suffixes: K steps of one attempt, U own tokens of one attempt.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from prefloop.credit.gae import discounted_sums
+from prefloop.credit.settings import StepReward
 from prefloop.records import PrefloopError
 
 Floats = NDArray[np.float64]
-StepReward = Literal["min", "difference", "sum"]
+Places = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Paid:
+    """What one attempt is paid along the way: `reward_K` for its steps, each of which ends with own token `token_K`.
+
+    Places count the attempt's own tokens, over all of its turns and paths, and rise.
+    """
+
+    reward_K: Floats
+    token_K: Places
+
+    def step_of_tokens(self, num_tokens: int) -> Places:
+        """The step of each of the attempt's own tokens, int64 [U]; what follows the last step belongs to it."""
+        return np.minimum(np.searchsorted(self.token_K, np.arange(num_tokens)), len(self.token_K) - 1)
+
+    @classmethod
+    def whole(cls, num_tokens: int) -> Paid:
+        """An attempt that is one step, and paid nothing before its end."""
+        return cls(np.zeros(1), np.array([num_tokens - 1]))
 
 
 def step_rewards(probability_K: ArrayLike, how: StepReward, *, baseline: float = 0.0) -> Floats:
     """The reward of each step of one trajectory, from a process reward model's probabilities that steps are right.
 
-    "min": the last step is paid the lowest probability: a chain is as good as its weakest link (Cheng et al. 2025,
-    arXiv:2504.15275).
+    "min": each step is paid what it lowers the minimum by, min(p_1 … p_k) - min(p_1 … p_{k-1}), and the first p_1; they
+    add up to the lowest: a chain is as good as its weakest link. The objective is that of Cheng et al. 2025
+    (arXiv:2504.15275), who pay it with the worst step, which is known at the end alone; paid when it is known, a step
+    may be spared what came before it without a bias.
     "difference": each step is paid what it changed, p_k - p_{k-1} with p_0 = `baseline`, where probabilities are those
     of a good end (Setlur et al. 2024, arXiv:2410.08146, progress); they add up to p_K - p_0.
     "sum": each step is paid p_k. This pays for further steps whether they help or not, so that a policy learns to
@@ -33,9 +59,7 @@ def step_rewards(probability_K: ArrayLike, how: StepReward, *, baseline: float =
     if not np.isfinite(given_K).all():
         raise PrefloopError(f"step {int(np.flatnonzero(~np.isfinite(given_K))[0])} has no probability")
     if how == "min":
-        reward_K = np.zeros_like(given_K)
-        reward_K[-1] = given_K.min()
-        return reward_K
+        return np.diff(np.minimum.accumulate(given_K), prepend=0.0)
     return np.diff(given_K, prepend=baseline) if how == "difference" else given_K
 
 

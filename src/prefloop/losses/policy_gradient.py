@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prefloop.losses.ratios import Exponent, mean_of_samples, sample_ratio, token_ratio
+from prefloop.losses.ratios import Exponent, mean_of_samples, shared_ratio, token_ratio
 
 
 def reinforce(logprob_U: Tensor, advantage_U: Tensor) -> Tensor:
@@ -54,10 +54,11 @@ def sequence_clipped(
         L = -min(s A, clip(s, 1 - ε_low, 1 + ε_high) A)
 
     "mean" is Zheng et al. 2025 (arXiv:2507.18071), GSPO, whose clips are about 1000 times as narrow as those of tokens;
-    "sum" is RLOO as in TRL. A sample's A is the mean of its tokens'. Returns [S], unreduced.
+    "sum" is RLOO as in TRL. Where A differs within a sample, each token answers for its own under the ratio of them all
+    (GSPO-token, section 4.3 there), and L is the mean over the tokens. Returns [S], unreduced.
     """
-    ratio_S = sample_ratio(logprob_U, old_logprob_U, sample_U, num_samples, exponent=exponent)
-    return -_smaller(ratio_S, mean_of_samples(advantage_U, sample_U, num_samples), clip_low, clip_high)
+    ratio_U = shared_ratio(logprob_U, old_logprob_U, sample_U, num_samples, exponent=exponent)
+    return -mean_of_samples(_smaller(ratio_U, advantage_U, clip_low, clip_high), sample_U, num_samples)
 
 
 def is_clipped(ratio: Tensor, advantage: Tensor, *, clip_low: float, clip_high: float) -> Tensor:

@@ -32,6 +32,23 @@ def token_ratio(logprob_U: Tensor, old_logprob_U: Tensor) -> Tensor:
     return torch.exp((logprob_U - old_logprob_U).clamp(max=LARGEST_EXPONENT))
 
 
+def shared_ratio(
+    logprob_U: Tensor, old_logprob_U: Tensor, sample_U: Tensor, num_samples: int, *, exponent: Exponent
+) -> Tensor:
+    """The ratio of each token's sample, [U] in float64, by whose gradient each token answers for itself alone.
+
+        s_t = exp(sg[log s] + c (log π(t) - sg[log π(t)])),    c = |y| for "sum", 1 for "mean"
+
+    So the mean of s_t over a sample is `sample_ratio`, value and gradient.
+    """
+    total = sum_of_samples if exponent == "sum" else mean_of_samples
+    log_S = total(logprob_U.detach() - old_logprob_U, sample_U, num_samples)
+    own_U = (logprob_U - logprob_U.detach()).double()
+    if exponent == "sum":
+        own_U = own_U * torch.bincount(sample_U, minlength=num_samples)[sample_U]
+    return torch.exp((log_S[sample_U] + own_U).clamp(max=LARGEST_EXPONENT))
+
+
 def sample_ratio(
     logprob_U: Tensor, old_logprob_U: Tensor, sample_U: Tensor, num_samples: int, *, exponent: Exponent
 ) -> Tensor:

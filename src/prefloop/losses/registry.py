@@ -63,7 +63,9 @@ CREDITED: Mapping[str, Any] = {
 
 def _rollouts(function: str, summary: str, knobs: Mapping[str, Any]) -> Objective:
     """An objective of the policy's own rollouts, whose rewards are compared with each other."""
-    return Objective(function, summary, {**CREDITED, "min_spread": 0.0, **knobs}, "rollouts", fresh=True)
+    return Objective(
+        function, summary, {**CREDITED, "min_spread": 0.0, "turn_discount": 1.0, **knobs}, "rollouts", fresh=True
+    )
 
 
 def _with_critic(function: str, summary: str, knobs: Mapping[str, Any]) -> Objective:

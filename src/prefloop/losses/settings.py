@@ -72,6 +72,9 @@ class LossSettings(Settings):
         default=None, ge=0, le=1, description="λ: 1 compares with what came, below 1 more with what the critic expects"
     )
     discount: float | None = Field(default=None, gt=0, le=1, description="γ, what a reward counts a token earlier")
+    turn_discount: float | None = Field(
+        default=None, gt=0, le=1, description="what a reward of a step (such as a turn) counts a step earlier"
+    )
     whiten_advantages: bool | None = Field(
         default=None, description="advantages over all own tokens get mean 0 and variance 1"
     )

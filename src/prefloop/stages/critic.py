@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefloop.credit.steps import Paid
 from prefloop.hub import pinned_model
 from prefloop.records import DivergedError, JSONObject, PrefloopError, content_hash
 from prefloop.rollout import derived_seed
@@ -33,11 +34,15 @@ RESULT = "training.json"
 
 @dataclass(frozen=True, slots=True)
 class Attempts:
-    """The rollouts of an iteration as groups, the reward of each attempt, and which of them were cut off."""
+    """The rollouts of an iteration as groups, the reward of each attempt, and which of them were cut off.
+
+    `paid` is what each is paid along the way, where steps are.
+    """
 
     groups: list[RolloutGroup]
     reward_S: Floats
     cut_S: list[bool]
+    paid: Sequence[Paid] = ()
 
 
 def credit_by_critic(
@@ -92,7 +97,8 @@ class _Learning:
 
         groups, autocast = self.attempts.groups, self.settings.precision == "bfloat16"
         values = values_of(critic.model, groups, max_tokens=self.settings.max_tokens, autocast=autocast)
-        return credit_tokens(groups, self.attempts.reward_S, self.attempts.cut_S, values, self.knobs)
+        attempts = self.attempts
+        return credit_tokens(groups, attempts.reward_S, attempts.cut_S, values, self.knobs, attempts.paid)
 
     def warmed_up(self) -> JSONObject:
         """The critic before the policy's first update; it regresses on returns, without a clip."""

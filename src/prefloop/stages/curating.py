@@ -12,6 +12,7 @@ from prefloop.rollout import derived_seed
 from prefloop.stages.context import Run
 from prefloop.stages.demonstrating import self_play_dataset
 from prefloop.stages.judging import rejudge
+from prefloop.stages.redrawing import check_redrawn
 from prefloop.stages.rewarding import valued_dataset
 from prefloop.stages.rollouts import iteration_rollouts
 from prefloop.store import Store
@@ -40,6 +41,7 @@ def curate_stage(run: Run, iteration: int) -> None:
     known, comparisons = set(ids), run.store.comparisons()
     if not any(vote.trajectory_a in known for vote in comparisons):  # votes may stand for the judge's scores
         run.require(iteration, "judge")
+    check_redrawn(run, iteration)
     rater_id = run.judge.rater.id
     with run.recorded(iteration, STAGE, 1) as detail:
         curated = curate(
@@ -60,11 +62,11 @@ def curate_stage(run: Run, iteration: int) -> None:
         run.store.add_dataset(curated.labelled)
         detail |= {**curated.report, "kept_dataset_id": curated.demonstrations.id}
         detail["labelled_dataset_id"] = curated.labelled.id
-        valued = valued_dataset(run, iteration, trajectories)
+        valued, left_out = valued_dataset(run, iteration, trajectories)
         run.store.add_dataset(valued)
         if objective(run.settings.train.algorithm).self_play:
             detail["self_play_dataset_id"] = run.store.add_dataset(self_play_dataset(run, iteration, trajectories))
-        detail |= {"valued_dataset_id": valued.id, "num_without_reward": len(trajectories) - valued.num_members}
+        detail |= {"valued_dataset_id": valued.id, **left_out}
 
 
 def adopt_dataset(run: Run, iteration: int, dataset_id: str) -> None:

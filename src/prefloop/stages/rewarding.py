@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefloop.credit.gae import TokenCredit, gae, whiten
-from prefloop.credit.groups import Baseline, Credit, group_mean, leave_one_out, running_baseline, without_spread
-from prefloop.credit.settings import RewardSettings
+from prefloop.credit.groups import Baseline, divisor, group_mean, leave_one_out, running_baseline, without_spread
+from prefloop.credit.settings import RewardSettings, StepReward
 from prefloop.credit.shaping import adapted_kl_coef, penalised, shaped, weighted_sum
+from prefloop.credit.steps import Paid, at_tokens, returns_per_turn, step_rewards
+from prefloop.losses.registry import resolve_knobs
 from prefloop.records import Dataset, Ended, JSONObject, Judgement, PrefloopError, Source, Status, Trajectory, Valued
 from prefloop.stages.context import Run
 
@@ -30,30 +32,70 @@ CUT_OFF = (Ended.LENGTH, Ended.MAX_TURNS, Ended.DEADLINE)
 # --- rewards ----------------------------------------------------------------------------------------------------
 
 
-def valued_dataset(run: Run, iteration: int, trajectories: Sequence[Trajectory]) -> Dataset:
-    """The rollouts that have a reward and say something, with it; those whose judge failed are not in it."""
+@dataclass(frozen=True, slots=True)
+class Worth:
+    """What a rollout is worth: its reward as a member of a dataset, its task, and what its steps are paid, [K]."""
+
+    valued: Valued
+    task_id: str
+    reward_K: Floats
+
+
+def valued_dataset(run: Run, iteration: int, trajectories: Sequence[Trajectory]) -> tuple[Dataset, JSONObject]:
+    """The rollouts to learn from, with their rewards; and how many are not in it, and why.
+
+    Those whose judge failed have no reward; and where other tasks took the place of those with nothing to choose, these
+    are left out.
+    """
+    found = worth_of(run, trajectories)
+    flat = tasks_without_choice(run, found) if run.settings.rollout.redraws else set()
+    valued = tuple(one.valued for one in found if one.task_id not in flat)
     settings = run.settings.reward
+    recipe = {"of": "rollouts", "reward": settings.model_dump(mode="json"), "rater_id": run.judge.rater.id}
+    dataset = Dataset(recipe, run_id=run.id, iteration=iteration, valued=valued)
+    return dataset, {
+        "num_without_reward": len(trajectories) - len(found),
+        **({"num_without_choice": len(found) - len(valued)} if run.settings.rollout.redraws else {}),
+    }
+
+
+def worth_of(run: Run, trajectories: Sequence[Trajectory]) -> list[Worth]:
+    """What rollouts are worth, of those that have a reward and say something."""
+    settings, how = run.settings.reward, run.settings.paid_steps
     said = [trajectory for trajectory in trajectories if trajectory.num_turns]
     if settings.length_penalty:
         said = run.store.trajectories([trajectory.id for trajectory in said], with_paths=True)
-    by_trajectory: dict[str, list[Judgement]] = {}
-    ids = [trajectory.id for trajectory in said]
-    for judgement in run.store.judgements(trajectory_ids=ids, rater_id=run.judge.rater.id):
+    by_trajectory: dict[str, list[Judgement]] = {trajectory.id: [] for trajectory in said}
+    for judgement in run.store.judgements(trajectory_ids=list(by_trajectory), rater_id=run.judge.rater.id):
         if judgement.status is Status.OK and judgement.value is not None:
-            by_trajectory.setdefault(judgement.trajectory_id, []).append(judgement)
-    verdicts = run.verdicts(ids) if settings.verified else {}
+            by_trajectory[judgement.trajectory_id].append(judgement)
+    verdicts = run.verdicts(by_trajectory) if settings.verified else {}
+    along = [_paid_along(by_trajectory[t.id], how) for t in said]
     values = {
-        "judge": [_mean(by_trajectory.get(t.id, ())) for t in said],
+        "judge": [
+            _mean(by_trajectory[t.id]) if how is None else float(reward_K.sum())
+            for t, reward_K in zip(said, along, strict=True)
+        ],
         "verified": [_mean([verdicts[t.id]] if t.id in verdicts else ()) for t in said],
     }
-    rewards = rewards_of(said, values, settings)
-    valued = [
-        Valued(t.id, float(reward), tuple(j.id for j in by_trajectory.get(t.id, ()) if settings.judge))
-        for t, reward in zip(said, rewards, strict=True)
+    rewards = rewards_of(said, values, settings).tolist()
+    evidence = [tuple(j.id for j in by_trajectory[t.id] if settings.judge) for t in said]
+    return [
+        Worth(Valued(t.id, reward, ids), t.task_id, settings.judge * reward_K)
+        for t, reward, ids, reward_K in zip(said, rewards, evidence, along, strict=True)
         if np.isfinite(reward)
     ]
-    recipe = {"of": "rollouts", "reward": settings.model_dump(mode="json"), "rater_id": run.judge.rater.id}
-    return Dataset(recipe, run_id=run.id, iteration=iteration, valued=tuple(valued))
+
+
+def tasks_without_choice(run: Run, found: Sequence[Worth]) -> set[str]:
+    """The tasks whose attempts leave nothing to choose, or fewer than two of which have a reward."""
+    if not found:
+        return set()
+    knobs = resolve_knobs(run.settings.train.algorithm, run.settings.train)
+    group_S = np.unique([one.task_id for one in found], return_inverse=True)[1]
+    plain_SK = _padded([returns_per_turn(_completed(one.reward_K, one.valued.value)) for one in found])
+    flat_S = nothing_to_choose(plain_SK, group_S, float(knobs["min_spread"]))
+    return {one.task_id for one, flat in zip(found, flat_S.tolist(), strict=True) if flat}
 
 
 def rewards_of(
@@ -72,6 +114,18 @@ def rewards_of(
         free_tokens=settings.free_tokens,
     )
     return whiten([value_S], keep_mean=True)[0] if settings.whiten else value_S
+
+
+def rewards_of_steps(judgements: Sequence[Judgement], how: StepReward) -> Floats:
+    """What the steps of one trajectory are paid, [K], by the mean of the replicates of a judge of steps."""
+    return step_rewards(np.mean([judgement.criteria["steps"] for judgement in judgements], axis=0), how)
+
+
+def _paid_along(judgements: Sequence[Judgement], how: StepReward | None) -> Floats:
+    """What the steps of one trajectory are paid, [K]: 0 where they are not, NaN where the judge has said nothing."""
+    if how is None:
+        return np.zeros(1)
+    return rewards_of_steps(judgements, how) if judgements else np.array([math.nan])
 
 
 def _mean(judgements: Sequence[Judgement]) -> float:
@@ -95,30 +149,97 @@ class Credited:
     detail: JSONObject
 
 
+@dataclass(frozen=True, slots=True)
+class _Returns:
+    """What S attempts came to from each of their steps on.
+
+    `return_SK` is 0 after an attempt's last step, and NaN of one without a reward; `plain_SK` the same without KL and
+    undiscounted. `step_SU` has the step of each own token of each attempt.
+    """
+
+    return_SK: Floats
+    plain_SK: Floats
+    step_SU: list[NDArray[np.int64]]
+
+
 def credit_groups(
     groups: Sequence[RolloutGroup],
     reward_S: Floats,
     knobs: Mapping[str, Any],
-    baseline: Baseline,
+    baselines: Sequence[Baseline] = (),
+    paid: Sequence[Paid] = (),
 ) -> Credited:
     """Advantages of the attempts of groups, in whose order their rewards [S] are.
 
     Where KL is part of the reward, groups hold the log-probs of the policy and of the reference, and each attempt pays
-    for the sum of their differences over its own tokens (k1).
+    for the differences over its own tokens (k1). Where attempts are `paid` along the way, each token has the advantage
+    of the step that it belongs to, whose return is compared with those of the steps of the same number; what is left
+    of the reward comes with the last step. `baselines` are the running ones, step by step.
     """
     counts = [len(group.samples) for group in groups]
     group_S = np.repeat(np.arange(len(groups)), counts)
-    penalised_S = reward_S - knobs["kl_coef"] * _kl(groups) if _pays(knobs) else reward_S
-    credit, after = _advantages(penalised_S, reward_S, group_S, knobs, baseline)
-    advantages = np.split(credit.advantage_S, np.cumsum(counts)[:-1])
-    credited = [replace(group, advantage=_spread(group, own)) for group, own in zip(groups, advantages, strict=True)]
-    flat_S = without_spread(reward_S, group_S, noise=knobs["min_spread"])
+    returns = _returns(groups, reward_S, knobs, paid)
+    advantage_SK, after = _advantages(returns.return_SK, reward_S, group_S, knobs, baselines)
+    own = iter([advantage_K[step_U] for advantage_K, step_U in zip(advantage_SK, returns.step_SU, strict=True)])
+    credited = [replace(group, advantage=_by_path(group, [next(own) for _ in group.samples])) for group in groups]
+    flat_S = nothing_to_choose(returns.plain_SK, group_S, knobs["min_spread"])
     detail = {
         **_detail(groups, reward_S, knobs),
         "num_groups_without_spread": len(set(group_S[flat_S].tolist())),
-        "baseline": {"total": after.total, "num": after.num},
+        "baselines": [{"total": one.total, "num": one.num} for one in after],
     }
     return Credited(credited, detail)
+
+
+def _returns(
+    groups: Sequence[RolloutGroup], reward_S: Floats, knobs: Mapping[str, Any], paid: Sequence[Paid]
+) -> _Returns:
+    """The returns of attempts, step by step; of one that is not paid along the way, all of it is one step."""
+    lengths = [sum(int(path.loss_mask.sum()) for path in sample) for group in groups for sample in group.samples]
+    paid = paid or [Paid.whole(length) for length in lengths]
+    spent_SU = [np.zeros(length) for length in lengths]
+    if _pays(knobs):
+        spent_SU = [knobs["kl_coef"] * kl_U for group in groups for kl_U in _kl_of_tokens(group)]
+    step_SU = [one.step_of_tokens(length) for one, length in zip(paid, lengths, strict=True)]
+    found, plain = [], []
+    for one, reward, step_U, spent_U in zip(paid, reward_S, step_SU, spent_SU, strict=True):
+        reward_K = _completed(one.reward_K, float(reward))
+        spent_K = np.bincount(step_U, weights=spent_U, minlength=len(reward_K))
+        found.append(returns_per_turn(reward_K - spent_K, discount=knobs["turn_discount"]))
+        plain.append(returns_per_turn(reward_K))
+    return _Returns(_padded(found), _padded(plain), step_SU)
+
+
+def _completed(reward_K: Floats, reward: float) -> Floats:
+    """Rewards of steps [K], with what they leave of the whole reward at the last."""
+    rest_K = np.zeros_like(reward_K)
+    rest_K[-1] = reward - reward_K.sum()
+    return reward_K + rest_K
+
+
+def _padded(returns: Sequence[Floats]) -> Floats:
+    """Returns of attempts as [S, K]: 0 after an attempt's last step, NaN of one whose reward is not known."""
+    padded_SK = np.zeros((len(returns), max(map(len, returns))))
+    for row, return_K in zip(padded_SK, returns, strict=True):
+        row[: len(return_K)] = return_K
+    padded_SK[np.isnan(padded_SK[:, 0])] = np.nan
+    return padded_SK
+
+
+def nothing_to_choose(return_SK: Floats, group_S: NDArray[np.int64], noise: float) -> NDArray[np.bool_]:
+    """Which attempts are of a group in which there is nothing to choose, bool [S].
+
+    Their returns are equal from every step on, or those of the whole differ by less than `noise`.
+    """
+    label_SK = _by_step(group_S, return_SK)
+    flat_S = without_spread(return_SK.ravel(), label_SK.ravel()).reshape(return_SK.shape).all(axis=1)
+    return flat_S | without_spread(return_SK[:, 0], group_S, noise=noise) if noise else np.asarray(flat_S)
+
+
+def _by_step(group_S: NDArray[np.int64], return_SK: Floats) -> NDArray[np.int64]:
+    """A label for each step number of each group, [S, K]: those of one label are compared."""
+    num_steps = return_SK.shape[1]
+    return np.asarray(group_S[:, None] * num_steps + np.arange(num_steps))
 
 
 def credit_tokens(
@@ -127,14 +248,16 @@ def credit_tokens(
     cut_S: Sequence[bool],
     values: Sequence[Values],
     knobs: Mapping[str, Any],
+    paid: Sequence[Paid] = (),
 ) -> Credited:
     """Advantages and returns of each own token of groups' attempts, by what a critic expects (`credit.gae`).
 
-    An attempt's steps are its own tokens in time order, path after path; its reward [S] comes with the last, and where
-    KL is part of the reward each token pays for its own (k1). One that was cut off (`cut_S`) is worth what the critic
-    expects after its last token, too.
+    An attempt's steps are its own tokens in time order, path after path; its reward [S] comes with the last, but for
+    what it is `paid` along the way, and where KL is part of the reward each token pays for its own (k1). One that was
+    cut off (`cut_S`) is worth what the critic expects after its last token, too.
     """
-    ends = iter(zip(reward_S.tolist(), cut_S, strict=True))
+    along: Sequence[Paid | None] = paid or [None] * len(cut_S)
+    ends = iter(zip(reward_S.tolist(), cut_S, along, strict=True))
     found = [_token_credit(group, one, ends, knobs) for group, one in zip(groups, values, strict=True)]
     advantages = [credit.advantage_U for of_group in found for credit in of_group]
     white = iter(whiten(advantages) if knobs["whiten_advantages"] else advantages)
@@ -159,9 +282,9 @@ def credit_tokens(
 
 
 def _token_credit(
-    group: RolloutGroup, values: Values, ends: Iterator[tuple[float, bool]], knobs: Mapping[str, Any]
+    group: RolloutGroup, values: Values, ends: Iterator[tuple[float, bool, Paid | None]], knobs: Mapping[str, Any]
 ) -> list[TokenCredit]:
-    """The credit of each attempt of a group; `ends` gives each one's reward, and whether it was cut off."""
+    """The credit of each attempt of a group; `ends` gives each one's reward, whether it was cut off, and its steps."""
     value_SU = _by_attempt(group, values.before)
     logprob_SU = ref_SU = [np.zeros_like(value_U) for value_U in value_SU]
     if _pays(knobs):
@@ -169,8 +292,9 @@ def _token_credit(
     how = {"gae_lambda": knobs["gae_lambda"], "discount": knobs["discount"]}
     credit = []
     for logprob_U, ref_U, value_U, after in zip(logprob_SU, ref_SU, value_SU, values.after, strict=True):
-        reward, cut = next(ends)
-        reward_U = penalised(reward, logprob_U, ref_U, kl_coef=knobs["kl_coef"])
+        reward, cut, steps = next(ends)
+        along_U = np.zeros_like(value_U) if steps is None else at_tokens(steps.reward_K, steps.token_K, len(value_U))
+        reward_U = along_U + penalised(reward - along_U.sum(), logprob_U, ref_U, kl_coef=knobs["kl_coef"])
         credit.append(gae(reward_U, value_U, float(after) if cut else 0.0, **how))
     return credit
 
@@ -198,30 +322,51 @@ def _detail(groups: Sequence[RolloutGroup], reward_S: Floats, knobs: Mapping[str
 
 
 def _advantages(
-    penalised_S: Floats, reward_S: Floats, group_S: NDArray[np.int64], knobs: Mapping[str, Any], baseline: Baseline
-) -> tuple[Credit, Baseline]:
-    """The advantage of each attempt, and the baseline of the next iteration."""
-    noise = float(knobs["min_spread"])
+    return_SK: Floats,
+    reward_S: Floats,
+    group_S: NDArray[np.int64],
+    knobs: Mapping[str, Any],
+    baselines: Sequence[Baseline],
+) -> tuple[Floats, Sequence[Baseline]]:
+    """The advantage of each step of each attempt, [S, K], and the baselines of the next iteration."""
+    noise, label_SK = float(knobs["min_spread"]), _by_step(group_S, return_SK)
     if noise:  # whether there is anything to choose is a question of rewards, not of KL
-        penalised_S = np.where(without_spread(reward_S, group_S, noise=noise), np.nan, penalised_S)
+        flat_S = without_spread(reward_S, group_S, noise=noise)
+        return_SK = np.where(flat_S[:, None], np.nan, return_SK)
+    flat = return_SK.ravel(), label_SK.ravel()
     match knobs["baseline"]:
         case "running":
-            return running_baseline(penalised_S, baseline)
+            return _over_earlier(return_SK, baselines)
         case "leave_one_out":
-            return leave_one_out(penalised_S, group_S), baseline
+            return leave_one_out(*flat).advantage_S.reshape(return_SK.shape), baselines
         case "group_mean":
-            return group_mean(penalised_S, group_S, scale=knobs["scale"]), baseline
+            divisor_S = divisor(return_SK[:, 0], group_S, knobs["scale"])
+            return group_mean(*flat).advantage_S.reshape(return_SK.shape) / divisor_S[:, None], baselines
         case _:
-            return Credit(np.nan_to_num(penalised_S), 0, 0), baseline
+            return np.nan_to_num(return_SK), baselines
+
+
+def _over_earlier(return_SK: Floats, baselines: Sequence[Baseline]) -> tuple[Floats, Sequence[Baseline]]:
+    """Advantages over running baselines, step by step; whoever had fewer steps, now or earlier, counts as 0 beyond."""
+    num_steps = return_SK.shape[1]
+    padded_SK = np.pad(return_SK, ((0, 0), (0, max(0, len(baselines) - num_steps))))
+    padded_SK[np.isnan(return_SK[:, 0])] = np.nan
+    unseen = Baseline(0.0, baselines[0].num if baselines else 0.0)
+    before = [*baselines, *[unseen] * (num_steps - len(baselines))]
+    found = [running_baseline(return_S, one) for return_S, one in zip(padded_SK.T, before, strict=True)]
+    advantage_SK = np.stack([credit.advantage_S for credit, _ in found], axis=1)
+    return advantage_SK[:, :num_steps], [after for _, after in found]
 
 
 def _kl(groups: Sequence[RolloutGroup]) -> Floats:
     """k1 of each attempt of the groups, nats, over its own tokens."""
-    sums = []
-    for group in groups:
-        logprobs = zip(_by_attempt(group, group.old_logprob), _by_attempt(group, group.ref_logprob), strict=True)
-        sums += [float((old_U - ref_U).sum()) for old_U, ref_U in logprobs]
-    return np.array(sums)
+    return np.array([float(kl_U.sum()) for group in groups for kl_U in _kl_of_tokens(group)])
+
+
+def _kl_of_tokens(group: RolloutGroup) -> list[Floats]:
+    """k1 of each own token of each attempt, [U] nats."""
+    logprobs = zip(_by_attempt(group, group.old_logprob), _by_attempt(group, group.ref_logprob), strict=True)
+    return [old_U - ref_U for old_U, ref_U in logprobs]
 
 
 def _by_attempt(group: RolloutGroup, arrays: Logprobs) -> list[Floats]:
@@ -241,13 +386,6 @@ def _by_path(group: RolloutGroup, own_SU: Sequence[Floats]) -> Logprobs:
             array[path.loss_mask] = next(rest)
             arrays.append(array)
     return tuple(arrays)
-
-
-def _spread(group: RolloutGroup, advantage: Floats) -> Logprobs:
-    """Each attempt's advantage at each of its own tokens, an array for each path."""
-    return tuple(
-        value * path.loss_mask for value, sample in zip(advantage, group.samples, strict=True) for path in sample
-    )
 
 
 def check_sampled(trajectory: Trajectory, paths: Sequence[Any]) -> None:

@@ -66,9 +66,15 @@ def iteration_tasks(run: Run, iteration: int) -> list[Task]:
     Raises:
         PrefloopError: there are no training tasks beside the guard's.
     """
+    num = run.settings.rollout.num_tasks
+    return training_tasks(run, iteration * num, num)
+
+
+def training_tasks(run: Run, begin: int, num: int) -> list[Task]:
+    """Training tasks by their place in the sequence that iterations take theirs from; as `iteration_tasks`."""
     settings, environment = run.settings, run.environment
-    num, reserved = settings.rollout.num_tasks, settings.guard.num_tasks
-    begin = (settings.sft.num_demonstrations if settings.sft else 0) + iteration * num
+    reserved = settings.guard.num_tasks
+    begin += settings.sft.num_demonstrations if settings.sft else 0
     there_are = environment.num_tasks(Split.TRAIN)
     if there_are is None:
         return list(environment.tasks(Split.TRAIN, num, first=reserved + begin))

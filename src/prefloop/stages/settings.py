@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from prefloop.chat import StepKind
 from prefloop.clients.sampling import SamplingSettings
 from prefloop.config import Settings
-from prefloop.credit.settings import RewardSettings
+from prefloop.credit.settings import RewardSettings, StepReward
 from prefloop.curation.settings import CurationSettings
 from prefloop.environments import EnvironmentSettings
 from prefloop.gateway.settings import GatewaySettings
@@ -61,12 +61,14 @@ class SFTSettings(TrainingSettings):
 class RolloutSettings(Settings):
     """How many trajectories an iteration rolls out, and how.
 
-    A unit of `tasks_per_unit` tasks is committed whole, or rolled out again whole after a crash.
+    A unit of `tasks_per_unit` tasks is committed whole, or rolled out again whole after a crash. In each of `redraws`
+    rounds other tasks take the place of those whose attempts have equal rewards.
     """
 
     num_tasks: int = Field(default=48, ge=1)
     samples_per_task: int = Field(default=SAMPLES_PER_TASK, ge=1)
     tasks_per_unit: int = Field(default=48, ge=1)
+    redraws: int = Field(default=0, ge=0)
     sampling: SamplingSettings = SamplingSettings()
 
     @property
@@ -126,6 +128,13 @@ class RunSettings(Settings):
     guard: GuardSettings = GuardSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
 
+    @property
+    def paid_steps(self) -> StepReward | None:
+        """How the judge's steps are paid to objectives of rollouts; None: its value comes with the last token."""
+        if self.judge.kind != "process" or not self.reward.judge or self.reward.steps == "whole":
+            return None
+        return self.reward.steps or "min"
+
     @model_validator(mode="before")
     @classmethod
     def _follows_recipes(cls, given: Any) -> Any:
@@ -160,9 +169,42 @@ class RunSettings(Settings):
                 f"{name} needs the probability of every token that could have been sampled: set "
                 "rollout.sampling.top_p to 1 and its temperature above 0"
             )
-        compares = resolve_knobs(name, self.train).get("baseline") in ("leave_one_out", "group_mean")
-        if self.rollout.samples_per_task < 2 and compares:
+        if self.rollout.samples_per_task < 2 and self._compares_attempts:
             raise ValueError(f"{name} compares attempts at one task: set rollout.samples_per_task to 2 or more")
+        return self
+
+    @property
+    def _compares_attempts(self) -> bool:
+        """Whether attempts at one task are the baseline of each other, so that equal rewards teach nothing."""
+        return resolve_knobs(self.train.algorithm, self.train).get("baseline") in ("leave_one_out", "group_mean")
+
+    @model_validator(mode="after")
+    def _steps_are_paid_by_who_knows_them(self) -> RunSettings:
+        reward, algorithm = self.reward, self.train.algorithm
+        if reward.steps is not None and self.judge.kind != "process":
+            raise ValueError("reward.steps should be left out: of the judges only one of kind 'process' scores steps")
+        if OBJECTIVES[algorithm].records != "rollouts":
+            return self
+        if self.paid_steps is None:
+            if resolve_knobs(algorithm, self.train).get("turn_discount", 1.0) != 1.0:
+                raise ValueError("train.turn_discount is of rewards of steps, which a judge of kind 'process' gives")
+            return self
+        if reward.clip is not None or reward.whiten:
+            raise ValueError("reward.clip and reward.whiten are of whole rewards: leave them out, or steps 'whole'")
+        if reward.steps is None and self.judge.process is not None and self.judge.process.aggregate != "min":
+            raise ValueError(
+                "reward.steps should be set: left out, steps are paid as their minimum; 'whole' pays what "
+                f"judge.process.aggregate {self.judge.process.aggregate!r} makes of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _redraws_for_who_compares(self) -> RunSettings:
+        if self.rollout.redraws and not self._compares_attempts:
+            raise ValueError(
+                f"rollout.redraws should be 0: {self.train.algorithm} learns from attempts with equal rewards, too; "
+                "'grpo' and 'rloo' do not"
+            )
         return self
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefloop.credit.groups import Baseline
+from prefloop.credit.steps import Paid
 from prefloop.losses.registry import objective, resolve_knobs
 from prefloop.records import Dataset, JSONObject, PrefloopError, Split, Valued
 from prefloop.stages.context import Run
@@ -19,6 +20,7 @@ from prefloop.stages.examples import Paths, example_of
 from prefloop.stages.rewarding import CUT_OFF, Credited, check_sampled, credit_groups
 from prefloop.stages.rollouts import iteration_rollouts
 from prefloop.stages.selecting import Corpus, Rows, Skips, read_corpus, rows_of_dataset
+from prefloop.stages.step_credit import paid_rollouts
 from prefloop.training.settings import UpdateSettings
 
 Floats = NDArray[np.floating[Any]]
@@ -118,7 +120,7 @@ def _of_rollouts(
     sampling = run.settings.rollout.sampling
     knobs = online_knobs(run, iteration, settings)
     algorithm = PolicyGradient(settings.algorithm, knobs, sampling.temperature, sampling.max_new_tokens)
-    attempts = _groups(rollouts)
+    attempts, num_lost = _groups(run, policy, rollouts)
     groups = attempts.groups
     options: dict[str, Any] = {"max_tokens": settings.max_tokens, "autocast": settings.precision == "bfloat16"}
     olds = logprobs_of(policy.model, groups, temperature=sampling.temperature, **options)
@@ -128,6 +130,8 @@ def _of_rollouts(
     gap = sampling_mismatch(*(torch.from_numpy(np.concatenate(own)) for own in _own_logprobs(groups)))
     credited = _credited(run, iteration, policy, replace(attempts, groups=groups), knobs)
     detail = {**credited.detail, "sampling_mismatch": asdict(gap)}
+    if attempts.paid:
+        detail["num_without_steps"] = num_lost
     return UpdateData(algorithm, list(credited.groups), [], detail=detail)
 
 
@@ -135,8 +139,8 @@ def _credited(run: Run, iteration: int, policy: Policy, attempts: Attempts, knob
     """What each token deserves, by a critic or by comparing attempts."""
     if objective(run.settings.train.algorithm).critic:
         return credit_by_critic(run, iteration, policy, attempts, knobs)
-    baseline = Baseline(**_credit_before(run, iteration).get("baseline", {}))
-    return credit_groups(attempts.groups, attempts.reward_S, knobs, baseline)
+    baselines = [Baseline(**one) for one in _credit_before(run, iteration).get("baselines", [])]
+    return credit_groups(attempts.groups, attempts.reward_S, knobs, baselines, attempts.paid)
 
 
 def _own_logprobs(groups: Sequence[RolloutGroup]) -> tuple[list[Floats], list[Floats]]:
@@ -165,13 +169,28 @@ def _credit_before(run: Run, iteration: int) -> JSONObject:
     return dict((run.found(iteration - 1, "train") or {}).get("credit", {})) if iteration else {}
 
 
-def _groups(rollouts: _Rollouts) -> Attempts:
-    """The attempts at each task together, and in their order what each was worth and whether it was cut off."""
+def _groups(run: Run, policy: Policy, rollouts: _Rollouts) -> tuple[Attempts, int]:
+    """The attempts at each task together, and in their order what each was worth and whether it was cut off.
+
+    Where steps are paid, with what each was paid along the way, and how many were left out because that is not known.
+
+    Raises:
+        PrefloopError: it is known of none; and as `check_sampled`.
+    """
     from prefloop.batch.examples import RolloutGroup
 
+    valued = [member for member in rollouts.rows.members if isinstance(member, Valued)]  # as rows of rollouts are
+    how, paid = run.settings.paid_steps, dict[str, Paid]()
+    known = valued
+    if how is not None:
+        paid = paid_rollouts(run, policy, how, valued, rollouts.corpus.trajectories, rollouts.paths)
+        known = [member for member in valued if member.trajectory_id in paid]
+        if not known:
+            raise PrefloopError(
+                f"the steps of none of {len(valued)} rollouts can be found in its tokens: set reward.steps to 'whole'"
+            )
     by_task: dict[str, list[Valued]] = {}
-    for member in rollouts.rows.members:
-        assert isinstance(member, Valued)  # as rows of rollouts are
+    for member in known:
         trajectory = rollouts.corpus.trajectories[member.trajectory_id]
         check_sampled(trajectory, rollouts.paths[trajectory.id])
         by_task.setdefault(trajectory.task_id, []).append(member)
@@ -181,7 +200,8 @@ def _groups(rollouts: _Rollouts) -> Attempts:
     ]
     members = [one for members in by_task.values() for one in members]
     cut_S = [rollouts.corpus.trajectories[one.trajectory_id].ended in CUT_OFF for one in members]
-    return Attempts(groups, np.array([one.value for one in members]), cut_S)
+    along = [paid[one.trajectory_id] for one in members] if paid else []
+    return Attempts(groups, np.array([one.value for one in members]), cut_S, along), len(valued) - len(known)
 
 
 def _split(rows: Rows, corpus: Corpus, settings: UpdateSettings) -> tuple[Rows, Rows, list[str]]:
