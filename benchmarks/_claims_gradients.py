@@ -20,12 +20,11 @@ from prefloop.stages.rewarding import credit_groups
 from prefloop.training.algorithms import make_algorithm
 from prefloop.training.step import TrainingStep
 
-ALGORITHMS = ("reinforce", "rloo", "ppo")
 PER_PROMPT = 4
 RATE = 1e-3
 TEST = 20
 PROMPTS_DRAW = 900
-CRITIC_ROUNDS = 10
+CRITIC_RATE, CRITIC_ROUNDS = 3e-3, 30
 
 ESTIMATORS: Mapping[str, Mapping[str, Any]] = {
     "plain": {"algorithm": "reinforce", "baseline": "none"},
@@ -36,17 +35,27 @@ ESTIMATORS: Mapping[str, Mapping[str, Any]] = {
 """All are unbiased for one gradient, that of the mean reward: PPO with λ = 1, a critic, and no whitening."""
 
 
+def _knobs(name: str) -> dict[str, Any]:
+    """What is set of an estimator's algorithm."""
+    return {key: value for key, value in ESTIMATORS[name].items() if key != "algorithm"}
+
+
+def _resolved(name: str) -> dict[str, Any]:
+    """All knobs of an estimator's algorithm."""
+    return resolve_knobs(ESTIMATORS[name]["algorithm"], LossSettings(kl_coef=0.0, **_knobs(name)))
+
+
 def gradient_variance(world: World, quick: bool) -> dict[str, float]:
     """The variance of gradients from the same attempts at the same prompts, half-way through a training.
 
     `variance_…`: the sum over parameters of the variance of one draw's gradient (the attempts are drawn again, the
     prompts stay), over the squared norm of the mean gradient of all draws.
     """
-    num_steps, num_prompts, num_draws = (2, 4, 3) if quick else (20, 32, 24)
+    num_steps, num_prompts, num_draws = (2, 4, 3) if quick else (20, 32, 16)
     halfway = train_online(world, "rloo", world.gold, num_steps=num_steps, learning_rate=RATE, prompts_per_step=32)
     halfway.requires_grad_(True)
     prompts = np.repeat(world.language.sentences(num_prompts, PROMPTS_DRAW, NUM_PROMPT), PER_PROMPT, axis=0)
-    estimates = _Estimates(halfway, _Critic.of(world.start, RATE))
+    estimates = _Estimates(halfway, _Critic.of(world.start, CRITIC_RATE))
     for draw in range(CRITIC_ROUNDS):
         estimates.prepare(_roll_out(world, halfway, prompts, 500_000 + draw, PER_PROMPT, world.gold))
     for draw in range(num_draws):
@@ -66,13 +75,12 @@ class _Estimates:
     def prepare(self, attempts: _Attempts) -> None:
         """What is carried from round to round: the running baseline and the critic."""
         self._credited("reinforce", attempts)
-        self.critic.credit(attempts, self._knobs("ppo"))
+        self.critic.credit(attempts, _resolved("ppo"))
 
     def add(self, attempts: _Attempts) -> None:
         """The gradient of each estimator from these attempts; the critic stays as it is."""
         for name, settings in ESTIMATORS.items():
-            knobs = {key: value for key, value in settings.items() if key != "algorithm"}
-            algorithm = make_algorithm(settings["algorithm"], kl_coef=0.0, **knobs)
+            algorithm = make_algorithm(settings["algorithm"], kl_coef=0.0, **_knobs(name))
             step = TrainingStep(self.policy, None, algorithm, torch.optim.SGD(self.policy.parameters(), lr=0.0))
             step.optimizer.zero_grad()
             step.gradient(self._credited(name, attempts))
@@ -81,16 +89,11 @@ class _Estimates:
 
     def _credited(self, name: str, attempts: _Attempts) -> Sequence[RolloutGroup]:
         if name == "ppo":
-            return self.critic._credited(attempts, self._knobs(name)).groups
-        credited = credit_groups(attempts.groups, attempts.rollouts.reward_S, self._knobs(name), self.baselines)
+            return self.critic._credited(attempts, _resolved(name)).groups
+        credited = credit_groups(attempts.groups, attempts.rollouts.reward_S, _resolved(name), self.baselines)
         if name == "reinforce":
             self.baselines = [Baseline(**one) for one in credited.detail["baselines"]]
         return credited.groups
-
-    @staticmethod
-    def _knobs(name: str) -> dict[str, Any]:
-        knobs = {key: value for key, value in ESTIMATORS[name].items() if key != "algorithm"}
-        return resolve_knobs(ESTIMATORS[name]["algorithm"], LossSettings(kl_coef=0.0, **knobs))
 
     def figures(self) -> dict[str, float]:
         """Total variance of each over the squared norm of the gradient itself; and how alike the means are."""
@@ -108,23 +111,26 @@ class _Estimates:
 
 def result_variance(world: World, quick: bool) -> dict[str, float]:
     """The spread of the true reward at the end over repetitions that differ in their draws alone."""
-    num_steps, num_repeats = (2, 2) if quick else (20, 4)
+    num_steps, num_repeats = (2, 2) if quick else (30, 4)
     found: dict[str, float] = {}
-    for algorithm in ALGORITHMS:
+    for name, settings in ESTIMATORS.items():
         ends = []
         for seed in range(num_repeats):
             policy = train_online(
                 world,
-                algorithm,
+                settings["algorithm"],
                 world.gold,
                 num_steps=num_steps,
                 learning_rate=RATE,
-                prompts_per_step=4 if quick else 16,
+                prompts_per_step=4 if quick else 8,
                 samples_per_prompt=PER_PROMPT,
+                kl_coef=0.0,
+                critic_learning_rate=CRITIC_RATE,
                 seed=seed,
+                **_knobs(name),
             )
-            ends.append(world.evaluate(policy, TEST, 64 if quick else 512)[0])
-        found[f"gold_{algorithm}"], found[f"spread_{algorithm}"] = float(np.mean(ends)), float(np.std(ends, ddof=1))
+            ends.append(world.evaluate(policy, TEST, 64 if quick else 1024)[0])
+        found[f"gold_{name}"], found[f"spread_{name}"] = float(np.mean(ends)), float(np.std(ends, ddof=1))
     return found
 
 

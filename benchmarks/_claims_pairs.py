@@ -6,9 +6,9 @@ import numpy as np
 from torch import nn
 
 from _claims_proxy import comparing
-from _language import NUM_COMPLETION, NUM_PROMPT, STOP, World, path_of
+from _language import NUM_COMPLETION, NUM_PROMPT, STOP, World, path_of, train_steps
 from _language_online import adamw, train_online
-from learning_offline import SWEEPS, learn, summary_of
+from learning_offline import SELECTION, SWEEPS
 from prefloop.batch.examples import PreferencePair
 from prefloop.clients.sampling import SamplingSettings
 from prefloop.models.sampler import LocalSampler
@@ -73,10 +73,14 @@ def compared(world: World, temperature: float, num: int) -> list[PreferencePair]
 
 
 def without_reference(world: World, quick: bool) -> dict[str, float]:
-    """DPO and SimPO on the same pairs, each at the best of three settings, as `learning_offline.py` finds it."""
+    """DPO and SimPO on the same 2,000 pairs and steps, each at the best of three settings on prompts for selection."""
     found: dict[str, float] = {}
     for method in ("dpo", "simpo"):
-        sweep = SWEEPS[method]
-        tried = [learn(world, method, setting, quick) for setting in (sweep[1:2] if quick else sweep)]
-        found |= {f"{name}_{method}": value for name, value in summary_of(tried).items()}
+        tried = []
+        for learning_rate, knobs in SWEEPS[method]:
+            algorithm, policy = make_algorithm(method, **knobs), world.copy_of_start()
+            num_steps, num = (2, 64) if quick else (60, 512)
+            train_steps(policy, algorithm, world.examples(algorithm), num_steps=num_steps, learning_rate=learning_rate)
+            tried.append((world.evaluate(policy, SELECTION, num)[0], world.evaluate(policy, TEST, num)))
+        _, (found[f"gold_{method}"], found[f"kl_{method}"]) = max(tried, key=lambda one: one[0])
     return found
