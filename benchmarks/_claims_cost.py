@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import nn
 
-from _claims_proxy import LAST, Proxy
+from _claims_shared import LAST, proxy_of
 from _language import World, train_steps
 from _language_online import Reward, Rollouts, train_online
 from prefloop.training.algorithms import make_algorithm
@@ -71,7 +71,7 @@ def cheaper(world: World, quick: bool) -> dict[str, float]:
     num_rounds = 3 if quick else 40
     found = by_dpo(world, quick).figures("dpo")
     climb = Climb()
-    proxy = Proxy(world, len(world.pairs), 3 if quick else 60)
+    proxy = proxy_of(world, len(world.pairs), quick)
     found["s_reward_model"] = climb.clock.seconds
     found |= by_ppo(world, proxy, climb, num_rounds, quick).figures("ppo")
     found |= by_ppo(world, world.gold, Climb(), num_rounds, quick).figures("ppo_true")

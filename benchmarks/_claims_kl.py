@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from _claims_proxy import LAST, Proxy, Trace
+from _claims_shared import LAST, Trace, proxy_of
 from _language import NUM_WORDS, Words, World, train_steps
 from _language_online import Reward, train_online
 from prefloop.training.algorithms import make_algorithm
@@ -19,7 +19,7 @@ PENALTY = 0.1
 
 def without_penalty(world: World, quick: bool) -> dict[str, float]:
     """RLOO on a reward model of few preferences, with KL in the reward and without."""
-    proxy = Proxy(world, PROXY_PAIRS, 3 if quick else 60)
+    proxy = proxy_of(world, PROXY_PAIRS, quick)
     found: dict[str, float] = {}
     for name, kl_coef in (("free", 0.0), ("penalised", PENALTY)):
         trace = _gradient(world, proxy, kl_coef, 60, quick)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import nn
 
-from _claims_proxy import comparing
+from _claims_shared import comparing
 from _language import NUM_COMPLETION, NUM_PROMPT, STOP, World, path_of, train_steps
 from _language_online import adamw, train_online
 from learning_offline import SELECTION, SWEEPS

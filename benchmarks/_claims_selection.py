@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from torch import nn
 
-from _claims_proxy import Proxy, Trace, best_and_worst, noisy
+from _claims_shared import Trace, best_and_worst, noisy, proxy_of
 from _language import NUM_PROMPT, Words, World, path_of
 from _language_online import Floats, Reward, Rollouts, adamw, train_online
 from prefloop.batch.examples import Demonstration
@@ -78,6 +79,7 @@ def best_of_each(score_PN: Floats, num: int) -> Words:
 
 JUDGE_PAIRS = 2000
 TAUGHT_RATE = 1e-3
+JUDGE_RATE = 1e-3
 ONLINE_RATE, ONLINE_BETA = 5e-4, 1.0
 PER_TASK = 4
 
@@ -125,8 +127,10 @@ def _implicit_reward(world: World, policy: Callable[[], nn.Module]) -> Reward:
 
 def by_reward_model(world: World, quick: bool, moves: bool) -> Trace:
     """A reward model judges; the moving one learns in each round from its own labels of the policy's attempts."""
-    proxy = Proxy(world, JUDGE_PAIRS, 3 if quick else 120)
-    step = TrainingStep(proxy.model.requires_grad_(True), None, proxy.algorithm, adamw(proxy.model, ONLINE_RATE))
+    proxy = proxy_of(world, JUDGE_PAIRS, quick)
+    model: Any = proxy.model.model
+    algorithm = make_algorithm("reward", center_coef=0.01)
+    step = TrainingStep(model.requires_grad_(True), None, algorithm, adamw(model, JUDGE_RATE))
 
     def at(number: int, model: nn.Module, rollouts: Rollouts) -> None:
         if moves:

@@ -18,13 +18,13 @@ def claims():
     try:
         import _claims_cost
         import _claims_kl
-        import _claims_proxy
         import _claims_selection
+        import _claims_shared
         import claims
     finally:
         sys.path.remove(BENCHMARKS)
     return SimpleNamespace(
-        cost=_claims_cost, kl=_claims_kl, proxy=_claims_proxy, selection=_claims_selection, script=claims
+        cost=_claims_cost, kl=_claims_kl, shared=_claims_shared, selection=_claims_selection, script=claims
     )
 
 
@@ -37,14 +37,14 @@ def test_the_best_of_each_prompt_are_kept(claims):
 def test_a_rater_compares_as_bradley_and_terry_say(claims):
     gold = np.tile([0.0, 1.0], 20_000)
     world = SimpleNamespace(seed=0, gold=lambda prompts, completions: gold)
-    rated = claims.proxy.comparing(world)(None, gold).reshape(-1, 2)
+    rated = claims.shared.comparing(world)(None, gold).reshape(-1, 2)
     assert (rated[:, 1] > rated[:, 0]).mean() == pytest.approx(1 / (1 + np.exp(-1)), abs=0.01)
 
 
 def test_pairs_are_of_the_best_and_the_worst_attempt(claims):
     prompts, completions = np.zeros((4, 4), np.int64), [np.full(3, i) for i in range(4)]
     rollouts = SimpleNamespace(prompts=prompts, completions=completions, reward_S=np.array([2.0, 5.0, 1.0, 1.0]))
-    (pair,) = claims.proxy.best_and_worst(rollouts, 2)  # at the second prompt nothing is better
+    (pair,) = claims.shared.best_and_worst(rollouts, 2)  # at the second prompt nothing is better
     assert (pair.chosen[0].token[-1], pair.rejected[0].token[-1]) == (1, 0)
 
 

@@ -1,50 +1,26 @@
-"""What the claims share: a reward model of few preferences, what a training went through, and a noisy judge."""
+"""What the claims share: reward models, what a training went through, and raters with noise."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import torch
-import transformers
 from torch import nn
 
-from _language import NUM_PROMPT, STOP, Words, World, path_of, train_steps
-from _language_online import Floats, Rollouts
+from _language import Words, World, path_of
+from _language_online import Floats, Reward, Rollouts
+from _overoptimisation_proxy import Fitting, Proxy, train_proxy
 from prefloop.batch.examples import PreferencePair
-from prefloop.models.reward import RewardModel
-from prefloop.training.algorithms import make_algorithm
 
-PROXY_DRAW = 3
 LAST = 5
 """Rounds at the end of a training over which its figures are averaged."""
 
 
-class Proxy:
-    """A reward model (Bradley-Terry) of the first preferences of a world; in sd of the start policy's completions."""
-
-    def __init__(self, world: World, num_pairs: int, num_steps: int) -> None:
-        config = copy.deepcopy(world.start.config)
-        config.num_labels, config.pad_token_id = 1, STOP + 1
-        torch.manual_seed(world.seed)
-        self.model: Any = transformers.LlamaForSequenceClassification(config)
-        self.model.model.load_state_dict(world.start.model.state_dict())
-        self.algorithm = make_algorithm("reward", center_coef=0.01)
-        pairs = world.pairs[:num_pairs]
-        train_steps(self.model, self.algorithm, pairs, num_steps=num_steps, learning_rate=1e-3)
-        self._mean, self._sd = 0.0, 1.0
-        prompts = world.language.sentences(512, PROXY_DRAW, NUM_PROMPT)
-        scores = self(prompts, world.sample(world.start, prompts, PROXY_DRAW))
-        self._mean, self._sd = float(scores.mean()), float(scores.std())
-
-    def __call__(self, prompts: Words, completions: Sequence[Words]) -> Floats:
-        """The score of each completion."""
-        scorer: Any = RewardModel(self.model, None)  # type: ignore[arg-type]
-        paths = [path_of(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
-        return np.asarray((scorer.sequence_scores(paths)[:, 0] - self._mean) / self._sd)
+def proxy_of(world: World, num_pairs: int, quick: bool) -> Proxy:
+    """A reward model of the first preferences of a world; more of them are learned from for longer."""
+    num_steps = 3 if quick else 40 if num_pairs < 1000 else 100
+    return train_proxy(world, world.pairs[:num_pairs], Fitting(1e-3, num_steps))
 
 
 @dataclass
@@ -78,7 +54,7 @@ class Trace:
         return float(np.mean(values[-LAST:]))
 
 
-def noisy(world: World, sd: float, draw: int = 0) -> Any:
+def noisy(world: World, sd: float, draw: int = 0) -> Reward:
     """A judge that sees the true reward with noise (normal); a new one has the same noise again."""
     rng = np.random.default_rng([world.seed, 21, draw])
 
@@ -88,7 +64,7 @@ def noisy(world: World, sd: float, draw: int = 0) -> Any:
     return reward
 
 
-def comparing(world: World, draw: int = 0) -> Any:
+def comparing(world: World, draw: int = 0) -> Reward:
     """A rater whose better of two is that of Bradley and Terry: the difference of two Gumbel variables is logistic."""
     rng = np.random.default_rng([world.seed, 22, draw])
 
