@@ -256,3 +256,17 @@ def test_groups_whose_rewards_differ_by_noise_teach_nothing(curated):
     found = credit_groups(groups.examples, np.array([v.value for v in data.valued]), quiet)
     assert found.detail["num_groups_without_spread"] == found.detail["num_groups"] == 4
     assert all(not array.any() for group in found.groups for array in group.advantage)
+
+
+def test_one_step_without_kl_in_the_reward_makes_no_pass_of_its_own(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("log-probs before the update were computed")
+
+    monkeypatch.chdir(tmp_path)
+    knobs = {"iterations": 1, "train__kl_coef": 0.0, "train__num_steps": 1, "train__batch_size": 4}
+    monkeypatch.setattr("prefloop.training.logprobs.logprobs_of", refuse)
+    with Store("runs/prefloop.db") as store:
+        run = Run(settings_of(**knobs), store)
+        run_loop(run)
+        gap = run.found(0, "train")["credit"]["sampling_mismatch"]
+    assert gap["mean"] < 1e-4 and gap["effective_share"] == pytest.approx(1.0, abs=1e-4)

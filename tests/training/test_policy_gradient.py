@@ -15,7 +15,7 @@ from prefloop.losses.registry import objective
 from prefloop.models.forward import forward
 from prefloop.training.algorithms import make_algorithm
 from prefloop.training.logprobs import logprobs_of, with_reference
-from prefloop.training.policy_gradient import PolicyGradient
+from prefloop.training.policy_gradient import PolicyGradient, reads_old_logprobs
 from prefloop.training.step import StepSettings, TrainingStep
 
 
@@ -192,5 +192,33 @@ def test_metrics_say_how_far_sampler_and_policy_are_off():
     masks = [torch.from_numpy(one.loss_mask[1:]) for group in groups for sample in group.samples for one in sample]
     flat = torch.cat([x[m] for x, m in zip([x for xs in own for x in xs], masks, strict=True)]).detach().numpy()
     assert metrics["sampling_mismatch"] == pytest.approx(np.abs(flat - sampled).mean(), rel=1e-4)
+    weight = np.exp((flat - sampled).astype(np.float64))
+    share = weight.mean() ** 2 / (weight**2).mean()
+    assert metrics["effective_share"] == pytest.approx(share, rel=1e-4) and share < 0.9
     assert 0 < metrics["entropy"] < np.log(VOCAB)
     assert make_algorithm("grpo").knobs["clip_high"] == 0.28
+
+
+@pytest.mark.parametrize("name", ["reinforce", "rloo", "grpo"])
+@pytest.mark.parametrize("knobs", [{}, {"kl_as": "k3", "mismatch": "sequence"}])
+def test_a_first_step_needs_no_pass_for_the_log_probs_before_it(name, knobs):
+    """Its own are those: loss, gradient and metrics are as with the policy's log-probs computed before."""
+    model, groups = tiny_model(dtype=torch.float64), groups_of()
+    reference = perturbed(model)
+    algorithm = algorithm_of(name, temperature=0.8, **knobs)
+    olds = logprobs_of(model, groups, temperature=0.8)
+    scored = [replace(group, old_logprob=old) for group, old in zip(groups, olds, strict=True)]
+    without, ours = gradient_of(model, algorithm, groups, reference)
+    with_pass, theirs = gradient_of(model, algorithm, scored, reference)
+    assert without == pytest.approx(with_pass, rel=1e-9, abs=1e-9)
+    assert relative_error(ours, theirs) < 1e-9
+
+
+@pytest.mark.parametrize(("num_steps", "knobs", "reads"), [
+    (1, {"kl_coef": 0.0, "kl_as": "reward"}, False),
+    (1, {"kl_coef": 0.1, "kl_as": "k2"}, False),
+    (1, {"kl_coef": 0.1, "kl_as": "reward"}, True),
+    (2, {"kl_coef": 0.0, "kl_as": "reward"}, True),
+])  # fmt: skip
+def test_log_probs_before_an_update_are_read_by_kl_in_the_reward_and_by_later_steps(num_steps, knobs, reads):
+    assert reads_old_logprobs(knobs, num_steps) is reads

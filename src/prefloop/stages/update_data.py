@@ -115,7 +115,8 @@ def _of_rollouts(
 
     from prefloop.losses.mismatch import sampling_mismatch
     from prefloop.training.logprobs import logprobs_of
-    from prefloop.training.policy_gradient import PolicyGradient
+    from prefloop.training.policy_gradient import PolicyGradient, reads_old_logprobs
+    from prefloop.training.trainer import count_steps
 
     sampling = run.settings.rollout.sampling
     knobs = online_knobs(run, iteration, settings)
@@ -123,16 +124,28 @@ def _of_rollouts(
     attempts, num_lost = _groups(run, policy, rollouts)
     groups = attempts.groups
     options: dict[str, Any] = {"max_tokens": settings.max_tokens, "autocast": settings.precision == "bfloat16"}
-    olds = logprobs_of(policy.model, groups, temperature=sampling.temperature, **options)
-    groups = [replace(group, old_logprob=old) for group, old in zip(groups, olds, strict=True)]
+    mismatch: JSONObject = {}  # without this pass the one step tells it: `with_mismatch`
+    if reads_old_logprobs(knobs, count_steps(settings, len(groups))):
+        olds = logprobs_of(policy.model, groups, temperature=sampling.temperature, **options)
+        groups = [replace(group, old_logprob=old) for group, old in zip(groups, olds, strict=True)]
+        gap = sampling_mismatch(*(torch.from_numpy(np.concatenate(own)) for own in _own_logprobs(groups)))
+        mismatch["sampling_mismatch"] = asdict(gap)
     if knobs["kl_coef"]:
         groups = _with_reference(run, reference, settings, sampling.temperature)(groups)
-    gap = sampling_mismatch(*(torch.from_numpy(np.concatenate(own)) for own in _own_logprobs(groups)))
     credited = _credited(run, iteration, policy, replace(attempts, groups=groups), knobs)
-    detail = {**credited.detail, "sampling_mismatch": asdict(gap)}
+    detail = {**credited.detail, **mismatch}
     if attempts.paid:
         detail["num_without_steps"] = num_lost
     return UpdateData(algorithm, list(credited.groups), [], detail=detail)
+
+
+def with_mismatch(credit: JSONObject, history: Sequence[Mapping[str, float]]) -> JSONObject:
+    """What is noted of credit, with how far sampler and trainer disagree, by its first step unless it is there."""
+    if "sampling_mismatch" in credit or not history or "effective_share" not in history[0]:
+        return credit
+    first = history[0]
+    found = {"mean": first["sampling_mismatch"], "effective_share": first["effective_share"]}
+    return {**credit, "sampling_mismatch": found}
 
 
 def _credited(run: Run, iteration: int, policy: Policy, attempts: Attempts, knobs: Mapping[str, Any]) -> Credited:

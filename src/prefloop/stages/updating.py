@@ -14,7 +14,7 @@ from prefloop.stages.context import BEFORE, Run
 from prefloop.stages.curating import dataset_of
 from prefloop.stages.evaluating import Evaluated, guard_evaluation, kl_detail
 from prefloop.stages.selecting import Rows
-from prefloop.stages.update_data import UpdateData, rows_to_learn, update_data, why_nothing_to_learn
+from prefloop.stages.update_data import UpdateData, rows_to_learn, update_data, why_nothing_to_learn, with_mismatch
 from prefloop.stats.intervals import Interval
 from prefloop.training.settings import UpdateSettings
 
@@ -129,7 +129,8 @@ def _attempt(
     evaluated, decision = (None, Decision(False, failure)) if failure else _guard(run, policy, success_before)
     warnings = [*data.warnings, *result.warnings]
     kept = policy if decision.accepted else None
-    return _Attempt(number, kept, settings.learning_rate, result, warnings, evaluated, decision, data.detail)
+    credit = with_mismatch(data.detail, result.history)
+    return _Attempt(number, kept, settings.learning_rate, result, warnings, evaluated, decision, credit)
 
 
 def _fit(

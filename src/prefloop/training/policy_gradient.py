@@ -147,6 +147,16 @@ class PolicyGradient(OwnTokens):
             case _:
                 return tokens.sums(value_U)
 
+    def _mismatch(self, tokens: _Tokens, batch: PackedBatch) -> dict[str, Tensor]:
+        """Of each token [U]: how far the sampler is off, and the weight that corrects it, with its square.
+
+        The step makes `effective_share` of the last two.
+        """
+        gap_U = (tokens.old_logprob_U - batch.sampled_logprob_V[tokens.visit_U]).double()
+        gap_U = torch.where(gap_U.isnan(), 0.0, gap_U)
+        weight_U = torch.exp(gap_U)
+        return {"sampling_mismatch": gap_U.abs(), "sampling_weight": weight_U, "sampling_weight_squared": weight_U**2}
+
     @torch.no_grad()
     def _metrics(self, tokens: _Tokens, batch: PackedBatch, output_V: Tensor) -> dict[str, Tensor]:
         """Of each unit: how far the policy has moved, what was clipped, and how far the sampler is off."""
@@ -155,9 +165,7 @@ class PolicyGradient(OwnTokens):
         def of_unit(value_U: Tensor) -> Tensor:
             return value_U if by_token else tokens.means(value_U)
 
-        sampled_U = batch.sampled_logprob_V[tokens.visit_U]
-        gap_U = (tokens.old_logprob_U - sampled_U).abs()
-        metrics = {"sampling_mismatch": of_unit(torch.where(gap_U.isnan(), 0.0, gap_U))}
+        metrics = {name: of_unit(value_U) for name, value_U in self._mismatch(tokens, batch).items()}
         if self.knobs["ratio"] == "token":
             ratio, advantage = token_ratio(tokens.logprob_U, tokens.old_logprob_U), tokens.advantage_U
         else:
@@ -170,3 +178,12 @@ class PolicyGradient(OwnTokens):
         if output_V.ndim == 2:
             metrics["entropy"] = of_unit(output_V[tokens.visit_U, 1])
         return metrics
+
+
+def reads_old_logprobs(knobs: Mapping[str, Any], num_steps: int) -> bool:
+    """Whether an update of so many steps needs the policy's log-probs of its rollouts before it begins.
+
+    KL as part of the reward reads them before the first step, and every later step needs them for its ratios. Those of
+    a first step are its own: a pass before it would say again what it computes.
+    """
+    return num_steps > 1 or bool(knobs["kl_coef"] and knobs["kl_as"] == "reward")

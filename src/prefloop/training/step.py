@@ -394,6 +394,8 @@ class _Totals:
         found = {name: float(total / weight) for name, (total, weight) in self._sums.items() if weight > 0}
         if {"rewards/chosen", "rewards/rejected"} <= found.keys():  # of labelled samples, too, which make no pairs
             found.setdefault("rewards/margins", found["rewards/chosen"] - found["rewards/rejected"])
+        if "sampling_weight" in found:  # (Σ w)² / (N Σ w²)
+            found["effective_share"] = found.pop("sampling_weight") ** 2 / found.pop("sampling_weight_squared")
         return {"loss": float(self._loss), **found}
 
 
