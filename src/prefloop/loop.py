@@ -16,7 +16,7 @@ from prefloop.stages.judging import judge_stage
 from prefloop.stages.redrawing import redraw_stage
 from prefloop.stages.rollouts import awaits_episodes, rollout_stage
 from prefloop.stages.start import start_policy
-from prefloop.stages.updating import train_stage
+from prefloop.stages.updating import check_progress, train_stage
 
 
 def run_loop(run: Run) -> JSONObject:
@@ -26,6 +26,7 @@ def run_loop(run: Run) -> JSONObject:
 
     Raises:
         PrefloopError: another process holds the run, its settings changed, or a stage cannot be done.
+        DivergedError: updates were taken back in too many iterations in a row.
     """
     with opened(run):
         run.check()  # a judge without a key should not fail after an hour of rollouts
@@ -34,6 +35,8 @@ def run_loop(run: Run) -> JSONObject:
         for iteration in range(run.settings.iterations):
             if iteration and awaits_episodes(run, iteration):
                 return {}
+            if run.found(iteration, "train") is None:
+                check_progress(run, iteration)  # before its rollouts are made for nothing
             rollout_stage(run, iteration)
             judge_stage(run, iteration)
             redraw_stage(run, iteration)
@@ -43,14 +46,19 @@ def run_loop(run: Run) -> JSONObject:
 
 
 def finish(run: Run) -> JSONObject:
-    """Evaluate the end policy and compare it with the start."""
+    """Evaluate the end policy and compare it with the start.
+
+    Raises:
+        DivergedError: the last updates were all taken back.
+    """
     shutil.rmtree(run.directory / "training", ignore_errors=True)  # what a kill right after an update left
     last = run.settings.iterations
-    start, end = run.checkpoint_before(0), run.checkpoint_before(last)
-    evaluate_stage(run, last, end)
     found = run.found(last, "finish")
     if found is not None:
         return found
+    check_progress(run, last)
+    start, end = run.checkpoint_before(0), run.checkpoint_before(last)
+    evaluate_stage(run, last, end)
     seconds: dict[str, float] = {}
     for event in run.store.events(run.id):
         spent = event["detail"].get("seconds", 0.0)

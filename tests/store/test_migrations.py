@@ -137,7 +137,7 @@ def test_a_dataset_of_the_first_schema_is_read_as_it_was(tmp_path: Path):
     with sqlite3.connect(path) as connection:
         for column in ("margin", "tied", "labelled", "desirable", "value"):
             connection.execute(f"ALTER TABLE dataset_member DROP COLUMN {column}")
-        for table in ("step_metrics", "logprob"):
+        for table in ("step_metrics", "logprob", "rollout_age"):
             connection.execute(f"DROP TABLE {table}")
         _without_threads(connection)
         connection.execute("UPDATE alembic_version SET version_num = '0001'")
@@ -161,6 +161,7 @@ def test_a_table_that_is_made_anew_keeps_its_rows_and_those_that_refer_to_them(t
     with sqlite3.connect(path) as connection:
         _without_threads(connection)
         connection.execute("ALTER TABLE dataset_member DROP COLUMN value")
+        connection.execute("DROP TABLE rollout_age")
         connection.execute("UPDATE alembic_version SET version_num = '0003'")
     late = replace(before[0], id="late", ended=Ended.DEADLINE, threads=(Thread(0, 1, 1, ({"name": "t"},)),))
     with Store(str(path)) as store:

@@ -40,6 +40,8 @@ def logs(name, by):
     match by:
         case "all":
             return True
+        case "policies":
+            return found.of_policy
         case "pairs":
             return found.records == "pairs" and found.of_policy
         case "nll_coef":
@@ -114,7 +116,7 @@ def test_each_objective_logs_what_the_page_says_and_nothing_else(tmp_path, name)
 def test_the_page_knows_nothing_that_nobody_logs():
     by_whom = {by for logged_by in documented().values() for by in logged_by}
     of_preferences = {"pairs", "kto", "reward", "process_reward", "nll_coef"}
-    assert by_whom == {"all", "rollouts", "rloo", "grpo", "ppo", "entropy_coef", "critic"} | of_preferences
+    assert by_whom == {"all", "policies", "rollouts", "rloo", "grpo", "ppo", "entropy_coef", "critic"} | of_preferences
     assert BETTER.keys() <= documented().keys()
     text = PAGE.read_text(encoding="utf-8")
     for way in ("lower", "higher"):

@@ -51,6 +51,7 @@ CIRCUMSTANTIAL: dict[str, Any] = {
     "environment": RUN_LIMITS,
     "gateway": {"port", "max_queue", "max_episodes", "max_body_bytes", "request_deadline_s"},
     "judge": {"failure_budget": True, "group_size": True, "llm": PAYING},
+    "guard": {"max_rolled_back"},
 }
 """Settings that may change while a run goes on, since no result depends on them: where things are, how servers are
 reached, and how long and how often something is tried. Deadlines of episodes are not among them: an episode that ends

@@ -83,8 +83,7 @@ def update_data(
     corpus = read_corpus(run.store, rows)
     found = run.policies.paths(policy, list(corpus.trajectories.values()), corpus.tasks)
     paths = dict(zip(corpus.trajectories, found, strict=True))
-    of_start = settings.reference == "start" and not objective(settings.algorithm).self_play
-    reference = run.checkpoint_before(0) if of_start else before
+    reference = run.checkpoint_before(0) if settings.reference == "start" else before
     if objective(settings.algorithm).records == "rollouts":
         return _of_rollouts(run, policy, iteration, reference, _Rollouts(rows, corpus, paths), settings)
 

@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefloop.evaluation.guard import Decision, evaluation_guard, kl_guard
-from prefloop.records import Checkpoint, Dataset, DivergedError, JSONObject, PrefloopError
+from prefloop.losses.registry import objective
+from prefloop.records import Checkpoint, Dataset, DivergedError, JSONObject, PrefloopError, counted
 from prefloop.rollout import derived_seed
+from prefloop.stages.ages import Fresh, fresh_rows
 from prefloop.stages.context import BEFORE, Run
 from prefloop.stages.curating import dataset_of
 from prefloop.stages.evaluating import Evaluated, guard_evaluation, kl_detail
+from prefloop.stages.looking import ID_LENGTH
 from prefloop.stages.selecting import Rows
 from prefloop.stages.update_data import UpdateData, rows_to_learn, update_data, why_nothing_to_learn, with_mismatch
 from prefloop.stats.intervals import Interval
+from prefloop.store.ages import add_ages
 from prefloop.training.settings import UpdateSettings
 
 if TYPE_CHECKING:
@@ -50,6 +54,8 @@ class _Attempt:
             "kl_se": kl.per_trajectory_se if kl else None,
             "success": _plain(self.evaluated.success) if self.evaluated else None,
             **self.decision.to_dict(),
+            "steps": len(self.result.history),
+            "stopped": self.result.stopped,
             "skipped": [asdict(skipped) for skipped in self.result.skipped],
         }
 
@@ -59,9 +65,11 @@ def train_stage(run: Run, iteration: int) -> None:
 
     Raises:
         PrefloopError: the iteration is not curated yet, or the policy is served and has no weights here.
+        DivergedError: as `check_progress`.
     """
     if run.found(iteration, STAGE) is not None:
         return
+    check_progress(run, iteration)
     if run.settings.policy.server is not None:
         raise PrefloopError(
             f"run {run.settings.name}: the weights of a served policy are not here to be trained; "
@@ -71,15 +79,18 @@ def train_stage(run: Run, iteration: int) -> None:
     settings = run.settings.train
     before = run.checkpoint_before(iteration)
     dataset = dataset_of(run, iteration, settings.algorithm)
-    rows = rows_to_learn(run, dataset, settings)
+    found = rows_to_learn(run, dataset, settings)
     with run.recorded(iteration, STAGE) as detail:
+        fresh = fresh_rows(run, before, found, settings.max_age)
         detail |= {"algorithm": settings.algorithm, "dataset_id": dataset.id}
-        if reason := why_nothing_to_learn(rows, settings):
+        detail["age"] = fresh.to_dict(settings.num_epochs)
+        if reason := _why_not(found, fresh, settings):
             detail |= {"checkpoint_id": before, "steps": 0, "attempts": [], "rolled_back": False, "loss": []}
             detail["reason"] = reason
             run.store.add_event(run.id, iteration, GUARD, _guarded(run, iteration - 1))
             return
-        attempts = _attempts(run, iteration, before, dataset, rows)
+        add_ages(run.store, run.id, iteration, fresh.ages)
+        attempts = _attempts(run, iteration, before, dataset, fresh)
         last = attempts[-1]
         accepted = last.decision.accepted
         guarded = _guarded(run, iteration - 1)
@@ -98,7 +109,54 @@ def train_stage(run: Run, iteration: int) -> None:
     shutil.rmtree(_states(run, iteration), ignore_errors=True)
 
 
-def _attempts(run: Run, iteration: int, before: str, dataset: Dataset, rows: Rows) -> list[_Attempt]:
+def check_progress(run: Run, iteration: int) -> None:
+    """See that the last updates before an iteration were not all taken back; nothing is done that would be again.
+
+    Raises:
+        DivergedError: those of the last `guard.max_rolled_back` iterations were.
+    """
+    refused: list[JSONObject] = []
+    for number in reversed(range(iteration)):
+        trained = run.found(number, STAGE)
+        if trained is None or not trained["rolled_back"]:
+            break
+        refused.insert(0, trained)
+    if len(refused) < run.settings.guard.max_rolled_back:
+        return
+    last = refused[-1]
+    checkpoint = run.store.checkpoint(last["checkpoint_id"])
+    assert checkpoint is not None
+    rates = " and ".join(f"{attempt['learning_rate']:.3g}" for attempt in (last["attempts"][0], last["attempts"][-1]))
+    raise DivergedError(
+        f"run {run.settings.name} stops: the updates of its last {counted(len(refused), 'iteration')} were all taken "
+        f"back (the last one: {last['attempts'][-1]['reason']}); the last good policy is checkpoint "
+        f"{checkpoint.id[:ID_LENGTH]} in {checkpoint.path}: go on from it under another name (policy.model = that "
+        f"folder) with a learning rate below those that were tried ({rates}), or let this run try on by a greater "
+        "guard.max_rolled_back"
+    )
+
+
+def _why_not(found: Rows, fresh: Fresh, settings: UpdateSettings) -> str:
+    """Why there is nothing to learn; empty where there is."""
+    reason = why_nothing_to_learn(fresh.rows, settings)
+    if reason and fresh.num_too_old and not why_nothing_to_learn(found, settings):
+        return f"{reason}: {counted(fresh.num_too_old, 'rollout')} left out, older than train.max_age allows"
+    return reason
+
+
+def _max_update_kl(run: Run, fresh: Fresh, settings: UpdateSettings) -> float | None:
+    """How far the update may go, where that can be told: how likely the policy before it found the tokens is known.
+
+    Objectives of rollouts compute it; for the others it is what the sampler said, if it drew from the policy itself.
+    """
+    sampling = run.settings.rollout.sampling
+    drawn_as_is = sampling.temperature == 1.0 and sampling.top_p == 1.0 and fresh.all_of_now
+    if objective(settings.algorithm).records == "rollouts" or drawn_as_is:
+        return run.settings.guard.max_update_kl
+    return None
+
+
+def _attempts(run: Run, iteration: int, before: str, dataset: Dataset, fresh: Fresh) -> list[_Attempt]:
     guard, settings = run.settings.guard, run.settings.train
     success_before = _success_before(run, iteration)
     learning_rate = settings.learning_rate
@@ -107,7 +165,7 @@ def _attempts(run: Run, iteration: int, before: str, dataset: Dataset, rows: Row
     attempts: list[_Attempt] = []
     for number in range(guard.max_retries + 1):
         gentler = settings.model_copy(update={"learning_rate": learning_rate * guard.retry_factor**number})
-        attempts.append(_attempt(run, iteration, before, dataset, rows, gentler, number, success_before))
+        attempts.append(_attempt(run, iteration, before, dataset, fresh, gentler, number, success_before))
         if attempts[-1].decision.accepted:
             break
     return attempts
@@ -118,14 +176,15 @@ def _attempt(
     iteration: int,
     before: str,
     dataset: Dataset,
-    rows: Rows,
+    fresh: Fresh,
     settings: UpdateSettings,
     number: int,
     success_before: Interval | None,
 ) -> _Attempt:
     policy = run.policies.take(before)
-    data = update_data(run, policy, iteration, before, rows, settings)
-    result, failure = _fit(run, iteration, policy, data, settings, number, f"{before} {dataset.id}")
+    data = update_data(run, policy, iteration, before, fresh.rows, settings)
+    limit = _max_update_kl(run, fresh, settings)
+    result, failure = _fit(run, iteration, policy, data, settings, limit, number, f"{before} {dataset.id}")
     evaluated, decision = (None, Decision(False, failure)) if failure else _guard(run, policy, success_before)
     warnings = [*data.warnings, *result.warnings]
     kept = policy if decision.accepted else None
@@ -134,7 +193,14 @@ def _attempt(
 
 
 def _fit(
-    run: Run, iteration: int, policy: Policy, data: UpdateData, settings: UpdateSettings, number: int, identity: str
+    run: Run,
+    iteration: int,
+    policy: Policy,
+    data: UpdateData,
+    settings: UpdateSettings,
+    max_update_kl: float | None,
+    number: int,
+    identity: str,
 ) -> tuple[TrainingResult, str]:
     """Train the policy; returns what it came to, and why it diverged (empty where it did not)."""
     from prefloop.training.trainer import TrainingDivergedError, train
@@ -153,6 +219,7 @@ def _fit(
                 identity=identity,
                 state_directory=_states(run, iteration),
                 held_out=data.held_out,
+                max_update_kl=max_update_kl,
                 writers=writers,
                 on_step=lambda step, _, metrics: run.progress.advance(step, f"loss {metrics.get('loss', 0):.3f}"),
             )

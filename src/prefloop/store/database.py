@@ -18,7 +18,7 @@ from prefloop.records import PrefloopError
 
 BUSY_TIMEOUT_S = 30.0
 WAL_SAFE_SINCE = (3, 51, 3)  # earlier libraries can corrupt a database in WAL mode when two processes write
-HEAD = "0005"
+HEAD = "0006"
 
 
 def store_url(location: str) -> str:

@@ -282,6 +282,16 @@ step_metrics = Table(
     Column("metrics", Json, nullable=False),
 )
 
+rollout_age = Table(
+    "rollout_age",
+    metadata,
+    Column("run_id", Text, ForeignKey("run.id"), primary_key=True),
+    Column("iteration", Integer, primary_key=True),
+    Column("trajectory_id", Text, ForeignKey("trajectory.id"), primary_key=True),
+    Column("age", Integer, nullable=True),
+    CheckConstraint("age >= 0", name="not_of_the_future"),
+)
+
 logprob = Table(
     "logprob",
     metadata,

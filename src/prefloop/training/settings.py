@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from prefloop.config import BY_RECIPE, Settings
-from prefloop.losses.registry import objective, resolve_knobs
+from prefloop.losses.registry import OBJECTIVES, objective, resolve_knobs
 from prefloop.losses.settings import LossSettings
 from prefloop.records import PrefloopError, counted
 from prefloop.training.metrics import BETTER, telling_metrics
@@ -115,13 +116,24 @@ class UpdateSettings(TrainingSettings, LossSettings):
     """The update of the policy in each iteration: an objective with its knobs.
 
     `decay` lowers the learning rate over the iterations. The reference is the policy that the loop started from
-    ("start") or the one before the update ("previous"). `critic` is of `ppo` alone.
+    ("start") or the one before the update ("previous", of `spin` where it is left out). A rollout that more than
+    `max_age` updates lie behind is not learned from (None: however old). `critic` is of `ppo` alone.
     """
 
     algorithm: str = "dpo"
     reference: Literal["start", "previous"] = "start"
     decay: Literal["none", "linear"] = "linear"
+    max_age: int | None = Field(default=4, ge=0)
     critic: CriticSettings | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plays_against_itself(cls, given: Any) -> Any:
+        """The opponent of self-play is the policy before the update; so is its reference unless another is named."""
+        name = given.get("algorithm") if isinstance(given, Mapping) else None
+        if not isinstance(name, str) or name not in OBJECTIVES or not objective(name).self_play:
+            return given
+        return {"reference": "previous", **given}
 
     @model_validator(mode="after")
     def _trains_a_policy(self) -> UpdateSettings:
@@ -179,7 +191,11 @@ class GuardSettings(Settings):
     fall by more than `max_drop` against the policy before, nor the KL to the start policy exceed `max_kl` nats a
     trajectory. `kl` says how that is estimated: over the whole vocabulary at each of the policy's own tokens, or from
     the sampled ones alone (k1), for half the forwards and with a larger error. Each of `max_retries` retries multiplies
-    the learning rate by `retry_factor`; after the last the policy stays as it was.
+    the learning rate by `retry_factor`; after the last the policy stays as it was. The run stops after
+    `max_rolled_back` iterations in a row that ended so.
+
+    An update ends early, as it is, once the policy has moved by more than `max_update_kl` nats a token from the one
+    that wrote what it learns from: beyond, those tokens say little about it.
     """
 
     num_tasks: int = Field(default=256, ge=2)
@@ -188,3 +204,5 @@ class GuardSettings(Settings):
     kl: Literal["vocabulary", "sampled"] = "vocabulary"
     max_retries: int = Field(default=2, ge=0)
     retry_factor: float = Field(default=0.5, gt=0, lt=1)
+    max_update_kl: float | None = Field(default=None, gt=0)
+    max_rolled_back: int = Field(default=3, ge=1)

@@ -47,14 +47,16 @@ class TrainingResult:
 
     `history` holds the metrics of each step, `evaluations` those of the held-out rows, of which the one after
     `best_step` steps was the best (None: nothing was held out). With patience the weights are those of `best_step`,
-    else the last ones; `stopped_early` says that patience ended. `skipped` are the steps that were not taken,
-    `warnings` what to look at, `chosen_fell` whether one of them is of chosen completions that become unlikely.
+    else the last ones; `stopped_early` says that patience ended, `stopped` how far the policy had moved where that
+    ended the training (empty: it did not). `skipped` are the steps that were not taken, `warnings` what to look at,
+    `chosen_fell` whether one of them is of chosen completions that become unlikely.
     """
 
     history: list[Metrics] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     best_step: int | None = None
     stopped_early: bool = False
+    stopped: str = ""
     skipped: list[SkippedStep] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     chosen_fell: bool = False
@@ -72,6 +74,7 @@ class TrainingResult:
             "evaluations": [asdict(evaluation) for evaluation in self.evaluations],
             "best_step": self.best_step,
             "stopped_early": self.stopped_early,
+            "stopped": self.stopped,
             "skipped": [asdict(skipped) for skipped in self.skipped],
             "warnings": list(self.warnings),
         }

@@ -29,6 +29,7 @@ from prefloop.batch.layout import Layout
 from prefloop.batch.packed import PackedBatch, Unit
 from prefloop.batch.packing import pack_group, split_examples
 from prefloop.batch.pieces import Piece
+from prefloop.losses.kl import k2
 from prefloop.models.attention import causal_model, disable_dropout, sharing, why_not_shared
 from prefloop.models.forward import LOGIT_BUDGET, forward, layout_for
 from prefloop.models.sparing import sparing
@@ -53,7 +54,8 @@ class StepSettings:
 
     `max_tokens` computed tokens in a micro-batch; `max_grad_norm` the global norm that gradients are clipped to
     (infinity: never); `logit_budget` bytes of logits kept for the backward pass; `max_skipped` steps in a row
-    that may be skipped because they were not finite; `autocast` to bfloat16, with weights as they are.
+    that may be skipped because they were not finite; `autocast` to bfloat16, with weights as they are; `max_update_kl`
+    nats a token by which the policy may have moved from the one that wrote what it learns from.
     """
 
     max_tokens: int = 16384
@@ -61,6 +63,7 @@ class StepSettings:
     logit_budget: int = LOGIT_BUDGET
     max_skipped: int = 3
     autocast: bool = False
+    max_update_kl: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,10 @@ class Skipped:
     loss: float
     grad_norm: float
     rows: tuple[str, ...]
+
+
+class MovedEnoughError(PrefloopError):
+    """The policy has moved as far as one update may (`max_update_kl`): the step was not taken."""
 
 
 class _Packed(NamedTuple):
@@ -127,10 +134,12 @@ class TrainingStep:
             PrefloopError: examples of the wrong kind, no reference where one is needed, weights that sum to 0; and
                 as `pack`.
             DivergedError: more than `max_skipped` steps in a row are not finite.
+            MovedEnoughError: the policy has moved by more than `max_update_kl` before this step; no weight changes.
         """
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         metrics = self.gradient(examples, seed=seed)
+        self._check_distance(metrics)
         max_norm = self.settings.max_grad_norm
         grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, max_norm).item()
         if not math.isfinite(grad_norm) or not math.isfinite(metrics["loss"]):
@@ -138,6 +147,15 @@ class TrainingStep:
         self.optimizer.step()
         self.num_skipped_in_a_row = 0
         return {**metrics, "grad_norm": grad_norm, "skipped": 0.0}
+
+    def _check_distance(self, metrics: Mapping[str, float]) -> None:
+        moved, limit = metrics.get("update_kl", 0.0), self.settings.max_update_kl
+        if moved > limit:
+            self.optimizer.zero_grad(set_to_none=True)
+            raise MovedEnoughError(
+                f"stopped early: the policy had moved {moved:.3g} nats a token (update_kl) from the one that wrote "
+                f"what it learns from, more than guard.max_update_kl ({limit:g})"
+            )
 
     def gradient(self, examples: Sequence[Example], *, seed: Sequence[int] = (0,)) -> dict[str, float]:
         """Add the gradient of the loss over these examples to the parameters; returns loss and metrics.
@@ -262,6 +280,7 @@ class TrainingStep:
             if torch.is_grad_enabled():
                 loss.backward()  # type: ignore[no-untyped-call]
         totals.add(loss, unit_loss, batch)
+        totals.add_distance(self._now_and_before(output_V, batch), batch)
         totals.num_computed += (layout if joint is None else layout_for(self.model, batch)).num_places
 
     def _backward_coupled(self, packed: _Packed, denominator: _Denominators, totals: _Totals) -> None:
@@ -279,6 +298,7 @@ class TrainingStep:
         unit_loss = self.algorithm.loss(batch, output_V)
         loss = _weighed(unit_loss, batch, denominator)
         totals.add(loss, unit_loss, batch)
+        totals.add_distance(self._now_and_before(output_V, batch), batch)
         if not torch.is_grad_enabled():
             return
         (grad_V,) = torch.autograd.grad(loss, output_V)
@@ -302,6 +322,17 @@ class TrainingStep:
         found = [each for each in read if each is not None]
         output_T = found[0] if len(found) == 1 else torch.stack(found, dim=1)
         return output_T[batch.visit_token_V]
+
+    def _now_and_before(self, output_V: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor] | None:
+        """Log-probs of visits now and under the policy that wrote them, NaN where unknown; None of a model of scores.
+
+        Rollouts without log-probs of before are at their first step: they are those of now.
+        """
+        if "logprob" not in self.algorithm.reads:
+            return None
+        now_V = (output_V if output_V.ndim == 1 else output_V[:, 0]).detach()
+        sampled_V = now_V if self.algorithm.records == "rollouts" else batch.sampled_logprob_V
+        return now_V, sampled_V if batch.old_logprob_V is None else batch.old_logprob_V
 
     def _referenced(self, batch: PackedBatch, pieces: Sequence[Piece] = ()) -> PackedBatch:
         """The batch with the reference's log-probs, where the algorithm reads them; computed by piece, if there are."""
@@ -389,6 +420,15 @@ class _Totals:
             counts_U = ~torch.isnan(value_U)
             value_U = torch.where(counts_U, value_U.double(), 0.0)
             self._sums[name] += torch.stack([(value_U * weight_U).sum(), (counts_U * weight_U).sum()]).cpu()
+
+    def add_distance(self, now_and_before: tuple[Tensor, Tensor] | None, batch: PackedBatch) -> None:
+        """How far the policy is from the one that wrote its tokens, over those of which both log-probs are known."""
+        if now_and_before is None:
+            return
+        now_V, before_V = now_and_before
+        known_V = batch.loss_mask_V & ~before_V.isnan()
+        kl_U = k2(now_V[known_V], before_V[known_V]).double()
+        self._sums["update_kl"] += torch.stack([kl_U.sum(), kl_U.new_tensor(len(kl_U))]).cpu()
 
     def means(self) -> dict[str, float]:
         found = {name: float(total / weight) for name, (total, weight) in self._sums.items() if weight > 0}

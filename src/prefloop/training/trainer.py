@@ -31,7 +31,7 @@ from prefloop.training.metrics import HELD_OUT, LAST_STEPS, Metrics, is_better
 from prefloop.training.reference import follow
 from prefloop.training.settings import TrainingSettings, warm_up_problem
 from prefloop.training.state import Evaluation, SavedState, SkippedStep, TrainingResult
-from prefloop.training.step import StepSettings, TrainingStep
+from prefloop.training.step import MovedEnoughError, StepSettings, TrainingStep
 from prefloop.training.watch import falling_chosen
 from prefloop.training.writers import MetricsWriter
 
@@ -89,6 +89,7 @@ def train(
     identity: str,
     state_directory: Path,
     held_out: Sequence[Example] = (),
+    max_update_kl: float | None = None,
     writers: Sequence[MetricsWriter] = (),
     on_step: Callable[[int, int, Metrics], None] = lambda step, num_steps, metrics: None,
     on_evaluation: Callable[[int, Metrics], None] = lambda step, metrics: None,
@@ -96,7 +97,9 @@ def train(
     """Train `model` in place.
 
     `identity` names what is trained on what: state saved in `state_directory` under another identity (or other
-    settings, thread count or versions) is not used. `held_out` examples are evaluated, never learned from. `on_step` is
+    settings, thread count or versions) is not used. `held_out` examples are evaluated, never learned from. The training
+    ends before a step at which the policy has moved by more than `max_update_kl` nats a token (`update_kl` of
+    docs/metrics.md; None: wherever it goes). `on_step` is
     told of each step done, `on_evaluation` of each evaluation; `writers` are given all metrics from the first step on,
     in a training that goes on too. A reference that follows the policy (`sync_reference_every`) is changed in place.
 
@@ -117,12 +120,12 @@ def train(
         fused=True,
     )
     knobs = settings.model_dump(exclude={"report_to"})
-    sizes = (num_steps, len(held_out))
+    sizes = (num_steps, len(held_out), max_update_kl)
     key = content_hash(identity, algorithm.name, repr(algorithm), knobs, seed, sizes, environment_fingerprint())
     follows = reference is not None and settings.sync_reference_every is not None
     changing = dict(reference.named_parameters()) if reference is not None and follows else {}
     saved = SavedState(state_directory / key, parameters, optimizer, changing)
-    step = TrainingStep(model, reference, algorithm, optimizer, _step_settings(settings))
+    step = TrainingStep(model, reference, algorithm, optimizer, _step_settings(settings, max_update_kl))
     training = _Training(step, settings, seed, saved, examples, held_out, num_steps, writers, on_step, on_evaluation)
     with _recomputing(model, settings.gradient_checkpointing):
         return training.run()
@@ -151,8 +154,10 @@ class _Training:
         self.step.num_skipped_in_a_row = sum(1 for _ in takewhile(lambda m: m["skipped"], reversed(history)))
         for number in range(1, len(history) + 1):
             self._write(number)
-        while len(history) < self.num_steps and not self.result.stopped_early:
+        while len(history) < self.num_steps and not self._has_ended():
             self._go_on()
+        if self.result.stopped and self.held_out and history and not self._was_evaluated(len(history)):
+            self._evaluate(len(history))
         if self.settings.patience is not None:
             self.saved.restore_best()
         self.step.optimizer.zero_grad(set_to_none=True)  # gradients would live as long as the model
@@ -160,13 +165,21 @@ class _Training:
         self.step.model.eval()
         return self.result
 
+    def _has_ended(self) -> bool:
+        return self.result.stopped_early or bool(self.result.stopped)
+
     def _go_on(self) -> None:
-        """One step, and what is due after it."""
+        """One step, and what is due after it; nothing where the policy has moved far enough."""
         settings, index = self.settings, len(self.result.history)
         rate = learning_rate_at(settings, index, self.num_steps)
         for group in self.step.optimizer.param_groups:
             group["lr"] = rate
-        metrics = {**self._step(index), "learning_rate": rate}
+        try:
+            metrics = {**self._step(index), "learning_rate": rate}
+        except MovedEnoughError as reason:
+            self.result.stopped = str(reason)
+            self._warn(self.result.stopped)
+            return
         self.result.history.append(metrics)
         number, last = index + 1, index + 1 == self.num_steps
         self.on_step(number, self.num_steps, metrics)
@@ -246,6 +259,9 @@ class _Training:
                 )
             self._warn(text)
 
+    def _was_evaluated(self, number: int) -> bool:
+        return any(one.step == number for one in self.result.evaluations)
+
     def _write(self, number: int) -> None:
         """Give the writers a step's metrics, those of the held-out rows among them."""
         found = next((one.metrics for one in self.result.evaluations if one.step == number), {})
@@ -299,10 +315,11 @@ def environment_fingerprint() -> dict[str, Any]:
     }
 
 
-def _step_settings(settings: TrainingSettings) -> StepSettings:
+def _step_settings(settings: TrainingSettings, max_update_kl: float | None) -> StepSettings:
     return StepSettings(
         max_tokens=settings.max_tokens,
         max_grad_norm=settings.max_grad_norm,
         max_skipped=settings.max_skipped,
         autocast=settings.precision == "bfloat16",
+        max_update_kl=math.inf if max_update_kl is None else max_update_kl,
     )
