@@ -23,7 +23,7 @@ from learning_offline import Path, at_levels
 
 KL_LEVELS = (1.0, 2.0, 4.0)
 NUM_ROUNDS, PROMPTS, ANSWERS = 60, 64, 4
-EVALUATED = 12
+EVALUATED = (0, 1, 2, 3, 4, 6, 8, 10, 15, 20, 30, 40, 50)  # rounds after which the policy is evaluated, and the last
 TEST = 20  # the set of fresh prompts
 JUDGE_SD = 1.0
 
@@ -66,7 +66,6 @@ def learn(world: World, settings: Mapping[str, Any], quick: bool = False) -> tup
     settings = dict(settings)
     if quick:
         settings |= {"num_steps": min(2, settings["num_steps"]), "prompts_per_step": 16}
-    every = max(1, settings["num_steps"] // EVALUATED)
     path: Path = []
     clock = Clock()
 
@@ -76,7 +75,7 @@ def learn(world: World, settings: Mapping[str, Any], quick: bool = False) -> tup
             path.append((kl, gold))
 
     def at(number: int, policy: nn.Module, rollouts: Rollouts) -> None:
-        if number % every == 0:
+        if number in EVALUATED:
             look(policy)
 
     policy = train_online(world, reward=dim_judge(world), samples_per_prompt=ANSWERS, at=at, **settings)
