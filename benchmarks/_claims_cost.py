@@ -68,7 +68,7 @@ class Climb:
 
 def cheaper(world: World, quick: bool) -> dict[str, float]:
     """DPO on 2,000 preferences; a reward model of the same and PPO on it; PPO on the true reward, for free."""
-    num_rounds = 3 if quick else 40
+    num_rounds = 3 if quick else 25
     found = by_dpo(world, quick).figures("dpo")
     climb = Climb()
     proxy = proxy_of(world, len(world.pairs), quick)
@@ -94,7 +94,7 @@ def by_dpo(world: World, quick: bool) -> Climb:
         policy,
         algorithm,
         examples,
-        num_steps=3 if quick else 80,
+        num_steps=3 if quick else 60,
         learning_rate=5e-4,
         reference=world.start,
         at=at,

@@ -24,7 +24,7 @@ PER_PROMPT = 4
 RATE = 1e-3
 TEST = 20
 PROMPTS_DRAW = 900
-CRITIC_RATE, CRITIC_ROUNDS = 3e-3, 30
+CRITIC_RATE, CRITIC_ROUNDS = 3e-3, 20
 
 ESTIMATORS: Mapping[str, Mapping[str, Any]] = {
     "plain": {"algorithm": "reinforce", "baseline": "none"},
@@ -51,7 +51,7 @@ def gradient_variance(world: World, quick: bool) -> dict[str, float]:
     `variance_…`: the sum over parameters of the variance of one draw's gradient (the attempts are drawn again, the
     prompts stay), over the squared norm of the mean gradient of all draws.
     """
-    num_steps, num_prompts, num_draws = (2, 4, 3) if quick else (20, 32, 16)
+    num_steps, num_prompts, num_draws = (2, 4, 3) if quick else (20, 32, 12)
     halfway = train_online(world, "rloo", world.gold, num_steps=num_steps, learning_rate=RATE, prompts_per_step=32)
     halfway.requires_grad_(True)
     prompts = np.repeat(world.language.sentences(num_prompts, PROMPTS_DRAW, NUM_PROMPT), PER_PROMPT, axis=0)
@@ -111,7 +111,7 @@ class _Estimates:
 
 def result_variance(world: World, quick: bool) -> dict[str, float]:
     """The spread of the true reward at the end over repetitions that differ in their draws alone."""
-    num_steps, num_repeats = (2, 2) if quick else (30, 4)
+    num_steps, num_repeats = (2, 2) if quick else (20, 4)
     found: dict[str, float] = {}
     for name, settings in ESTIMATORS.items():
         ends = []
@@ -129,7 +129,7 @@ def result_variance(world: World, quick: bool) -> dict[str, float]:
                 seed=seed,
                 **_knobs(name),
             )
-            ends.append(world.evaluate(policy, TEST, 64 if quick else 1024)[0])
+            ends.append(world.evaluate(policy, TEST, 64 if quick else 512)[0])
         found[f"gold_{name}"], found[f"spread_{name}"] = float(np.mean(ends)), float(np.std(ends, ddof=1))
     return found
 

@@ -22,7 +22,7 @@ def without_penalty(world: World, quick: bool) -> dict[str, float]:
     proxy = proxy_of(world, PROXY_PAIRS, quick)
     found: dict[str, float] = {}
     for name, kl_coef in (("free", 0.0), ("penalised", PENALTY)):
-        trace = _gradient(world, proxy, kl_coef, 60, quick)
+        trace = _gradient(world, proxy, kl_coef, 50, quick)
         peak = int(trace.smooth_gold.argmax())
         found[f"gold_{name}"], found[f"kl_{name}"] = trace.end(trace.gold), trace.end(trace.kl)
         found[f"proxy_{name}"] = trace.end(trace.reward)
@@ -72,6 +72,6 @@ def higher_beta(world: World, quick: bool) -> dict[str, float]:
         )
         found[f"gold_dpo_{beta:g}"], found[f"kl_dpo_{beta:g}"] = world.evaluate(policy, TEST, 64 if quick else 512)
     for beta in RLOO_BETAS:
-        trace = _gradient(world, world.gold, beta, 40, quick)
+        trace = _gradient(world, world.gold, beta, 30, quick)
         found[f"gold_rloo_{beta:g}"], found[f"kl_rloo_{beta:g}"] = trace.end(trace.gold), trace.end(trace.kl)
     return found

@@ -29,7 +29,7 @@ SHARES = (0.1, 0.3, 0.5, 1.0)
 
 def top_k(world: World, quick: bool) -> dict[str, float]:
     """True reward after as many attempts, judgements and updates, by what is kept of each prompt's ten attempts."""
-    num_rounds, num_prompts = (2, 4) if quick else (40, 16)
+    num_rounds, num_prompts = (2, 4) if quick else (30, 16)
     found: dict[str, float] = {}
 
     def record(name: str, policy: nn.Module) -> None:
@@ -150,9 +150,9 @@ def _online(world: World, judge: Reward, quick: bool, at: Callable[[int, nn.Modu
         world,
         "online_dpo",
         judge,
-        num_steps=3 if quick else 50,
+        num_steps=3 if quick else 40,
         learning_rate=ONLINE_RATE,
-        prompts_per_step=4 if quick else 32,
+        prompts_per_step=4 if quick else 24,
         samples_per_prompt=PER_TASK,
         kl_coef=ONLINE_BETA,
         at=both,

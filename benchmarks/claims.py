@@ -87,13 +87,16 @@ CLAIMS: Mapping[str, Claim] = {
         (Part("gold_top_0.3", "gold_gradient", least=0.2),),
     ),
     "frozen_judge": Claim(
-        "A frozen judge keeps training stable where a judge that moves with the policy does not",
+        "A frozen judge keeps training stable where the policy's own implicit reward, which moves with it, does not",
         "Wang et al. 2024, arXiv:2410.12735; against Chen et al. 2024, arXiv:2406.09760",
         "judge",
-        (
-            Part("fall_implicit_moving", "fall_implicit_frozen", least=0.2),
-            Part("fall_model_moving", "fall_model_frozen", least=0.2),
-        ),
+        (Part("fall_implicit_moving", "fall_implicit_frozen", least=0.2),),
+    ),
+    "frozen_model": Claim(
+        "A frozen reward model keeps training stable where one that learns from its own labels does not",
+        "Yuan et al. 2024, arXiv:2401.10020, whose judge is trained on its own labels",
+        "judge",
+        (Part("fall_model_moving", "fall_model_frozen", least=0.2),),
     ),
     "kl_penalty": Claim(
         "Without the KL penalty the policy drifts to high-scoring nonsense",
