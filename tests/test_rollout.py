@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from prefloop.chat import ChatRenderer, stop_ids
-from prefloop.clients.sampling import Reply, SamplingSettings
+from prefloop.clients.sampling import Reply, Sampled, SamplingSettings
 from prefloop.environments.base import Environment, Episode, Outcome, Step
 from prefloop.environments.booking import BOOKED, Booking
 from prefloop.models.initial import initial_model, train_tokenizer
@@ -79,6 +79,36 @@ def test_trajectories_of_a_group_share_the_world_and_have_their_own_ids(policy):
     assert len({r.trajectory.id for r in rollouts}) == 8
     assert {r.trajectory.seed for r in rollouts} == {0}
     assert all(r.trajectory.group_seeded for r in rollouts)
+
+
+class Dictated:
+    """A policy whose turns are given."""
+
+    def __init__(self, renderer, turns):
+        self.renderer, self.turns = renderer, list(turns)
+
+    def session(self):
+        return self
+
+    def generate(self, contexts, row_keys, settings, seed, budgets=None):
+        ids = [*self.renderer.encoder.encode(self.turns.pop(0)).ids, min(stop_ids(self.renderer))]
+        return [Sampled(np.array(ids, np.int32), np.full(len(ids), -1.0, np.float32), "stop") for _ in contexts]
+
+
+def test_a_call_whose_name_cannot_be_read_is_answered_by_its_error_and_the_policy_goes_on(policy):
+    _, renderer = policy
+    turns = ['<tool_call>{"nam": "search_flights"}</tool_call>', "<tool_call>\nlook around\n</tool_call>", BOOKED]
+    tried = attempts(1, 1)
+    episodes = open_episodes(ENVIRONMENT, tried)
+    speaker = LocalSpeaker(Dictated(renderer, turns), renderer, episodes, SETTINGS, 1)
+    (rollout,) = roll_out(ENVIRONMENT, tried, episodes, speaker, FROM)
+    _, first, answer, second, again, last = rollout.trajectory.messages
+    for said, heard in ((first, answer), (second, again)):
+        assert (heard.role, heard.tool_call_id) == (Role.TOOL, said.tool_calls[0].id)
+        assert json.loads(heard.content)["error"].startswith("the call cannot be read: it names no tool; the tools are")
+    assert rollout.trajectory.ended is Ended.DONE and last.content == BOOKED
+    said = [renderer.encoder.decode(path.token[path.loss_mask].tolist()) for path in rollout.trajectory.token_paths]
+    assert all(turn in "".join(said) for turn in turns)  # the sampled tokens stay the truth
 
 
 class Expert:

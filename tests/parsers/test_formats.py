@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefloop.chat.calls import CALL_FORMATS
+from prefloop.chat.calls.base import UNREADABLE
 from prefloop.records import ToolCall
 
 TOOLS = [
@@ -70,8 +71,10 @@ ANALYSIS = "<|channel|>analysis<|message|>Look it up.<|end|><|start|>assistant"
         ("hermes", hermes(JSON) + "\n" + hermes(JSON2) + "\nDone", "Done", (OSLO, ROME)),
         ("hermes", "<tool_call>" + JSON, "", (OSLO,)),  # cut off before the end marker
         ("hermes", hermes('{"name": "f"}'), "", (ToolCall("f", {}),)),
-        ("hermes", hermes("no json"), hermes("no json"), ()),
-        ("hermes", hermes('{"name": 3}'), hermes('{"name": 3}'), ()),
+        ("hermes", hermes("no json"), "", (ToolCall(UNREADABLE, "no json"),)),
+        ("hermes", "Wait\n" + hermes('{"name": 3}') + hermes(JSON), "Wait",
+         (ToolCall(UNREADABLE, '{"name": 3}'), OSLO)),
+        ("hermes", "Put it in <tool_call> tags", "Put it in <tool_call> tags", ()),
         ("hermes", "</tool_call>", "</tool_call>", ()),
         ("hermes", hermes('{"name": "f", "arguments": null}'), "", (ToolCall("f", {}),)),
         ("hermes", hermes('{"name": "f", "arguments": "{\\"a\\": 1}"}'), "", (ToolCall("f", {"a": 1}),)),
@@ -88,14 +91,14 @@ ANALYSIS = "<|channel|>analysis<|message|>Look it up.<|end|><|start|>assistant"
          (ToolCall("find", "<function=find>\n<parameter=city>\nOs"),)),
         ("xml", xml(("city", "Oslo"), ("city", "Rome")).removesuffix("\n</tool_call>"), "",
          (ToolCall("find", xml(("city", "Oslo"), ("city", "Rome"))[12:-13]),)),
-        ("xml", hermes("nothing"), hermes("nothing"), ()),
+        ("xml", hermes("nothing"), "", (ToolCall(UNREADABLE, "nothing"),)),
         ("glm", glm(("city", "Oslo")), "", (OSLO,)),
         ("glm", "Wait\n" + glm(("city", "Oslo")) + "\n" + glm(("city", "Rome")), "Wait", (OSLO, ROME)),
         ("glm", "<tool_call>find<arg_key>city</arg_key><arg_value>Oslo</arg_value></tool_call>", "", (OSLO,)),
         ("glm", "<tool_call>list\n</tool_call>", "", (ToolCall("list", {}),)),
         ("glm", "<tool_call>find\n<arg_key>city</arg_key>\n<arg_va", "",
          (ToolCall("find", "find\n<arg_key>city</arg_key>\n<arg_va"),)),
-        ("glm", hermes("two words"), hermes("two words"), ()),
+        ("glm", hermes("two words"), "", (ToolCall(UNREADABLE, "two words"),)),
         ("llama3", LLAMA, "", (OSLO,)),
         ("llama3", "<|python_tag|>" + LLAMA, "", (OSLO,)),
         ("llama3", LLAMA + "; " + LLAMA2, "", (OSLO, ROME)),
@@ -110,7 +113,8 @@ ANALYSIS = "<|channel|>analysis<|message|>Look it up.<|end|><|start|>assistant"
         ("llama3", LLAMA + "; " + LLAMA2[:-3], "", (OSLO, ToolCall("find", LLAMA2[:-3]))),
         ("llama3", '<|python_tag|>find.call(city="Oslo")', "", (OSLO,)),
         ("llama3", "<|python_tag|>find.call(__import__('os'))", "", (ToolCall("find", "find.call(__import__('os'))"),)),
-        ("llama3", "<|python_tag|>print(1)", "<|python_tag|>print(1)", ()),
+        ("llama3", "<|python_tag|>print(1)", "", (ToolCall(UNREADABLE, "print(1)"),)),
+        ("llama3", '{"parameters": {"city": "Oslo"}}', "", (ToolCall(UNREADABLE, '{"parameters": {"city": "Oslo"}}'),)),
         ("harmony", "<|channel|>final<|message|>Yes<|return|>", "Yes", ()),
         ("harmony", harmony('{"city": "Oslo"}'), "", (OSLO,)),
         ("harmony", "<|channel|>commentary to=functions.find <|constrain|>json<|message|>" + '{"city": "Oslo"}', "",
@@ -118,6 +122,7 @@ ANALYSIS = "<|channel|>analysis<|message|>Look it up.<|end|><|start|>assistant"
         ("harmony", harmony('{"city": "Oslo"}') + "<|start|>assistant" + harmony('{"city": "Rome"}'), "", (OSLO, ROME)),
         ("harmony", ANALYSIS + harmony('{"city": '), "", (ToolCall("find", '{"city": '),)),
         ("harmony", ANALYSIS + "<|channel|>final<|message|>Cut o", "Cut o", ()),
+        ("harmony", "<|channel|>commentary to=<|message|>{}<|call|>", "", (ToolCall(UNREADABLE, "{}"),)),
         ("harmony", "<|channel|>comm", "", ()),
         ("harmony", "no channels at all", "no channels at all", ()),
         ("harmony", "<|channel|>commentary<|message|>I look.<|end|><|start|>assistant" + harmony('{"city": "Oslo"}'),

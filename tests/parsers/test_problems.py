@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefloop.chat import call_problem
+from prefloop.chat.calls.base import UNREADABLE
 from prefloop.environments.booking import TOOLS, Booking
 from prefloop.records import Message, Role, Split, ToolCall
 
@@ -37,6 +38,8 @@ BARE = {"function": {"name": "ping"}}
         (ToolCall("serch_flights", {"city": "Oslo"}), "there is no tool serch_flights: did you mean search_flights?"),
         (ToolCall("teleport", {}),
          "there is no tool teleport: the tools are search_flights, filter_results, book_flight, pay, ping"),
+        (ToolCall(UNREADABLE, '{"name": 3}'), "the call cannot be read: it names no tool; "
+         "the tools are search_flights, filter_results, book_flight, pay, ping"),
         (ToolCall("search_flights", '{"city": "Os'), "the arguments of search_flights are not a JSON object: "
          "Unterminated string starting at: line 1 column 10 (char 9)"),
         (ToolCall("search_flights", "[1]"), "the arguments of search_flights are not a JSON object"),

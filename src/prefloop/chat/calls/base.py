@@ -11,6 +11,8 @@ from prefloop.records import JSONObject, ToolCall, parse_arguments
 from prefloop.records.strict_json import load_json
 
 BESIDE_ARGUMENTS: Final = frozenset({"name", "type", "id"})  # keys of a JSON call that are known and may be there
+UNREADABLE: Final = "unreadable_call"
+"""The name of a call that names no tool that could be read: it is answered by its error, as any wrong call is."""
 _NAME: Final = re.compile(r'"name"\s*:\s*"([^"\\]{1,128})"')
 
 
@@ -37,8 +39,8 @@ class CallFormat(Protocol):
     def read(self, text: str, tools: Sequence[JSONObject] = ()) -> Reading:
         """What a text says; never raises. `tools` type the values that the format writes without their types.
 
-        A call that is broken, cut off or not what the format asks for keeps its text: as the call's arguments if its
-        name can be read, else as content.
+        A call that is broken, cut off or not what the format asks for keeps its text as its arguments. Where its name
+        cannot be read it is called `UNREADABLE` if it stands where only a call does, and is content if not.
         """
         ...
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from prefloop.chat.calls.base import Placed, Reading
+from prefloop.chat.calls.base import UNREADABLE, Placed, Reading
 from prefloop.records import JSONObject, ToolCall
 from prefloop.records.strict_json import load_json
 
@@ -19,6 +19,7 @@ _MESSAGE: Final = "<|message|>"
 _END_TOKENS: Final = ("<|end|>", "<|call|>", "<|return|>", "<|start|>")
 _ENDS: Final = re.compile("|".join(map(re.escape, _END_TOKENS)))
 _CHANNEL: Final = re.compile(r"<\|channel\|>\s*(\w+)")
+_TO: Final = re.compile(r"\bto=")
 _RECIPIENT: Final = re.compile(r"\bto=(?:functions\.)?([^\s<]{1,128})")
 
 
@@ -33,6 +34,8 @@ class Harmony:
             channel, recipient = _CHANNEL.search(header), _RECIPIENT.search(header)
             if recipient is not None and recipient[1] not in ("assistant", "user"):
                 calls.append(Placed(ToolCall(recipient[1], _arguments(body)), start, end))
+            elif recipient is None and _TO.search(header):
+                calls.append(Placed(ToolCall(UNREADABLE, body), start, end))
             elif body:
                 said["analysis" if channel and channel[1] == "analysis" else "content"].append(body)
         return Reading("\n".join(said["content"]), tuple(calls), "\n".join(said["analysis"]))

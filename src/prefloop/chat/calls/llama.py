@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Final
 
-from prefloop.chat.calls.base import BESIDE_ARGUMENTS, Placed, Reading, read_json_call
+from prefloop.chat.calls.base import BESIDE_ARGUMENTS, UNREADABLE, Placed, Reading, read_json_call
 from prefloop.records import JSONObject, ToolCall
 from prefloop.records.strict_json import is_storable
 
@@ -17,6 +17,7 @@ _KEYS: Final = ("parameters", "arguments")
 _BUILT_IN: Final = re.compile(r"([A-Za-z_]\w{0,127})\.call\((.*)\)", re.DOTALL)
 _BETWEEN: Final = re.compile(r"\s*[;,]?\s*")
 _STARTS: Final = re.compile(r'\{\s*"(?:name|type|parameters|arguments|function)"')  # other JSON is an answer
+_ONLY_CALLS: Final = re.compile(r'\{\s*"(?:parameters|arguments|function)"')
 _OF_CALLS: Final = frozenset({*_KEYS, "function"})
 
 
@@ -32,6 +33,8 @@ class Llama3:
         calls = _built_in(body, start) if tagged else None
         if calls is None and (tagged or _STARTS.match(body)):
             calls = _json_calls(body, start)
+        if not calls and (tagged or _ONLY_CALLS.match(body)):
+            calls = [Placed(ToolCall(UNREADABLE, body.strip()), start, start + len(body))]
         return Reading(text) if not calls else Reading("", tuple(calls))
 
 

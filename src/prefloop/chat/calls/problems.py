@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from prefloop.chat.calls.base import is_of_type, parameters_of, types_of
+from prefloop.chat.calls.base import UNREADABLE, is_of_type, parameters_of, types_of
 from prefloop.records import JSONObject, ToolCall
 from prefloop.records.strict_json import load_json
 
@@ -15,12 +15,13 @@ from prefloop.records.strict_json import load_json
 def call_problem(call: ToolCall, tools: Sequence[JSONObject]) -> str:
     """What is wrong with a call of one of these tools, empty where nothing is: an environment answers it as a tool.
 
-    It may name no tool, hold text that is no JSON object, lack an argument that is required, or give one that is not
-    of the type or among the values that the tool's JSON schema asks for (arguments that no schema names are let pass).
+    It may name no tool, or have no name that can be read, hold text that is no JSON object, lack an argument that is
+    required, or give one that is not of the type or among the values that the tool's JSON schema asks for (arguments
+    that no schema names are let pass).
     """
     parameters = parameters_of(tools, call.name)
     if parameters is None:
-        return _unknown(call.name, tools)
+        return _unreadable(tools) if call.name == UNREADABLE else _unknown(call.name, tools)
     if not isinstance(call.arguments, dict):
         return f"the arguments of {call.name} are not a JSON object{_why(call.arguments)}"
     required, properties = parameters.get("required"), parameters.get("properties")
@@ -33,11 +34,22 @@ def call_problem(call: ToolCall, tools: Sequence[JSONObject]) -> str:
     return next(filter(None, wrong), "")
 
 
+def _unreadable(tools: Sequence[JSONObject]) -> str:
+    return f"the call cannot be read: it names no tool; {_listed(_names(tools))}"
+
+
 def _unknown(name: str, tools: Sequence[JSONObject]) -> str:
-    names = [str(tool.get("function", tool).get("name")) for tool in tools]
+    names = _names(tools)
     near = get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"the tools are {', '.join(names)}" if names else "there are none"
-    return f"there is no tool {name}: {hint}"
+    return f"there is no tool {name}: {f'did you mean {near[0]}?' if near else _listed(names)}"
+
+
+def _names(tools: Sequence[JSONObject]) -> list[str]:
+    return [str(tool.get("function", tool).get("name")) for tool in tools]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"the tools are {', '.join(names)}" if names else "there are none"
 
 
 def _why(text: str) -> str:

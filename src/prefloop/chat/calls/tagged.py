@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
-from prefloop.chat.calls.base import Placed, Reading, parameters_of, read_json_call, typed, types_of
+from prefloop.chat.calls.base import UNREADABLE, Placed, Reading, parameters_of, read_json_call, typed, types_of
 from prefloop.records import JSONObject, ToolCall
 
 _OPEN: Final = "<tool_call>"
@@ -51,7 +51,10 @@ class Tagged:
             start = text.find(_OPEN, end)
 
     def _block(self, text: str, start: int, tools: Sequence[JSONObject]) -> tuple[int, ToolCall | None]:
-        """Where the block ends, and its call: the first closing tag with which it is whole, else the first of all."""
+        """Where the block ends, and its call: the first closing tag with which it is whole, else the first of all.
+
+        Between tags stands a call, whatever it says; a tag that nothing closes may be a word about calls.
+        """
         following = text.find(_OPEN, start)
         within = len(text) if self._quoted or following < 0 else following
         close = first = text.find(_CLOSE, start, within)
@@ -63,7 +66,8 @@ class Tagged:
                 return close + len(_CLOSE), call
             close = text.find(_CLOSE, close + 1, within)
         if first >= 0 and not 0 <= following < first:
-            return first + len(_CLOSE), self._read_call(text[start:first], tools)
+            inner = text[start:first]
+            return first + len(_CLOSE), self._read_call(inner, tools) or ToolCall(UNREADABLE, inner.strip())
         end = following if following >= 0 else len(text)
         return end, self._read_call(text[start:end], tools)
 
