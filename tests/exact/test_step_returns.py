@@ -72,7 +72,7 @@ def estimated(name, discount):
 
 @pytest.mark.parametrize("discount", [1.0, 0.6])
 def test_leaving_one_out_step_by_step_makes_no_bias_and_a_group_s_mean_a_factor(discount):
-    assert np.abs(exact(discount)).max() > 0.05
+    assert np.abs(exact(discount)).max() > 0.04
     np.testing.assert_allclose(estimated("rloo", discount), exact(discount), atol=1e-12)
     np.testing.assert_allclose(estimated("grpo", discount), exact(discount) / 2, atol=1e-12)
 

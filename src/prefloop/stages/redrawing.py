@@ -57,7 +57,7 @@ def _rounds(run: Run, iteration: int) -> JSONObject:
     wanted, begin, rounds = len(tasks), _begin(run, iteration), []
     for _ in range(run.settings.rollout.redraws):
         flat = _flat(run, _rolled_out(run, iteration, tasks))
-        others, begin = _others(run, begin, wanted - (len(tasks) - len(flat)), {task.id for task in tasks})
+        others, begin = other_tasks(run, begin, wanted - (len(tasks) - len(flat)), {task.id for task in tasks})
         if not others:
             break
         tasks += others
@@ -96,7 +96,7 @@ def _flat(run: Run, trajectories: list[Trajectory]) -> set[str]:
     return without | tasks_without_choice(run, found)
 
 
-def _others(run: Run, begin: int, num: int, used: set[str]) -> tuple[list[Task], int]:
+def other_tasks(run: Run, begin: int, num: int, used: set[str]) -> tuple[list[Task], int]:
     """Up to `num` further tasks that are not used, from a place on; and the place after the last.
 
     The first place comes after the tasks of all iterations; where tasks are limited in number, they come around again.
