@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,8 @@ from rich.console import Console
 from prefloop.clients.sampling import SamplingSettings
 from prefloop.config import parse_settings
 from prefloop.environments import make_environment
-from prefloop.environments.base import Environment, Episode
+from prefloop.environments.base import Environment
+from prefloop.environments.guarded import EpisodeFailedError, GuardedEpisode
 from prefloop.records import JSONObject, Message, PrefloopError, Role, Split
 from prefloop.stages.looking import find_checkpoint
 from prefloop.stages.settings import RunSettings
@@ -28,12 +30,14 @@ if TYPE_CHECKING:
 
 MAX_TOOL_TURNS = 8
 
-OpenEpisode = Callable[[], Episode | None]
+OpenEpisode = Callable[[], GuardedEpisode | None]
 _LIKE_AN_ID = re.compile(r"[0-9a-f]+")  # no model on a hub is named so
 
 
 def talk(store: Store, name: str, temperature: float, console: Console) -> None:
     """Read lines from standard input and answer them, until it ends.
+
+    An environment that fails is said, and the conversation begun anew; one that cannot begin gives no tools.
 
     Raises:
         PrefloopError: there is no such checkpoint or model, it is damaged or behind a server, or it has no chat
@@ -51,31 +55,31 @@ def talk(store: Store, name: str, temperature: float, console: Console) -> None:
     if checkpoint is not None and checkpoint.manifest_hash:
         verify(Path(checkpoint.path))
 
-    def open_episode() -> Episode | None:
+    def open_episode() -> GuardedEpisode | None:
         """A new episode of the checkpoint's environment; a model of its own has none."""
-        return None if checkpoint is None else _episode(store, checkpoint.run_id)
+        episode = None if checkpoint is None else _episode(store, checkpoint.run_id)
+        if episode is None or episode.failure is None:
+            return episode
+        console.print(f"no tools: {episode.failure}", markup=False, style="dim", highlight=False)
+        return None
 
     policy = load_policy(name if checkpoint is None else checkpoint.path)
-    example = open_episode()
-    if example is not None:
-        names = ", ".join(tool["function"]["name"] for tool in example.tools)
-        console.print(f"[dim]tools: {names}; e.g. “{example.messages[-1].content}”[/dim]")
-    console.print("[dim]an empty line begins anew, Ctrl-D ends[/dim]")
     renderer = _renderer(policy, None if checkpoint is None else _settings(store, checkpoint.run_id))
-    conversation = _Conversation(policy, renderer, open_episode, settings, console)
-    while True:
-        try:
-            line = console.input("[bold]you:[/bold] ")
-        except EOFError:
-            console.print()
-            return
-        if line.strip():
-            conversation.say(line)
-        else:
-            conversation.clear()
+    with closing(_Conversation(policy, renderer, open_episode, settings, console)) as conversation:
+        conversation.introduce()
+        while True:
+            try:
+                line = console.input("[bold]you:[/bold] ")
+            except EOFError:
+                console.print()
+                return
+            if line.strip():
+                conversation.say(line)
+            else:
+                conversation.clear()
 
 
-def _episode(store: Store, run_id: str) -> Episode | None:
+def _episode(store: Store, run_id: str) -> GuardedEpisode | None:
     """An episode whose tools the policy may use; None where its environment has none, or its agent has them."""
     settings = _settings(store, run_id)
     if settings is None:
@@ -84,7 +88,7 @@ def _episode(store: Store, run_id: str) -> Episode | None:
     if not isinstance(environment, Environment):
         return None
     task = environment.tasks(Split.HELD_OUT, 1)[0]
-    return environment.reset(task, settings.seed) if task.tools else None
+    return GuardedEpisode(environment, task, settings.seed) if task.tools else None
 
 
 def _settings(store: Store, run_id: str) -> RunSettings | None:
@@ -123,24 +127,46 @@ class _Conversation:
         self._messages: list[Message] = []
         self._episode = open_episode()
 
+    def introduce(self) -> None:
+        """Say which tools there are, and how to end."""
+        if self._episode is not None:
+            names = ", ".join(tool["function"]["name"] for tool in self._episode.tools)
+            example = self._episode.messages[-1].content
+            self._console.print(f"tools: {names}; e.g. “{example}”", markup=False, style="dim", highlight=False)
+        self._console.print("[dim]an empty line begins anew, Ctrl-D ends[/dim]")
+
     def clear(self) -> None:
         """Forget what was said and done."""
+        self.close()
         self._messages.clear()
         self._episode = self._open_episode()
         self._console.print("[dim]— begun anew —[/dim]")
 
+    def close(self) -> None:
+        """Let go of the episode."""
+        if self._episode is not None:
+            with suppress(EpisodeFailedError):
+                self._episode.close()
+
     def say(self, text: str) -> None:
-        """Answer what the person said, tools in between."""
+        """Answer what the person said, tools in between; what the environment cannot answer ends the conversation."""
+        try:
+            self._say(text)
+        except EpisodeFailedError as error:
+            self._console.print(f"  ← {error}", markup=False, style="red", highlight=False)
+            self.clear()
+
+    def _say(self, text: str) -> None:
         self._messages.append(Message(Role.USER, text))
         for _ in range(MAX_TOOL_TURNS):
             answer = self._answer()
             self._messages.append(answer)
             if answer.content or not answer.tool_calls:
                 self._console.print(f"assistant: {answer.content or self._silence()}", markup=False, highlight=False)
-            if not answer.tool_calls or self._episode is None:
-                return
             for call in answer.tool_calls:
                 self._console.print(f"  → {call.name} {call.arguments}", markup=False, style="cyan", highlight=False)
+            if not answer.tool_calls or self._episode is None:
+                return
             for result in self._episode.step(answer).messages:
                 self._messages.append(result)
                 self._console.print(f"  ← {result.content}", markup=False, style="dim", highlight=False)
