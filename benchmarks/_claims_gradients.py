@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from _language import NUM_PROMPT, World
-from _language_online import _Attempts, _Critic, _roll_out, train_online
+from _language_online import Attempts, Critic, roll_out, train_online
 from prefloop.batch.examples import RolloutGroup
 from prefloop.credit.groups import Baseline
 from prefloop.losses.registry import resolve_knobs
@@ -55,11 +55,11 @@ def gradient_variance(world: World, quick: bool) -> dict[str, float]:
     halfway = train_online(world, "rloo", world.gold, num_steps=num_steps, learning_rate=RATE, prompts_per_step=32)
     halfway.requires_grad_(True)
     prompts = np.repeat(world.language.sentences(num_prompts, PROMPTS_DRAW, NUM_PROMPT), PER_PROMPT, axis=0)
-    estimates = _Estimates(halfway, _Critic.of(world.start, CRITIC_RATE))
+    estimates = _Estimates(halfway, Critic.of(world.start, CRITIC_RATE))
     for draw in range(CRITIC_ROUNDS):
-        estimates.prepare(_roll_out(world, halfway, prompts, 500_000 + draw, PER_PROMPT, world.gold))
+        estimates.prepare(roll_out(world, halfway, prompts, 500_000 + draw, PER_PROMPT, world.gold))
     for draw in range(num_draws):
-        estimates.add(_roll_out(world, halfway, prompts, 600_000 + draw, PER_PROMPT, world.gold))
+        estimates.add(roll_out(world, halfway, prompts, 600_000 + draw, PER_PROMPT, world.gold))
     return estimates.figures()
 
 
@@ -68,16 +68,16 @@ class _Estimates:
     """Gradients of each estimator, one from each round's attempts."""
 
     policy: nn.Module
-    critic: _Critic
+    critic: Critic
     baselines: Sequence[Baseline] = ()
     found: dict[str, list[torch.Tensor]] = field(default_factory=lambda: {name: [] for name in ESTIMATORS})
 
-    def prepare(self, attempts: _Attempts) -> None:
+    def prepare(self, attempts: Attempts) -> None:
         """What is carried from round to round: the running baseline and the critic."""
         self._credited("reinforce", attempts)
         self.critic.credit(attempts, _resolved("ppo"))
 
-    def add(self, attempts: _Attempts) -> None:
+    def add(self, attempts: Attempts) -> None:
         """The gradient of each estimator from these attempts; the critic stays as it is."""
         for name, settings in ESTIMATORS.items():
             algorithm = make_algorithm(settings["algorithm"], kl_coef=0.0, **_knobs(name))
@@ -87,9 +87,9 @@ class _Estimates:
             gradients = [p.grad.double().ravel() for p in self.policy.parameters() if p.grad is not None]
             self.found[name].append(torch.cat(gradients))
 
-    def _credited(self, name: str, attempts: _Attempts) -> Sequence[RolloutGroup]:
+    def _credited(self, name: str, attempts: Attempts) -> Sequence[RolloutGroup]:
         if name == "ppo":
-            return self.critic._credited(attempts, _resolved(name)).groups
+            return self.critic.credited(attempts, _resolved(name)).groups
         credited = credit_groups(attempts.groups, attempts.rollouts.reward_S, _resolved(name), self.baselines)
         if name == "reinforce":
             self.baselines = [Baseline(**one) for one in credited.detail["baselines"]]

@@ -99,7 +99,7 @@ def train_online(
     for number in range(num_steps):
         draw = FIRST_DRAW + MOST_STEPS * seed + number
         prompts = np.repeat(world.language.sentences(prompts_per_step, draw, NUM_PROMPT), samples_per_prompt, axis=0)
-        attempts = _roll_out(world, policy, prompts, draw, samples_per_prompt, reward)
+        attempts = roll_out(world, policy, prompts, draw, samples_per_prompt, reward)
         at(number, policy, attempts.rollouts)
         examples = learner.examples(attempts, draw)
         for batch in _batches(examples, num_epochs, batch_size, rng):
@@ -126,7 +126,7 @@ def adamw(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
 
 
 @dataclass(frozen=True)
-class _Attempts:
+class Attempts:
     """A round's attempts as groups by prompt, with the log-probs of the policy and of the start policy."""
 
     rollouts: Rollouts
@@ -138,9 +138,9 @@ class _Attempts:
         return zip(self.groups, self.rollouts.reward_S.reshape(len(self.groups), -1), strict=True)
 
 
-def _roll_out(
+def roll_out(
     world: World, policy: nn.Module, prompts: Words, draw: int, samples_per_prompt: int, reward: Reward
-) -> _Attempts:
+) -> Attempts:
     """One attempt at each prompt; equal prompts lie side by side."""
     rows = world.sample_rows(policy, prompts, draw)
     completions = [row.token.astype(np.int64) for row in rows]
@@ -156,7 +156,7 @@ def _roll_out(
     both = [zip(group.old_logprob, group.ref_logprob, strict=True) for group in groups]
     kl_S = np.array([float((old - ref).sum(dtype=np.float64)) for group in both for old, ref in group])
     reward_S = np.asarray(reward(prompts, completions), dtype=np.float64)
-    return _Attempts(Rollouts(prompts, completions, reward_S, kl_S), groups)
+    return Attempts(Rollouts(prompts, completions, reward_S, kl_S), groups)
 
 
 # --- what is learned from them -----------------------------------------------------------------------------------
@@ -172,13 +172,13 @@ class _Learner:
     reward: Reward
     critic_learning_rate: float
     baselines: Sequence[Baseline] = ()
-    critic: _Critic | None = None
+    critic: Critic | None = None
 
-    def examples(self, attempts: _Attempts, draw: int) -> Sequence[Example]:
+    def examples(self, attempts: Attempts, draw: int) -> Sequence[Example]:
         """None where nothing can be learned: attempts at a prompt are all the same."""
         found = objective(self.algorithm.name)
         if found.critic:
-            self.critic = self.critic or _Critic.of(self.world.start, self.critic_learning_rate)
+            self.critic = self.critic or Critic.of(self.world.start, self.critic_learning_rate)
             return self.critic.credit(attempts, self._knobs)
         if found.records == "rollouts":
             credited = credit_groups(attempts.groups, attempts.rollouts.reward_S, self._knobs, self.baselines)
@@ -199,7 +199,7 @@ class _Learner:
         assert isinstance(self.algorithm, PolicyGradient)
         return self.algorithm.knobs
 
-    def _over_own(self, attempts: _Attempts, draw: int) -> list[PreferencePair]:
+    def _over_own(self, attempts: Attempts, draw: int) -> list[PreferencePair]:
         """The demonstrator's way with each prompt over each attempt that is another; reference: who made it."""
         prompts = attempts.rollouts.prompts[:: len(attempts.groups[0].samples)]
         shown = demonstrations(self.world, prompts, self.reward, draw)
@@ -230,7 +230,7 @@ def demonstrations(world: World, prompts: Words, reward: Reward, draw: int) -> l
 
 
 @dataclass
-class _Critic:
+class Critic:
     """A critic beside the policy: it says its values, credit follows, and it learns the returns."""
 
     model: nn.Module
@@ -238,7 +238,7 @@ class _Critic:
     is_warm: bool = False
 
     @classmethod
-    def of(cls, start: nn.Module, learning_rate: float) -> _Critic:
+    def of(cls, start: nn.Module, learning_rate: float) -> Critic:
         """The trunk of the start policy under a head of zeros."""
         config = copy.deepcopy(start.config)
         config.num_labels, config.classifier_dropout = 1, 0.0
@@ -248,17 +248,18 @@ class _Critic:
             nn.init.zeros_(weight)
         return cls(model, adamw(model, learning_rate))
 
-    def credit(self, attempts: _Attempts, knobs: Mapping[str, Any]) -> list[RolloutGroup]:
+    def credit(self, attempts: Attempts, knobs: Mapping[str, Any]) -> list[RolloutGroup]:
         """The groups with their advantages; then a step of the critic. In the first round others come before."""
         if not self.is_warm:
             for _ in range(WARMUP_STEPS):
-                self._learn(self._credited(attempts, knobs), math.inf)
+                self._learn(self.credited(attempts, knobs), math.inf)
             self.is_warm = True
-        credited = self._credited(attempts, knobs)
+        credited = self.credited(attempts, knobs)
         self._learn(credited, knobs["clip_value"])
         return credited.groups
 
-    def _credited(self, attempts: _Attempts, knobs: Mapping[str, Any]) -> Credited:
+    def credited(self, attempts: Attempts, knobs: Mapping[str, Any]) -> Credited:
+        """The advantages by what it says now; it learns nothing."""
         # All completions end where the task does: none is cut off.
         reward_S = attempts.rollouts.reward_S
         ends = [False] * len(reward_S)

@@ -57,7 +57,7 @@ def test_an_objective_climbs(online, world, algorithm):
 
 def test_attempts_carry_the_log_probs_that_they_were_sampled_with(online, world):
     prompts = np.repeat(world.language.sentences(3, 1, 4), 2, axis=0)
-    attempts = online._roll_out(world, world.start, prompts, 5, 2, share_of_word)
+    attempts = online.roll_out(world, world.start, prompts, 5, 2, share_of_word)
     for group in attempts.groups:
         for (path,), old in zip(group.samples, group.old_logprob, strict=True):
             np.testing.assert_allclose(path.logprob[path.loss_mask], old[path.loss_mask], atol=1e-4)
