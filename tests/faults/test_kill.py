@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 
@@ -113,6 +114,20 @@ def test_kills_of_a_run_that_learns_from_its_rollouts(tmp_path):
         assert run.go(point=point).code == -signal.SIGKILL, f"{point} was never reached"
     run.finish().assert_same(undisturbed)
     assert len(undisturbed.rows["checkpoint"]) > 1
+
+
+def test_kills_of_a_run_that_draws_other_tasks(tmp_path):
+    """In the rounds in which other tasks take the place of those with nothing to choose."""
+    changes = {"rollout__redraws": 2, "rollout__tasks_per_unit": 2, "train__min_spread": 0.35}
+    changes |= {"iterations": 1, "guard__num_tasks": 4, "guard__max_kl": 50.0, "evaluation__num_tasks": 8}
+    settings = miniature(train__algorithm="grpo", train__learning_rate=1e-3, **changes)
+    undisturbed = MiniatureRun(tmp_path / "undisturbed", settings).finish()
+    run = MiniatureRun(tmp_path / "killed", settings)
+    for point in ("redraw/0:turn:2", "redraw/0:commit:2:after"):
+        assert run.go(point=point).code == -signal.SIGKILL, f"{point} was never reached"
+    run.finish().assert_same(undisturbed)
+    (rounds,) = [json.loads(row)["detail"]["rounds"] for row in undisturbed.rows["event"] if '"kind": "redraw"' in row]
+    assert rounds and all(one["num_tasks"] for one in rounds)
 
 
 def test_kills_of_a_run_with_a_critic(tmp_path):

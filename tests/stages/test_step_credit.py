@@ -177,10 +177,12 @@ def run(request, tmp_path, monkeypatch):
     """A run whose first iteration is judged by a process reward model of its own policy; `param` sets keys."""
     monkeypatch.chdir(tmp_path)
     judge = {"kind": "process", "process": {"model": "prm"}}
-    settings = settings_of(**{"judge": judge, **getattr(request, "param", {})})
+    changes = dict(getattr(request, "param", {}))
+    step = changes.pop("step", "separator")
+    settings = settings_of(**{"judge": judge, **changes})
     with Store("runs/prefloop.db") as store, opened(Run(settings, store)) as run:
         start_policy(run)
-        judged_by_steps(run, "separator")
+        judged_by_steps(run, step)
         rollout_stage(run, 0)
         judge_stage(run, 0)
         yield run
@@ -228,6 +230,37 @@ def test_steps_are_paid_where_the_policy_ended_them(run):
                 step = int(np.searchsorted(ends, token))
                 assert array[token] == pytest.approx(padded[row, step] - padded[:, step].mean(), abs=1e-3)
     assert data.detail["num_without_steps"] == 0 and len(data.detail["baselines"]) == 0
+
+
+BOOKING = {
+    "step": "turn",
+    "environment": {"name": "booking"},
+    "sft__num_demonstrations": 100,
+    "rollout__num_tasks": 3,
+    "train__turn_discount": 0.5,
+    "train__baseline": "none",
+    "train__kl_coef": 0.0,
+}
+
+
+@pytest.mark.parametrize("run", [BOOKING], indirect=True)
+def test_where_a_step_is_a_turn_its_tokens_have_the_return_of_the_turn(run):
+    value, data = learned(run)
+    judged = {j.trajectory_id: j for j in run.store.judgements(rater_id=run.judge.rater.id)}
+    rollouts = [t for t in iteration_rollouts(run, 0, with_paths=True) if t.id in value]
+    assert max(t.num_turns for t in rollouts) > 1
+    by_task = {group.name: iter(group.advantage) for group in data.examples}
+    for rollout in rollouts:
+        lowest = np.minimum.accumulate(judged[rollout.id].criteria["steps"])
+        assert value[rollout.id] == pytest.approx(lowest[-1])
+        expected, led_to = {}, 0.0
+        for turn, paid in reversed(list(zip(rollout.own_turns, np.diff(lowest, prepend=0.0), strict=True))):
+            led_to = paid + 0.5 * led_to
+            expected[turn] = led_to
+        for path in rollout.token_paths:
+            array = next(by_task[rollout.task_id])
+            for token in np.flatnonzero(path.loss_mask):
+                assert array[token] == pytest.approx(expected[int(path.message[token])], abs=1e-9)
 
 
 def test_a_rollout_whose_steps_cannot_be_found_is_left_out_and_counted(run, monkeypatch):
