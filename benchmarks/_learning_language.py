@@ -34,15 +34,18 @@ ONCE: Mapping[str, Any] = {"num_steps": 1, "prompts_per_step": NUM_ROUNDS * PROM
 LANGUAGE: Mapping[str, Mapping[str, Any]] = {
     "sft": {"algorithm": "rejection_sampling", **ONCE, "learning_rate": 1e-3},
     "rejection_sampling": {"algorithm": "rejection_sampling", **MANY, "learning_rate": 1e-3},
-    "dpo": {"algorithm": "online_dpo", **FEW, "learning_rate": 5e-4},
-    "online_dpo": {"algorithm": "online_dpo", **MANY, "learning_rate": 5e-4},
+    "dpo": {"algorithm": "online_dpo", **FEW, "learning_rate": 1e-3},
+    "online_dpo": {"algorithm": "online_dpo", **MANY, "learning_rate": 2e-3},
     "spin": {"algorithm": "spin", **FEW, "learning_rate": 2e-4},
-    "reinforce": {"algorithm": "reinforce", **MANY, "learning_rate": 1e-3, "kl_coef": 0.05},
-    "rloo": {"algorithm": "rloo", **MANY, "learning_rate": 1e-3, "kl_coef": 0.05},
-    "grpo": {"algorithm": "grpo", **MANY, "learning_rate": 1e-3, "kl_coef": 0.05},
-    "ppo": {"algorithm": "ppo", **MANY, "learning_rate": 1e-3, "kl_coef": 0.05},
+    "reinforce": {"algorithm": "reinforce", **MANY, "learning_rate": 2e-3, "kl_coef": 0.05},
+    "rloo": {"algorithm": "rloo", **MANY, "learning_rate": 2e-3, "kl_coef": 0.05},
+    "grpo": {"algorithm": "grpo", **MANY, "learning_rate": 2e-3, "kl_coef": 0.05},
+    "ppo": {"algorithm": "ppo", **MANY, "learning_rate": 2e-3, "kl_coef": 0.05},
 }
-"""`sft`: imitation of the best answers of the start policy, all at once; `dpo`: in six iterations."""
+"""`sft`: imitation of the best answers of the start policy, all at once; `dpo`: in six iterations.
+
+Of two or three rates each, those with the most true reward less 0.05 KL at the end, on seed 0 (`spin`: before it falls
+again)."""
 
 
 @lru_cache(maxsize=1)
