@@ -67,11 +67,17 @@ FEW = {
     "guard": {"num_tasks": 2},
     "evaluation": {"num_tasks": 2},
 }
+
+CRITIC = {**FEW, "train": {"algorithm": "ppo", "batch_size": 2, "num_steps": 2}}
+"""So few tokens that models are most of the peak: policy, reference, and a critic with its gradients and moments."""
+
 CASES = {
     "small_full": Case("small", changes={"rollout": {"num_tasks": 8}, "train": {"batch_size": 16}}),
     "small_lora": Case("small", changes=ADAPTER),
+    "small_grpo": Case("small", changes={"rollout": {"num_tasks": 8}, "train": {"algorithm": "grpo", "batch_size": 4}}),
     "medium_full": Case("medium"),
     "medium_lora": Case("medium", changes=ADAPTER),
+    "medium_ppo": Case("medium", changes=CRITIC),
     "large_lora": Case("large", "bfloat16", LITTLE),
     "1.5b": Case("1.5b", "bfloat16", {**FEW, "policy": LITTLE["policy"]}),
 }

@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 from tiny_runs import tiny_settings
 
 from prefloop.config import parse_settings
 from prefloop.credit.settings import RewardSettings
+from prefloop.evaluation.guard import Decision
 from prefloop.loop import run_loop
 from prefloop.losses.registry import objective
 from prefloop.records import AuthorKind, Ended, Judgement, Message, PrefloopError, Role, Status, Trajectory, Valued
@@ -26,6 +28,7 @@ from prefloop.stages.update_data import online_knobs, rows_to_learn, update_data
 from prefloop.stages.updating import train_stage
 from prefloop.store import Store
 from prefloop.store.metrics import read_metrics
+from prefloop.training.state import CARRIED
 
 
 def settings_of(**changes):
@@ -270,3 +273,24 @@ def test_one_step_without_kl_in_the_reward_makes_no_pass_of_its_own(tmp_path, mo
         run_loop(run)
         gap = run.found(0, "train")["credit"]["sampling_mismatch"]
     assert gap["mean"] < 1e-4 and gap["effective_share"] == pytest.approx(1.0, abs=1e-4)
+
+
+def test_the_optimizer_of_the_last_update_that_was_kept_goes_on(tmp_path, monkeypatch):
+    """Its steps are counted over iterations; those of an update that was taken back are not."""
+    monkeypatch.chdir(tmp_path)
+    verdicts = iter([True, False, True])
+    monkeypatch.setattr(
+        "prefloop.stages.updating.kl_guard", lambda *_: Decision(next(verdicts), "as the test wants it")
+    )
+    with Store("runs/prefloop.db") as store:
+        run = Run(
+            settings_of(iterations=3, train__learning_rate=1e-4, guard__max_retries=0, guard__max_drop=1.0), store
+        )
+        run_loop(run)
+        updates = [run.found(number, "train") for number in range(3)]
+        (left,) = (run.directory / "moments").iterdir()  # of the newest policy alone
+    assert [one["rolled_back"] for one in updates] == [False, True, False]
+    assert left.name == updates[2]["checkpoint_id"][:12]
+    moments = load_file(left / CARRIED)
+    counts = {float(value) for name, value in moments.items() if name.startswith("step.")}
+    assert counts == {updates[0]["steps"] + updates[2]["steps"]}

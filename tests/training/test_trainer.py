@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -16,6 +17,8 @@ from prefloop.training import trainer
 from prefloop.training.algorithms import make_algorithm
 from prefloop.training.logprobs import with_reference
 from prefloop.training.settings import TrainingSettings
+from prefloop.training.state import CARRIED, Carried
+from prefloop.training.step import TrainingStep
 from prefloop.training.trainer import batch_at, count_steps, learning_rate_at, train
 
 SETTINGS = TrainingSettings(
@@ -42,7 +45,9 @@ def examples():
     }
 
 
-def trained(directory, algorithm, rows, settings=SETTINGS, *, seed=1, identity="a on b", stop_at=None, model=None):
+def trained(
+    directory, algorithm, rows, settings=SETTINGS, *, seed=1, identity="a on b", stop_at=None, model=None, carried=None
+):
     """(weights, metrics, steps done in this go) of a training, which may be stopped after a step."""
     done = []
 
@@ -55,7 +60,7 @@ def trained(directory, algorithm, rows, settings=SETTINGS, *, seed=1, identity="
     try:
         result = train(
             model, None, algorithm, rows, settings,
-            seed=seed, identity=identity, state_directory=directory, on_step=on_step,
+            seed=seed, identity=identity, state_directory=directory, carried=carried, on_step=on_step,
         )  # fmt: skip
         history = result.history
     except StoppedError:
@@ -94,6 +99,41 @@ def test_stopped_again_while_going_on(tmp_path, examples):
     again, history_again, _ = trained(tmp_path / "often", algorithm, rows)
     assert history_again == history
     assert same_bits(again, weights)
+
+
+def test_the_moments_of_one_training_are_those_that_the_next_begins_with(tmp_path, examples):
+    """Two trainings are one AdamW over all of their steps, whether or not the second is stopped on its way."""
+    algorithm, rows = examples["sft"]
+    settings = SETTINGS.model_copy(update={"schedule": "constant", "warmup_steps": 0, "num_epochs": 1})
+    parts = rows[:5], rows[5:]
+
+    model = small_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
+    step = TrainingStep(model, None, algorithm, optimizer)
+    for part in parts:
+        for index in range(2):
+            step([part[i] for i in batch_at(index, 5, 4, 1)])
+    expected = dict(model.named_parameters())
+
+    first = small_model()
+    trained(tmp_path / "one", algorithm, parts[0], settings, model=first, carried=Carried(None, tmp_path / "left"))
+    for stop_at in (None, 1):
+        second, saving = copy.deepcopy(first), settings.model_copy(update={"checkpoint_every": 1})
+        options = {"identity": f"stopped at {stop_at}", "carried": Carried(tmp_path / "left", None)}
+        if stop_at is not None:
+            trained(tmp_path / "two", algorithm, parts[1], saving, model=copy.deepcopy(first), stop_at=2, **options)
+        weights, _, done = trained(tmp_path / "two", algorithm, parts[1], saving, model=second, **options)
+        assert done == ([1, 2] if stop_at is None else [2]) and same_bits(weights, expected)
+    fresh, *_ = trained(tmp_path / "three", algorithm, parts[1], settings, model=copy.deepcopy(first))
+    assert not same_bits(fresh, expected)
+
+
+def test_damaged_moments_are_not_begun_with(tmp_path, examples):
+    algorithm, rows = examples["sft"]
+    trained(tmp_path / "one", algorithm, rows, carried=Carried(None, tmp_path / "left"))
+    (tmp_path / "left" / CARRIED).write_bytes(b"nothing")
+    with pytest.raises(PrefloopError, match=CARRIED):
+        trained(tmp_path / "two", algorithm, rows, carried=Carried(tmp_path / "left", None))
 
 
 def test_a_damaged_state_is_left_for_the_one_before(tmp_path, examples, caplog):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from prefloop.environments.agent import Agent, AgentSettings
 from prefloop.environments.base import Demonstrator, TaskSource
+from prefloop.losses.registry import objective
 from prefloop.planning.memory import Sampling, Update
 from prefloop.records import JSONObject, Message, PrefloopError, Split
 from prefloop.stages.context import Run
@@ -153,16 +154,35 @@ def pairs_of_a_task(settings: RunSettings) -> int:
     return min(each // 2 or 1, math.ceil(each * settings.curation.fraction))
 
 
+def examples_of_a_task(settings: RunSettings) -> tuple[int, int]:
+    """How many examples of the objective a task gives at most, and how many trajectories an example has.
+
+    A group of rollouts has all attempts at its task; pairs, labels and demonstrations are of the kept ones.
+    """
+    each = settings.rollout.samples_per_task
+    kept = math.ceil(each * settings.curation.fraction)
+    match objective(settings.train.algorithm).records:
+        case "rollouts":
+            return 1, each
+        case "pairs":
+            return pairs_of_a_task(settings), 2
+        case "labelled samples":
+            return min(each, 2 * kept), 1
+        case _:
+            return kept, 1
+
+
 def _update(settings: RunSettings, num_tasks: int, prompt: int, after: int, lengths: Lengths) -> Update:
-    """Pairs of an iteration: at most the kept trajectories, each with another; a step shares its tasks' prompts."""
+    """A step on the examples of an iteration: it shares its tasks' prompts."""
     train = settings.train
-    num = max(1, num_tasks * pairs_of_a_task(settings))
+    of_task, size = examples_of_a_task(settings)
+    num = max(1, num_tasks * of_task)
     batch = min(train.batch_size, num)
     own = lengths.sampled / max(1, lengths.after)
     tasks = num_tasks * (1 - (1 - batch / num) ** (num / num_tasks))  # that a batch meets
-    tokens = 2 * batch * after + math.ceil(tasks) * prompt
+    tokens = size * batch * after + math.ceil(tasks) * prompt
     steps = train.num_steps or train.num_epochs * math.ceil(num / batch)
-    return Update(tokens, int(2 * batch * after * own), steps, prompt + after)
+    return Update(tokens, int(size * batch * after * own), steps, prompt + after)
 
 
 def _imitation(settings: TrainingSettings, num: int, lengths: Lengths) -> Update:

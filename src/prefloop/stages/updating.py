@@ -24,9 +24,10 @@ from prefloop.training.settings import UpdateSettings
 
 if TYPE_CHECKING:
     from prefloop.models.load import Policy
-    from prefloop.training.state import TrainingResult
+    from prefloop.training.state import Carried, TrainingResult
 
 STAGE, GUARD = "train", "guard"
+MOMENTS = "moments"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ def train_stage(run: Run, iteration: int) -> None:
             "warnings": last.warnings,
             **({"credit": last.credit} if last.credit else {}),
         }
-    shutil.rmtree(_states(run, iteration), ignore_errors=True)
+    _clear(run, iteration)
 
 
 def check_progress(run: Run, iteration: int) -> None:
@@ -183,10 +184,10 @@ def _attempt(
 ) -> _Attempt:
     policy = run.policies.take(before)
     data = update_data(run, policy, iteration, before, fresh.rows, settings)
-    limit = _max_update_kl(run, fresh, settings)
-    result, failure = _fit(run, iteration, policy, data, settings, limit, number, f"{before} {dataset.id}")
+    limit, carried = _max_update_kl(run, fresh, settings), _carried(run, iteration, settings, number)
+    result, failure = _fit(run, iteration, policy, data, settings, limit, carried, number, f"{before} {dataset.id}")
     evaluated, decision = (None, Decision(False, failure)) if failure else _guard(run, policy, success_before)
-    warnings = [*data.warnings, *result.warnings]
+    warnings = [*data.warnings, *_without_moments(run, iteration, carried), *result.warnings]
     kept = policy if decision.accepted else None
     credit = with_mismatch(data.detail, result.history)
     return _Attempt(number, kept, settings.learning_rate, result, warnings, evaluated, decision, credit)
@@ -199,6 +200,7 @@ def _fit(
     data: UpdateData,
     settings: UpdateSettings,
     max_update_kl: float | None,
+    carried: Carried,
     number: int,
     identity: str,
 ) -> tuple[TrainingResult, str]:
@@ -219,6 +221,7 @@ def _fit(
                 identity=identity,
                 state_directory=_states(run, iteration),
                 held_out=data.held_out,
+                carried=carried,
                 max_update_kl=max_update_kl,
                 writers=writers,
                 on_step=lambda step, _, metrics: run.progress.advance(step, f"loss {metrics.get('loss', 0):.3f}"),
@@ -250,7 +253,53 @@ def _save(run: Run, iteration: int, before: str, dataset: Dataset, accepted: _At
     )
     run.store.add_checkpoint(checkpoint)
     run.policies.keep(checkpoint.id, accepted.policy)
+    if (left := _left_moments(run, iteration, accepted.number)).exists():
+        kept = _moments_of(run, checkpoint.id)
+        shutil.rmtree(kept, ignore_errors=True)
+        kept.parent.mkdir(exist_ok=True)
+        left.replace(kept)
     return checkpoint
+
+
+def _carried(run: Run, iteration: int, settings: UpdateSettings, number: int) -> Carried:
+    """An objective of rollouts goes on with the optimizer's moments of the last update that was kept.
+
+    Its iterations are a few steps each of one training on ever new rollouts; pairs and demonstrations of an iteration
+    make a training of their own, which begins without any.
+    """
+    from prefloop.training.state import Carried
+
+    if objective(settings.algorithm).records != "rollouts":
+        return Carried()
+    begin = _moments_of(run, run.checkpoint_before(iteration))
+    return Carried(begin if begin.exists() else None, _left_moments(run, iteration, number))
+
+
+def _moments_of(run: Run, checkpoint_id: str) -> Path:
+    """Where the optimizer's moments of the update that made a checkpoint are, if there are any."""
+    return run.directory / MOMENTS / checkpoint_id[:ID_LENGTH]
+
+
+def _without_moments(run: Run, iteration: int, carried: Carried) -> list[str]:
+    """A warning where the moments of the update before should be there and are not."""
+    before = run.checkpoint_before(iteration)
+    if carried.end is None or carried.begin is not None or before == run.checkpoint_before(0):
+        return []
+    return [f"the optimizer begins anew: the moments of the update before are not in {_moments_of(run, before)}"]
+
+
+def _left_moments(run: Run, iteration: int, number: int) -> Path:
+    """Where a try of an update leaves its own."""
+    return _states(run, iteration) / f"{MOMENTS}-{number}"
+
+
+def _clear(run: Run, iteration: int) -> None:
+    """Remove what a recorded update needed: its states, and moments but for those of the policy that is kept."""
+    shutil.rmtree(_states(run, iteration), ignore_errors=True)
+    kept = _moments_of(run, run.checkpoint_before(iteration + 1))
+    for old in kept.parent.glob("*"):
+        if old != kept:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _states(run: Run, iteration: int) -> Path:

@@ -7,17 +7,18 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from prefloop.training.checkpoint import newest_whole, save_atomically
+from prefloop.training.checkpoint import newest_whole, save_atomically, verify
 from prefloop.training.metrics import LAST_STEPS, Metrics, mean_metrics
 
 KEPT_STATES = 2
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+CARRIED = "moments.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +88,18 @@ class TrainingResult:
         return TrainingResult(**{**saved, "evaluations": evaluations, "skipped": skipped})
 
 
+class Carried(NamedTuple):
+    """Folders of an optimizer's moments: those a training begins with (None: none), and where it leaves its own."""
+
+    begin: Path | None = None
+    end: Path | None = None
+
+
 class SavedState:
     """The state of a training on disk: weights, the optimizer's moments, the best weights, and the result so far.
 
     `reference` are the weights of a reference that changes with the policy, empty for one that is fixed. `best` are the
-    best weights so far, where those are kept.
+    best weights so far, where those are kept. `carried` says with which moments it begins.
     """
 
     def __init__(
@@ -100,11 +108,13 @@ class SavedState:
         parameters: Mapping[str, nn.Parameter],
         optimizer: torch.optim.AdamW,
         reference: Mapping[str, Tensor],
+        carried: Carried | None = None,
     ) -> None:
         self.directory = directory
         self.parameters = parameters
         self.optimizer = optimizer
         self.reference = reference
+        self.carried = carried or Carried()
         self.best: dict[str, Tensor] = {}
 
     def keep_best(self) -> None:
@@ -117,16 +127,13 @@ class SavedState:
 
     def save(self, result: TrainingResult) -> None:
         """Save the state after the last step of the result; only the newest are kept."""
-        tensors: dict[str, Tensor] = {}
-        for name, parameter in self.parameters.items():
-            tensors[f"weight.{name}"] = parameter.detach()
-            for moment, value in self.optimizer.state[parameter].items():
-                tensors[f"{moment}.{name}"] = value
+        tensors = {f"weight.{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        tensors |= self._moments()
         tensors |= {f"reference.{name}": weight for name, weight in self.reference.items()}
         tensors |= {f"best.{name}": weight for name, weight in self.best.items()}
 
         def write(target: Path) -> None:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target / "state.safetensors")
+            _write(tensors, target / "state.safetensors")
             (target / "state.json").write_text(json.dumps(result.to_dict()))
 
         save_atomically(self.directory / f"step-{len(result.history):08d}", write)
@@ -134,19 +141,47 @@ class SavedState:
             shutil.rmtree(old)
 
     def load(self) -> TrainingResult:
-        """Go back to the newest state that is whole, if there is any; returns the result so far."""
+        """Go back to the newest state that is whole, if there is any, else to the beginning; returns the result so far.
+
+        Raises:
+            PrefloopError: the moments to begin with are damaged.
+        """
         newest = newest_whole(self.directory)
         if newest is None:
+            if self.carried.begin is not None:
+                verify(self.carried.begin)
+                self._take_moments(load_file(self.carried.begin / CARRIED))
             return TrainingResult()
         tensors = load_file(newest / "state.safetensors")
         _copy(_within(tensors, "weight."), self.parameters)
         _copy(_within(tensors, "reference."), self.reference)
         self.best = _within(tensors, "best.")
+        self._take_moments(tensors)
+        return TrainingResult.from_dict(json.loads((newest / "state.json").read_text()))
+
+    def leave_moments(self) -> None:
+        """Leave the optimizer's moments to another training, where that is asked for."""
+        if self.carried.end is not None:
+            moments = self._moments()
+            shutil.rmtree(self.carried.end, ignore_errors=True)  # of a training that was killed
+            save_atomically(self.carried.end, lambda target: _write(moments, target / CARRIED))
+
+    def _moments(self) -> dict[str, Tensor]:
+        return {
+            f"{moment}.{name}": value
+            for name, parameter in self.parameters.items()
+            for moment, value in self.optimizer.state[parameter].items()
+        }
+
+    def _take_moments(self, tensors: Mapping[str, Tensor]) -> None:
         for name, parameter in self.parameters.items():
             keys = {moment: f"{moment}.{name}" for moment in MOMENTS}
             if keys["step"] in tensors:  # no moments where no step was taken yet, all being skipped
                 self.optimizer.state[parameter] = {m: tensors[k].to(parameter.device) for m, k in keys.items()}
-        return TrainingResult.from_dict(json.loads((newest / "state.json").read_text()))
+
+
+def _write(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
 def _within(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from prefloop.training.algorithm import Algorithm
 from prefloop.training.metrics import HELD_OUT, LAST_STEPS, Metrics, is_better
 from prefloop.training.reference import follow
 from prefloop.training.settings import TrainingSettings, warm_up_problem
-from prefloop.training.state import Evaluation, SavedState, SkippedStep, TrainingResult
+from prefloop.training.state import Carried, Evaluation, SavedState, SkippedStep, TrainingResult
 from prefloop.training.step import MovedEnoughError, StepSettings, TrainingStep
 from prefloop.training.watch import falling_chosen
 from prefloop.training.writers import MetricsWriter
@@ -89,6 +89,7 @@ def train(
     identity: str,
     state_directory: Path,
     held_out: Sequence[Example] = (),
+    carried: Carried | None = None,
     max_update_kl: float | None = None,
     writers: Sequence[MetricsWriter] = (),
     on_step: Callable[[int, int, Metrics], None] = lambda step, num_steps, metrics: None,
@@ -101,7 +102,8 @@ def train(
     ends before a step at which the policy has moved by more than `max_update_kl` nats a token (`update_kl` of
     docs/metrics.md; None: wherever it goes). `on_step` is
     told of each step done, `on_evaluation` of each evaluation; `writers` are given all metrics from the first step on,
-    in a training that goes on too. A reference that follows the policy (`sync_reference_every`) is changed in place.
+    in a training that goes on too. `carried` hands the optimizer's moments from one training to the next. A
+    reference that follows the policy (`sync_reference_every`) is changed in place.
 
     Raises:
         PrefloopError: no examples, a warm-up that is longer than the training, nothing held out to evaluate, a
@@ -121,10 +123,11 @@ def train(
     )
     knobs = settings.model_dump(exclude={"report_to"})
     sizes = (num_steps, len(held_out), max_update_kl)
-    key = content_hash(identity, algorithm.name, repr(algorithm), knobs, seed, sizes, environment_fingerprint())
+    begin = carried and carried.begin and carried.begin.name
+    key = content_hash(identity, algorithm.name, repr(algorithm), knobs, seed, sizes, begin, environment_fingerprint())
     follows = reference is not None and settings.sync_reference_every is not None
     changing = dict(reference.named_parameters()) if reference is not None and follows else {}
-    saved = SavedState(state_directory / key, parameters, optimizer, changing)
+    saved = SavedState(state_directory / key, parameters, optimizer, changing, carried)
     step = TrainingStep(model, reference, algorithm, optimizer, _step_settings(settings, max_update_kl))
     training = _Training(step, settings, seed, saved, examples, held_out, num_steps, writers, on_step, on_evaluation)
     with _recomputing(model, settings.gradient_checkpointing):
@@ -160,6 +163,7 @@ class _Training:
             self._evaluate(len(history))
         if self.settings.patience is not None:
             self.saved.restore_best()
+        self.saved.leave_moments()
         self.step.optimizer.zero_grad(set_to_none=True)  # gradients would live as long as the model
         self.step.optimizer.state.clear()  # and moments until the garbage collector comes to them
         self.step.model.eval()
