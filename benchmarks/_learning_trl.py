@@ -4,8 +4,8 @@ Its `rollout_func` rolls an iteration's tasks out by our engine; `env_mask` leav
 take 12 times 512 rollouts of 64 tasks, and four optimizer steps on them: ours of 16 tasks each, TRL's of 128 rows,
 which it shuffles. Both compute the loss `dr_grpo`: group means without scaling, clips of 0.2 and 0.28, sums over a
 sample's own tokens divided by the longest reply, no KL. AdamW, its betas and rate, which is constant, and the clipping
-of gradients are equal; a first step on the same rows gives the same weights. One thing differs: TRL keeps the moments
-of AdamW from iteration to iteration, our loop begins each update without.
+of gradients are equal, and both keep the moments of AdamW from iteration to iteration; a first step on the same rows
+gives the same weights.
 
 Settings are the fastest that TRL has on a CPU: no gradient checkpointing, nothing saved or reported, no reference,
 micro-batches of `MICRO` rows. Its clock leaves out the making of the trainer, and copies of weights to be evaluated.

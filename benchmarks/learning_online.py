@@ -41,7 +41,7 @@ from prefloop.records import JSONObject
 from prefloop.stats.intervals import mean_interval
 
 NUM_SEEDS = 5
-FIRST_SEED = 11  # not used while tuning; 10 was looked at before the last change
+FIRST_SEED = 16  # not used while tuning; 10 to 15 were looked at before the last change
 STARTS = STATE / "learning_online"
 BEST_OF = 8
 
@@ -51,9 +51,9 @@ ALGORITHMS: Mapping[str, JSONObject] = {
     "online_dpo": {"train": {"learning_rate": 5e-4}},
     "spin": {"train": {"learning_rate": 2e-4}},
     "reinforce": {"train": {"kl_coef": 0.02, "learning_rate": 3e-4, "decay": "none"}},
-    "rloo": {"train": {"kl_coef": 0.02, "learning_rate": 5e-4, "decay": "none"}},
-    "grpo": {"train": {"kl_coef": 0.02, "learning_rate": 5e-4, "decay": "none"}},
-    "ppo": {"train": {"kl_coef": 0.02, "learning_rate": 5e-4, "decay": "none"}},
+    "rloo": {"train": {"kl_coef": 0.02, "learning_rate": 1e-3, "decay": "none"}},
+    "grpo": {"train": {"kl_coef": 0.02, "learning_rate": 1e-3, "decay": "none"}},
+    "ppo": {"train": {"kl_coef": 0.02, "learning_rate": 1e-3, "decay": "none"}},
 }
 """What differs from `examples/booking.toml`, whose [curation] and [train] are left out but for the batch of 16.
 
@@ -61,7 +61,7 @@ ALGORITHMS: Mapping[str, JSONObject] = {
 
 SFT: JSONObject = {"num_epochs": 3, "batch_size": 32, "learning_rate": 1e-3, "schedule": "linear"}
 
-MATCHED: JSONObject = {"train": {"kl_coef": 0.0, "mismatch": "none", "learning_rate": 5e-4, "decay": "none"}}
+MATCHED: JSONObject = {"train": {"kl_coef": 0.0, "mismatch": "none", "learning_rate": 1e-3, "decay": "none"}}
 TRL_OPTIONS: JSONObject = {}
 UNGUARDED = ("guard.num_tasks=2", "guard.max_drop=1.0", "guard.max_kl=1e9", "guard.max_retries=0")
 NOT_GREEDY = ("evaluation.greedy=false",)
