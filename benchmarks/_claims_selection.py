@@ -128,7 +128,7 @@ def _implicit_reward(world: World, policy: Callable[[], nn.Module]) -> Reward:
 def by_reward_model(world: World, quick: bool, moves: bool) -> Trace:
     """A reward model judges; the moving one learns in each round from its own labels of the policy's attempts."""
     proxy = proxy_of(world, JUDGE_PAIRS, quick)
-    model: Any = proxy.model.model
+    model: Any = proxy.models[0].model
     algorithm = make_algorithm("reward", center_coef=0.01)
     step = TrainingStep(model.requires_grad_(True), None, algorithm, adamw(model, JUDGE_RATE))
 
