@@ -26,6 +26,7 @@ from prefloop.stages.updating import _max_update_kl, check_progress, train_stage
 from prefloop.store import Store
 from prefloop.store.ages import read_ages
 from prefloop.store.metrics import read_metrics
+from prefloop.training.settings import MAX_UPDATE_KL
 
 RULES = {"lowest": -2.0, "noise_sd": 0.3}
 
@@ -80,7 +81,7 @@ def distances(run):
 @pytest.mark.parametrize("algorithm", ["grpo", "dpo"])
 def test_an_update_ends_before_the_step_that_finds_it_too_far(going_on, algorithm):
     changes = {"train__algorithm": algorithm, "train__learning_rate": 3e-3, "train__batch_size": 2}
-    run = going_on(**changes, train__num_epochs=4)
+    run = going_on(**changes, train__num_epochs=4, guard__max_update_kl=1e9)
     train_stage(run, 0)
     all_of_it = distances(run)
     assert all_of_it[0] == pytest.approx(0.0, abs=1e-6) and run.found(0, "train")["stopped"] == ""
@@ -101,11 +102,13 @@ def test_an_update_ends_before_the_step_that_finds_it_too_far(going_on, algorith
 
 def test_only_log_probs_of_the_policy_itself_tell_how_far_it_moved(tmp_path):
     def limit(ages=(0, 0), **changes):
-        settings = settings_of(guard__max_update_kl=0.1, **changes)
+        settings = settings_of(**{"guard__max_update_kl": 0.1, **changes})
         with Store(str(tmp_path / "s.db")) as store:
             return _max_update_kl(Run(settings, store), Fresh(Rows({}), dict(enumerate(ages)), 0), settings.train)
 
     assert limit() == 0.1
+    left_out = {"guard__max_update_kl": None}
+    assert limit(**left_out) is None and limit(**left_out, train__algorithm="grpo") == MAX_UPDATE_KL
     for colder in ({"temperature": 0.7}, {"top_p": 0.9}):
         assert limit(rollout__sampling=colder) is None
     assert limit(ages=(0, 1)) is None and limit(ages=(0, None)) is None
@@ -206,6 +209,7 @@ def test_episodes_that_a_gateway_served_from_an_older_checkpoint(going_on, max_a
     if learns:
         assert trained["steps"] > 0 and read_ages(run.store, run.id, 1) == ids
         assert trained["age"] == {**trained["age"], "mean": 1.0, "max": 1, "num": 4, "num_too_old": 0}
+        assert trained["warnings"] == ["4 rollouts of 4 were up to 1 updates old"]
     else:
         assert trained["reason"].endswith("4 rollouts left out, older than train.max_age allows")
         assert trained["checkpoint_id"] == now and read_ages(run.store, run.id, 1) == {}

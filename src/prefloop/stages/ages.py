@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from prefloop.records import AuthorKind, JSONObject, Pair
+from prefloop.records import AuthorKind, JSONObject, Pair, counted
 from prefloop.stages.context import Run
 from prefloop.stages.selecting import Member, Rows
 
@@ -25,6 +25,14 @@ class Fresh:
     def all_of_now(self) -> bool:
         """Whether the policy that learns wrote all of them itself."""
         return all(age == 0 for age in self.ages.values())
+
+    @property
+    def warnings(self) -> list[str]:
+        """What to know of rollouts that are not fresh."""
+        known = [age for age in self.ages.values() if age]
+        old = f"{counted(len(known), 'rollout')} of {len(self.ages):,} were up to {max(known, default=0)} updates old"
+        left_out = f"{counted(self.num_too_old, 'rollout')} left out, older than train.max_age allows"
+        return [text for text, there in ((old, known), (left_out, self.num_too_old)) if there]
 
     def to_dict(self, num_passes: int) -> JSONObject:
         """What the event "train" says of them; within an update `num_passes` passes go over the same rollouts."""

@@ -20,7 +20,7 @@ from prefloop.stages.selecting import Rows
 from prefloop.stages.update_data import UpdateData, rows_to_learn, update_data, why_nothing_to_learn, with_mismatch
 from prefloop.stats.intervals import Interval
 from prefloop.store.ages import add_ages
-from prefloop.training.settings import UpdateSettings
+from prefloop.training.settings import MAX_UPDATE_KL, UpdateSettings
 
 if TYPE_CHECKING:
     from prefloop.models.load import Policy
@@ -104,7 +104,7 @@ def train_stage(run: Run, iteration: int) -> None:
             "checkpoint_id": checkpoint.id if accepted else before,
             "attempts": [attempt.to_dict() for attempt in attempts],
             "rolled_back": not accepted,
-            "warnings": last.warnings,
+            "warnings": [*fresh.warnings, *last.warnings],
             **({"credit": last.credit} if last.credit else {}),
         }
     _clear(run, iteration)
@@ -141,7 +141,7 @@ def _why_not(found: Rows, fresh: Fresh, settings: UpdateSettings) -> str:
     """Why there is nothing to learn; empty where there is."""
     reason = why_nothing_to_learn(fresh.rows, settings)
     if reason and fresh.num_too_old and not why_nothing_to_learn(found, settings):
-        return f"{reason}: {counted(fresh.num_too_old, 'rollout')} left out, older than train.max_age allows"
+        return f"{reason}: {fresh.warnings[-1]}"
     return reason
 
 
@@ -150,11 +150,11 @@ def _max_update_kl(run: Run, fresh: Fresh, settings: UpdateSettings) -> float | 
 
     Objectives of rollouts compute it; for the others it is what the sampler said, if it drew from the policy itself.
     """
-    sampling = run.settings.rollout.sampling
+    limit, sampling = run.settings.guard.max_update_kl, run.settings.rollout.sampling
+    if objective(settings.algorithm).records == "rollouts":
+        return MAX_UPDATE_KL if limit is None else limit
     drawn_as_is = sampling.temperature == 1.0 and sampling.top_p == 1.0 and fresh.all_of_now
-    if objective(settings.algorithm).records == "rollouts" or drawn_as_is:
-        return run.settings.guard.max_update_kl
-    return None
+    return limit if drawn_as_is else None
 
 
 def _attempts(run: Run, iteration: int, before: str, dataset: Dataset, fresh: Fresh) -> list[_Attempt]:
