@@ -179,7 +179,8 @@ def conclude(figures: Mapping[str, float]) -> dict[str, float]:
         by_seed = _by_seed(over, claim.experiment)
         if len(by_seed) > 1:
             found |= _conclude(name, claim, by_seed, table)
-    Console(width=WIDTH).print(table)
+    if table.row_count:
+        Console(width=WIDTH).print(table)
     return found
 
 
