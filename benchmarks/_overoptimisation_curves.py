@@ -59,7 +59,7 @@ class Curve:
         return float(np.interp(kl, path.kl[i - 1 : i + 1], path.gold[i - 1 : i + 1]))
 
     def figures(self) -> dict[str, float]:
-        """Peak and end of the curve, how far it falls between them, and its fit."""
+        """Peak and end of the curve, and how far it falls between them."""
         path = self.smooth
         best, last = int(np.argmax(path.gold)), len(path.gold) - 1
         found = {"gold_peak": path.gold[best], "kl_at_peak": path.kl[best], "gold_end": path.gold[last]}
@@ -67,16 +67,22 @@ class Curve:
         return found
 
     def fits(self) -> dict[str, float]:
-        """The fit of the curve's own form, R² of the other, and R² beyond what was fitted."""
+        """The fit of the curve's own form and of the other: coefficients, R², and where each turns.
+
+        A turning point beyond the largest KL that was seen is left out. `r2_beyond_half` is R² on the farther half of
+        the distances of a fit to the nearer half.
+        """
         distance, gain = self.points
         fit, other = fit_gain(self.form, distance, gain), fit_gain(self.other_form, distance, gain)
-        found = {"alpha": fit.alpha, "beta": fit.beta, "r2": fit.r_squared, "r2_of_other_form": other.r_squared}
-        if fit.beta > 0 and np.isfinite(fit.turning_point**2):
-            found["turning_kl"] = fit.turning_point**2
+        found = {"fit_alpha": fit.alpha, "fit_beta": fit.beta}
+        for name, one in (("fit", fit), ("other_form", other)):
+            found[f"{name}_r2"] = one.r_squared
+            if one.turning_point <= distance.max():
+                found[f"{name}_turning_kl"] = one.turning_point**2
         near = distance <= distance.max() / 2
         if np.count_nonzero(distance[near]) >= 3 and np.count_nonzero(~near) >= 3:
             half = fit_gain(self.form, distance[near], gain[near])
-            found["r2_beyond_half"] = explained(half, distance[~near], gain[~near])
+            found["fit_r2_beyond_half"] = explained(half, distance[~near], gain[~near])
         return found
 
     @property
@@ -92,10 +98,10 @@ class Curve:
         return cls(**json.loads(file.read_text()))
 
 
-def pooled_fit(curves: Sequence[Curve]) -> GoldFit:
+def pooled_fit(curves: Sequence[Curve], form: Form) -> GoldFit:
     """One fit to all curves."""
     distance, gain = (np.concatenate(part) for part in zip(*(curve.points for curve in curves), strict=True))
-    return fit_gain(curves[0].form, distance, gain)
+    return fit_gain(form, distance, gain)
 
 
 @dataclass

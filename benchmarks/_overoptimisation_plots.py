@@ -69,7 +69,9 @@ def _rise_and_fall(curves: Curves, file: Path) -> None:
                 _fitted(axes, found)
             if not row and not column:
                 axes.legend(frameon=False, fontsize="small", loc="upper left")
-    figure.supxlabel("√KL to the start policy (best-of-n: its upper bound)", fontsize="medium")
+    figure.supxlabel(
+        "d = √KL to the start policy (best-of-n: of its upper bound); ▼ KL where a fit turns", fontsize="medium"
+    )
     figure.supylabel("gain, sd of the start policy", fontsize="medium")
     figure.savefig(file, dpi=130)
     pyplot.close(figure)
@@ -85,16 +87,17 @@ def _lines(axes: Any, curves: Sequence[Curve]) -> None:
 
 
 def _fitted(axes: Any, curves: Sequence[Curve]) -> None:
-    """The fit to all seeds, and where it turns, if that is within what was measured."""
-    fit = pooled_fit(curves)
+    """Both forms fitted to all seeds, and where they turn, if that is within what was measured."""
     farthest = max(float(np.sqrt(max(curve.kl))) for curve in curves)
     distance = np.linspace(0, farthest, 200)
-    axes.plot(distance, fit.gain(distance), color="black", linewidth=1.6, label=f"fit, R² {fit.r_squared:.2f}")
-    turn = fit.turning_point
-    if turn < farthest:
-        axes.plot(turn, fit.gain(turn), marker="v", color="black", markersize=7, label="turning point")
-        axes.annotate(f"KL {turn**2:.1f}", (turn, float(fit.gain(turn))), (0, 8), textcoords="offset points",
-                      ha="center", fontsize="small")  # fmt: skip
+    for form, label, line in (("rl", "d (α - β log d)", "--"), ("best_of_n", "d (α - β d)", "-")):
+        fit = pooled_fit(curves, form)
+        axes.plot(distance, fit.gain(distance), color="black", linewidth=1.4, linestyle=line, label=label)
+        turn = fit.turning_point
+        if turn < farthest:
+            place = (turn, float(fit.gain(turn)))
+            axes.plot(*place, marker="v", color="black", markersize=6)
+            axes.annotate(f"{turn**2:.1f}", place, (0, 6), textcoords="offset points", ha="center", fontsize="small")
 
 
 def _remedies(curves: Curves, file: Path) -> None:

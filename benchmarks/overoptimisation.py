@@ -28,7 +28,7 @@ import _overoptimisation_plots as plots
 from _common import STATE, Cell, Measured, Options, parse_options, run_cells, versions
 from _language import NUM_PROMPT, World
 from _language_online import train_online
-from _overoptimisation_curves import Curve, Recorder, best_of_n_curve
+from _overoptimisation_curves import Curve, Recorder, best_of_n_curve, pooled_fit
 from _overoptimisation_proxy import NUM_MEMBERS, Fitting, Proxy, quality, train_proxy
 from prefloop.stats.intervals import Interval, mean_interval
 from prefloop.stats.overoptimisation import bootstrap_fit
@@ -114,12 +114,17 @@ def proxy_of(seed: int, num_pairs: int, quick: bool, *, ensemble: bool = False) 
 
 
 def measured(kind: str, name: str, curve: Curve, seed: int, quick: bool) -> Measured:
-    """The figures of a curve, which is kept for the plots; those of its fit where it is fitted."""
+    """The figures of a curve, which is kept for the plots; those of its fits where it is fitted."""
     curve.save(curve_file(f"{kind}_{name}", seed, quick))
     found = curve.figures()
-    if kind == "bon" or "beta0" in name.split("_"):
-        found |= {f"fit_{key}": value for key, value in curve.fits().items()}
+    if is_fitted(f"{kind}_{name}"):
+        found |= curve.fits()
     return Measured({f"{kind}_{name}_{key}_seed_{seed}": value for key, value in found.items()}, [row_of(found)])
+
+
+def is_fitted(name: str) -> bool:
+    """Whether the forms are fitted to a curve: to best-of-n, and to RL where nothing holds KL."""
+    return name.startswith("bon_") or "beta0" in name.split("_")
 
 
 def curve_file(name: str, seed: int, quick: bool) -> Path:
@@ -202,7 +207,7 @@ def over_seeds(quick: bool, figures: dict[str, float]) -> dict[str, float]:
             found[f"{stem}s_in"] = sum(value > FELL for value in values.values())
     curves = curves_of(groups, quick)
     for name, by_seed in curves.items():
-        if len(by_seed) > 1 and f"{name}_fit_r2" in groups:
+        if len(by_seed) > 1 and is_fitted(name):
             found |= pooled(name, list(by_seed.values()))
     found |= differences(groups, curves)
     plots.draw(curves, PLACE)
@@ -231,14 +236,17 @@ def curves_of(groups: Mapping[str, Mapping[int, float]], quick: bool) -> dict[st
 
 
 def pooled(name: str, curves: Sequence[Curve]) -> dict[str, float]:
-    """The fit to the curves of all seeds, with intervals of a bootstrap over seeds; infinite ones are left out."""
+    """The fits of both forms to the curves of all seeds, with intervals of a bootstrap over seeds."""
     found: dict[str, float] = {}
-    for key, interval in bootstrap_fit(curves[0].form, [curve.points for curve in curves]).items():
-        found |= finite(f"{name}_pooled_{key}", interval)
+    for label, form in (("pooled", curves[0].form), ("pooled_other_form", curves[0].other_form)):
+        found[f"{name}_{label}_r2"] = pooled_fit(curves, form).r_squared
+        for key, interval in bootstrap_fit(form, [curve.points for curve in curves]).items():
+            found |= finite(f"{name}_{label}_{key}", interval)
     return found
 
 
 def finite(name: str, interval: Interval) -> dict[str, float]:
+    """An interval as figures; those that are infinite are left out."""
     ends = {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
     return {key: value for key, value in ends.items() if np.isfinite(value)}
 
