@@ -21,7 +21,7 @@ from prefloop.models.sampler import LocalSampler
 from prefloop.stages.rewarding import credit_groups
 from prefloop.training.algorithm import Algorithm
 from prefloop.training.logprobs import logprobs_of
-from prefloop.training.policy_gradient import PolicyGradient
+from prefloop.training.policy_gradient import PolicyGradient, reads_old_logprobs
 from prefloop.training.step import StepSettings, TrainingStep
 
 EOS = 1
@@ -77,7 +77,10 @@ class Task:
 
 
 class OurStep:
-    """Sample, score, train. `with_old` also computes the policy's log-probs before it trains, as the loop does."""
+    """Sample, score, train for `num_passes` optimizer steps on all of it.
+
+    As in the loop, the policy's log-probs are computed before the first of several; a single one makes them itself.
+    """
 
     def __init__(
         self,
@@ -87,9 +90,9 @@ class OurStep:
         task: Task,
         seed: int,
         *,
-        with_old: bool = False,
+        num_passes: int = 1,
     ) -> None:
-        self.found, self.model, self.tokenizer, self.task, self.with_old = found, model, tokenizer, task, with_old
+        self.found, self.model, self.tokenizer, self.task, self.num_passes = found, model, tokenizer, task, num_passes
         self.sampler = LocalSampler(model, [EOS])
         self.sampler.stops[:] = False  # lengths are prescribed: nothing else ends a row
         self.seed = seed
@@ -102,16 +105,17 @@ class OurStep:
 
     def __call__(self) -> float:
         groups, values = self._rolled_out()
-        if self.with_old:
+        if reads_old_logprobs(self.found.all_knobs, self.num_passes):
             olds = logprobs_of(self.model, groups)
             groups = [replace(group, old_logprob=old) for group, old in zip(groups, olds, strict=True)]
         credited = credit_groups(groups, np.array(values), self.found.all_knobs)
-        self.metrics = self.step(credited.groups)
+        steps = [self.step(credited.groups) for _ in range(self.num_passes)]
+        self.metrics = steps[0]
         return self.metrics["loss"]
 
     @property
     def grad_norm(self) -> float:
-        """Of the last step."""
+        """Of the first step on the last rollouts."""
         return self.metrics["grad_norm"]
 
     def _rolled_out(self) -> tuple[list[Any], list[float]]:

@@ -122,35 +122,27 @@ def check_same(name: str, engines: Mapping[str, Engine]) -> dict[str, float]:
     return largest
 
 
-def measure_step(algorithm: str, options: Options) -> Measured:
+def measure_step(algorithm: str, options: Options, *, num_passes: int = 1) -> Measured:
     """A whole step: 64 rollouts in groups of 8, prompts of 256 tokens, geometric lengths of up to 128.
 
-    RLOOTrainer computes the policy's log-probs before it trains, and so does ours; GRPOTrainer need not. Our loop
-    does, to compare them with the sampler's, and stands beside as `looped`.
+    With two passes over the rollouts both libraries compute the policy's log-probs before they train; with one neither
+    needs to, but RLOOTrainer does.
     """
+    label = f"{algorithm}_step" if num_passes == 1 else f"{algorithm}_passes_{num_passes}"
     task = new_task(options)
     found, model = replace(ONLINE[algorithm], longest=task.longest), new_model(SMALL, options.seed)
-
-    def ours(*, with_old: bool) -> OurStep:
-        own = copy.deepcopy(model)
-        return OurStep(found, own, toy_tokenizer(SMALL.vocab), task, options.seed, with_old=with_old)
-
-    engines: dict[str, Any] = {"ours": ours(with_old=algorithm == "rloo")}
-    if algorithm == "grpo":
-        engines["looped"] = ours(with_old=True)
+    own, tokenizer = copy.deepcopy(model), toy_tokenizer(SMALL.vocab)
+    engines: dict[str, Any] = {"ours": OurStep(found, own, tokenizer, task, options.seed, num_passes=num_passes)}
     for name in ("installed", "compact"):
-        engines[name] = TheirStep(found, copy.deepcopy(model), task, options.seed, compact=name == "compact")
-    differences = check_same_rollouts(f"{algorithm}_step", engines)
+        theirs, compact = copy.deepcopy(model), name == "compact"
+        engines[name] = TheirStep(found, theirs, task, options.seed, compact=compact, num_passes=num_passes)
+    differences = check_same_rollouts(label, engines)
     timings = interleaved(engines, 1 if options.quick else 3, warm=True)
     share = float(np.median(engines["ours"].sampling_s[1:])) / timings["ours"].median_cpu
     figures = {**ratios(timings), "s": timings["ours"].median_cpu, "sampling_share": share, **differences}
-    if "looped" in timings:
-        looped = timings["looped"].median_cpu
-        del figures["looped"]
-        figures |= {f"looped_{peer}": timings[peer].median_cpu / looped for peer in ("installed", "compact")}
     rows = table(timings)
     rows[0]["distinct"] = f"{share:.0%} sampling, {int(task.lengths.sum())} new tokens"
-    return Measured({f"{algorithm}_step_{what}": value for what, value in figures.items()}, rows)
+    return Measured({f"{label}_{what}": value for what, value in figures.items()}, rows)
 
 
 def check_same_rollouts(name: str, engines: Mapping[str, Any]) -> dict[str, float]:
@@ -162,8 +154,6 @@ def check_same_rollouts(name: str, engines: Mapping[str, Any]) -> dict[str, floa
             engine.replay = ours.completions
             first[peer] = Done(engine(), engine.grad_norm)
             engine.replay = None
-        elif engine is not ours:
-            engine()
     return check_same(name, first)
 
 

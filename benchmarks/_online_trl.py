@@ -30,8 +30,10 @@ from rollout import Prescribed
 TRAINERS = {"grpo": (trl.GRPOTrainer, trl.GRPOConfig), "rloo": (trl.RLOOTrainer, trl.RLOOConfig)}
 
 
-def new_trainer(found: Online, model: nn.Module, texts: Sequence[str], size: int, micro: int) -> Any:
-    """A trainer of groups of `size` that takes `micro` rows at a time."""
+def new_trainer(
+    found: Online, model: nn.Module, texts: Sequence[str], size: int, micro: int, num_passes: int = 1
+) -> Any:
+    """A trainer of groups of `size` that takes `micro` rows at a time, `num_passes` times all of them."""
     trainer_class, config_class = TRAINERS[found.trainer]
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # left behind by a trainer of another precision
     arguments = config_class(
@@ -44,6 +46,7 @@ def new_trainer(found: Online, model: nn.Module, texts: Sequence[str], size: int
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=len(texts) // micro,
         num_generations=size,
+        num_iterations=num_passes,
         max_completion_length=found.longest,
         temperature=1.0,
         **found.options,
@@ -60,25 +63,31 @@ def new_trainer(found: Online, model: nn.Module, texts: Sequence[str], size: int
 
 
 class _Engine:
-    """One optimizer step a call: the trainer's own training step for each micro-batch, clipping and the update."""
+    """One optimizer step a call, or one for each pass: the trainer's own training step for each micro-batch, clipping
+    and the update; the loss and the norm are those of the first."""
 
-    def __init__(self, model: nn.Module, trainer: Any, *, compact: bool) -> None:
-        self.trainer, self.compact = trainer, compact
+    def __init__(self, model: nn.Module, trainer: Any, *, compact: bool, num_passes: int = 1) -> None:
+        self.trainer, self.compact, self.num_passes = trainer, compact, num_passes
         self.model = trainer.accelerator.prepare_model(model)
         self.optimizer = new_optimizer(model)
         self.grad_norm = 0.0
         self.inputs: Any = None
 
     def __call__(self) -> float:
+        steps = [self._step() for _ in range(self.num_passes)]
+        loss, self.grad_norm = steps[0]
+        return loss
+
+    def _step(self) -> tuple[float, float]:
         with compact_head() if self.compact else nullcontext():
             losses = [
                 self.trainer.training_step(self.model, self.inputs, None)
                 for _ in range(self.trainer.current_gradient_accumulation_steps)
             ]
-        self.grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM))
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return sum(float(loss) for loss in losses)
+        return sum(float(loss) for loss in losses), grad_norm
 
 
 class TheirTraining(_Engine):
@@ -97,10 +106,18 @@ class TheirStep(_Engine):
     """A whole step. Rows end at prescribed lengths; `replay` gives completions in place of sampled ones."""
 
     def __init__(
-        self, found: Online, model: nn.Module, task: Task, seed: int, *, compact: bool = False, micro: int = 16
+        self,
+        found: Online,
+        model: nn.Module,
+        task: Task,
+        seed: int,
+        *,
+        compact: bool = False,
+        micro: int = 16,
+        num_passes: int = 1,
     ) -> None:
-        trainer = new_trainer(found, model, task.texts, task.size, min(micro, len(task.texts)))
-        super().__init__(model, trainer, compact=compact)
+        trainer = new_trainer(found, model, task.texts, task.size, min(micro, len(task.texts)), num_passes)
+        super().__init__(model, trainer, compact=compact, num_passes=num_passes)
         # Nothing ends a row but its prescribed length.
         trainer.generation_config.eos_token_id = trainer.generation_kwargs["eos_token_id"] = None
         self._original, model.generate = model.generate, self._generate

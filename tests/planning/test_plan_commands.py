@@ -149,6 +149,20 @@ def test_guards_are_sampled_here_where_vllm_samples_the_rollouts():
     assert [peak.stage for peak in need().peaks(served)] == ["load", "guard", "KL", "train"]
 
 
+@pytest.mark.parametrize(("algorithm", "num_tokens", "num_steps"), [
+    ("dpo", 2 * 4 * 256 + 4 * 200, 4),  # 2 pairs of each of 8 tasks; 4 of 16 meet 4 tasks (3.5)
+    ("grpo", 4 * (8 * 256 + 200), 2),
+    ("ppo", 4 * (8 * 256 + 200), 2),
+    ("sft", 4 * 256 + 4 * 200, 4),
+    ("kto", 4 * 256 + 4 * 200, 8),  # as many undesirable
+])  # fmt: skip
+def test_a_step_has_all_trajectories_of_its_examples(algorithm, num_tokens, num_steps):
+    rollout = {"num_tasks": 8, "samples_per_task": 8}
+    asked = settings(rollout=rollout, curation={"fraction": 0.25}, train={"algorithm": algorithm, "batch_size": 4})
+    update = need().workload(asked).update
+    assert (update.num_tokens, update.num_steps) == (num_tokens, num_steps)
+
+
 @pytest.mark.parametrize("lora", [None, {"rank": 8}])
 def test_a_critic_is_trained_beside_the_policy(lora):
     found = {peak.stage: peak for peak in need().peaks(settings(policy={"lora": lora}, train={"algorithm": "ppo"}))}
