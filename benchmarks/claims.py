@@ -5,7 +5,7 @@
 All claims are tested on the single-turn task whose true reward is known (`_language.py`), from one start policy a seed.
 What is compared has the same budget, which each claim's function says. A claim holds, does not hold, or cannot be told
 by a rule that was stated before its seeds were run (`_claims_rules.py`), over differences within seeds 21 to 25;
-settings were chosen on seeds 1 and 2. docs/claims.md has the claims, their sources and what they came to.
+settings were chosen on seed 1. docs/claims.md has the claims, their sources and what they came to.
 """
 
 from __future__ import annotations
