@@ -92,7 +92,7 @@ def test_each_objective_updates_the_policy(update, name):
 
 
 def test_kto_learns_from_labels_and_takes_its_reference_point_from_the_iterations_rollouts(update):
-    run = update(train__algorithm="kto", train__learning_rate=1e-2, train__batch_size=6)
+    run = update(train__algorithm="kto", train__learning_rate=1e-3, train__batch_size=6)
     curation = run.found(0, "curate")
     labels = run.store.dataset(curation["labelled_dataset_id"]).labelled
     scores = {j.trajectory_id: j.score for j in run.store.judgements(rater_id=run.judge.rater.id)}
