@@ -15,13 +15,13 @@ GOLD, PROXY = "C0", "C1"
 REMEDIES: Mapping[str, Sequence[tuple[str, str]]] = {
     "a price on KL, 100 preferences": (
         ("rl_n100_beta0", "β = 0"),
-        ("rl_n100_slow_beta0", "β = 0, a third of the rate"),
+        ("rl_n100_slow_beta0", "β = 0, 0.3 of the rate"),
         ("rl_n100_beta0.05", "β = 0.05"),
         ("rl_n100_beta0.2", "β = 0.2"),
     ),
     "a price on KL, 1600 preferences": (
         ("rl_n1600_beta0", "β = 0"),
-        ("rl_n1600_slow_beta0", "β = 0, a third of the rate"),
+        ("rl_n1600_slow_beta0", "β = 0, 0.3 of the rate"),
         ("rl_n1600_beta0.05", "β = 0.05"),
         ("rl_n1600_beta0.2", "β = 0.2"),
     ),

@@ -4,9 +4,9 @@
 
 The single-turn task of `_language.py`, whose true reward is known. A seed draws a language, its start policy, the
 preferences of a noisy rater and the proxies that are trained on the first 100, 400 or 1,600 of them. `bon-*`: the best
-of up to 1,000 completions by each proxy. `rl-*`: RLOO against a proxy at several prices β of KL, at β = 0 with a third
-of the learning rate, too, and against the mean or the lower bound of an ensemble. All settings were chosen on other
-languages (seeds 1, 2 and 7). The plots lie in out/benchmarks/overoptimisation/.
+of up to 1,000 completions by each proxy. `rl-*`: RLOO against a proxy at several prices β of KL, at β = 0 with 0.3 of
+the learning rate, too, and against the mean or the lower bound of an ensemble. All settings were chosen on another
+language (seed 1). The plots lie in out/benchmarks/overoptimisation/.
 """
 
 from __future__ import annotations
@@ -223,8 +223,7 @@ def with_interval(name: str, values: Sequence[float]) -> dict[str, float]:
     """The mean under a name, and the ends of its interval."""
     if len(values) < 2:
         return {name: float(np.mean(values))}
-    interval = mean_interval(values)
-    return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+    return ends(name, mean_interval(values))
 
 
 def curves_of(groups: Mapping[str, Mapping[int, float]], quick: bool) -> dict[str, dict[int, Curve]]:
@@ -236,19 +235,25 @@ def curves_of(groups: Mapping[str, Mapping[int, float]], quick: bool) -> dict[st
 
 
 def pooled(name: str, curves: Sequence[Curve]) -> dict[str, float]:
-    """The fits of both forms to the curves of all seeds, with intervals of a bootstrap over seeds."""
+    """The fits of both forms to the curves of all seeds, with intervals of a bootstrap over seeds.
+
+    A turning point, or an end of its interval, beyond the largest KL that was seen is left out.
+    """
     found: dict[str, float] = {}
+    farthest = max(max(curve.kl) for curve in curves)
     for label, form in (("pooled", curves[0].form), ("pooled_other_form", curves[0].other_form)):
         found[f"{name}_{label}_r2"] = pooled_fit(curves, form).r_squared
-        for key, interval in bootstrap_fit(form, [curve.points for curve in curves]).items():
-            found |= finite(f"{name}_{label}_{key}", interval)
+        intervals = bootstrap_fit(form, [curve.points for curve in curves])
+        for key in ("alpha", "beta"):
+            found |= ends(f"{name}_{label}_{key}", intervals[key])
+        turning = ends(f"{name}_{label}_turning_kl", intervals["turning_kl"])
+        found |= {key: value for key, value in turning.items() if value <= farthest}
     return found
 
 
-def finite(name: str, interval: Interval) -> dict[str, float]:
-    """An interval as figures; those that are infinite are left out."""
-    ends = {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
-    return {key: value for key, value in ends.items() if np.isfinite(value)}
+def ends(name: str, interval: Interval) -> dict[str, float]:
+    """An interval as figures."""
+    return {name: interval.value, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 
 def differences(
