@@ -7,21 +7,20 @@ import shutil
 import httpx2
 import openai
 import pytest
-from tiny_runs import tiny_settings
+from tiny_runs import curate_first_iteration, tiny_settings
 
 from fault_runs import toml
 from prefloop.cli import main
 from prefloop.config import parse_settings
 from prefloop.records import DivergedError
 from prefloop.stages.ages import Fresh
-from prefloop.stages.context import Run, opened
+from prefloop.stages.context import Run
 from prefloop.stages.curating import curate_stage
 from prefloop.stages.gateway import served
 from prefloop.stages.judging import judge_stage
 from prefloop.stages.rollouts import rollout_stage
 from prefloop.stages.selecting import Rows
 from prefloop.stages.settings import RunSettings
-from prefloop.stages.start import start_policy
 from prefloop.stages.updating import _max_update_kl, check_progress, train_stage
 from prefloop.store import Store
 from prefloop.store.ages import read_ages
@@ -44,13 +43,7 @@ def settings_of(**changes):
 def curated(tmp_path_factory):
     """A folder with a run whose first iteration is curated."""
     folder = tmp_path_factory.mktemp("curated")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        with Store("runs/prefloop.db") as store, opened(Run(settings_of(), store)) as run:
-            start_policy(run)
-            rollout_stage(run, 0)
-            judge_stage(run, 0)
-            curate_stage(run, 0)
+    curate_first_iteration(folder, settings_of())
     return folder
 
 

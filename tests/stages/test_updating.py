@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from tiny_runs import tiny_settings
+from tiny_runs import curate_first_iteration, tiny_settings
 
 from prefloop import cli
 from prefloop.config import parse_settings
@@ -15,9 +15,7 @@ from prefloop.loop import run_loop
 from prefloop.losses.registry import OBJECTIVES
 from prefloop.records import PrefloopError
 from prefloop.stages.context import Run, opened
-from prefloop.stages.curating import DATASETS, adopt_dataset, curate_stage
-from prefloop.stages.judging import judge_stage
-from prefloop.stages.rollouts import rollout_stage
+from prefloop.stages.curating import DATASETS, adopt_dataset
 from prefloop.stages.settings import RunSettings
 from prefloop.stages.start import start_policy
 from prefloop.stages.update_data import rows_to_learn, update_data
@@ -40,13 +38,7 @@ def run_settings(**changes):
 def curated(tmp_path_factory):
     """A folder with a run whose first iteration is curated."""
     folder = tmp_path_factory.mktemp("curated")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        with Store("runs/prefloop.db") as store, opened(Run(run_settings(), store)) as run:
-            start_policy(run)
-            rollout_stage(run, 0)
-            judge_stage(run, 0)
-            curate_stage(run, 0)
+    curate_first_iteration(folder, run_settings())
     return folder
 
 
