@@ -258,7 +258,7 @@ def broken(*, at):
 def test_a_held_out_metric_that_is_not_finite_is_told_of_at_once(tmp_path, rows, caplog):
     knobs = {"num_steps": 4, "max_skipped": 9, "early_stopping_metric": "rewards/margins", "watch": [broken(at=3)]}
     _, result = trained(tmp_path / "plain", rows, **knobs)
-    told = [f"step 4: {name} of the held-out rows is nan" for name in ("loss", "rewards/margins")]
+    told = [f"step 4: {name} of the held-out rows is nan" for name in ("loss", "rewards/margins", "update_kl")]
     assert result.warnings == told
     assert "step 4: loss of the held-out rows is nan" in [record.getMessage() for record in caplog.records]
     assert "loss" in result.evaluations[0].metrics and "loss" not in result.evaluations[1].metrics
