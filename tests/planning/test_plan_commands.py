@@ -294,6 +294,14 @@ def test_the_plan_is_one_table_with_its_grounds(capsys):
     assert "not enough" in shown  # the budget
 
 
+def test_what_is_drawn_again_is_said_and_not_counted(capsys):
+    changes = ["--set", 'train={algorithm="rloo", learning_rate=1e-4}', "--set", "curation={}", "--set", JUDGE]
+    assert main(["plan", "run.toml", *changes, "--set", "rollout.redraws=2"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "rollout.redraws may add up to 32 rollouts" in shown
+    assert "16 calls an iteration" in shown
+
+
 def test_the_plan_as_json_and_a_price_that_is_not_known(capsys):
     unpriced = 'judge={kind="llm", llm={provider="openai", model="m", base_url="http://127.0.0.1:1/v1"}}'
     assert main(["plan", "run.toml", "--json", "--set", unpriced]) == 0

@@ -92,6 +92,9 @@ def _notes(plan: Plan) -> Iterator[tuple[str, str]]:
         f"{counted(work.num_trajectories, 'rollout')} an iteration, {_amount(sampled)} tokens sampled; at most "
         f"{counted(step.num_steps, 'step')} of {_amount(step.num_tokens)} tokens",
     )
+    if work.num_redrawn:
+        more = counted(work.num_redrawn, "rollout")
+        yield "", f"rollout.redraws may add up to {more} and their judgements, which time and cost leave out"
     yield "", f"[dim]{lengths.prompt:,} a prompt, {lengths.after:,} after it: {lengths.source}[/dim]"
     context = plan.setup.shape.max_context
     if lengths.longest_prompt >= context:

@@ -55,7 +55,10 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What the stages of an iteration go through."""
+    """What the stages of an iteration go through.
+
+    `num_redrawn` is how many rollouts `rollout.redraws` may add at most, which nothing else here counts.
+    """
 
     rollout: Sampling
     guard: Sampling
@@ -64,6 +67,7 @@ class Workload:
     sft: Update | None
     num_trajectories: int
     num_guards: int
+    num_redrawn: int
 
 
 def lengths_of(run: Run, renderer: ChatRenderer | None) -> Lengths:
@@ -132,6 +136,7 @@ def workload(
         None if settings.sft is None else _imitation(settings.sft, settings.sft.num_demonstrations, lengths),
         num_tasks * rollout.samples_per_task,
         guards,
+        rollout.redraws * num_tasks * rollout.samples_per_task,
     )
 
 
