@@ -119,6 +119,8 @@ def padded(model, groups, algorithm, old_model, reference):
 
 CASES = {
     "reinforce": algorithm_of("reinforce"),
+    "reinforce, clipped": algorithm_of("reinforce", ratio="token"),
+    "reinforce of whole samples": algorithm_of("reinforce", ratio="sequence", clip_low=0.05),
     "rloo": algorithm_of("rloo", clip_high=0.05),
     "grpo": algorithm_of("grpo", clip_low=0.02, clip_high=0.03),
     "dapo": algorithm_of("grpo", denominator="tokens", mismatch="mask"),

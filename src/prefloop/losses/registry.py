@@ -105,7 +105,7 @@ OBJECTIVES: Mapping[str, Objective] = {
     "rejection_sampling": Objective("sft.sft", "imitate the best attempt at each task", {"dft": False}, "demonstrations", reference=False, fresh=True),
     "online_dpo": _pairs("dpo.dpo", "DPO on the best and the worst attempt at each task", {"beta": 0.1, "label_smoothing": 0.0}, fresh=True),
     "spin": _pairs("dpo.dpo", "demonstrations against the policy's own attempts", {"beta": 0.1, "label_smoothing": 0.0}, fresh=True, self_play=True),
-    "reinforce": _rollouts("policy_gradient.reinforce", "REINFORCE with a running baseline", {"baseline": "running", "ratio": "none", "denominator": "samples"}),
+    "reinforce": _rollouts("policy_gradient.reinforce", "REINFORCE with a running baseline", {"baseline": "running", "ratio": "none", "clip_low": 0.2, "clip_high": 0.2, "denominator": "samples"}),
     "rloo": _rollouts("policy_gradient.sequence_clipped", "REINFORCE, leave-one-out", {"baseline": "leave_one_out", "ratio": "sequence", "clip_low": 0.2, "clip_high": 0.2, "denominator": "samples"}),
     "grpo": _rollouts("policy_gradient.clipped", "group-relative policy optimisation", {"baseline": "group_mean", "scale": "none", "ratio": "token", "clip_low": 0.2, "clip_high": 0.28, "denominator": "constant"}),
     "ppo": _with_critic("policy_gradient.clipped", "proximal policy optimisation with a critic", {"ratio": "token", "clip_low": 0.2, "clip_high": 0.2, "denominator": "tokens"}),
