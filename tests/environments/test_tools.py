@@ -34,12 +34,19 @@ def test_each_call_gets_its_answer_in_order():
         (ToolCall("search_flights", {}), "search_flights lacks the argument city (string)"),
         (ToolCall("search_flights", {"city": 7}), "the argument city of search_flights must be string, not 7"),
         (ToolCall("search_flights", {"city": "Atlantis"}), "no such city"),
+        (ToolCall("search_flights", {"city": "Rome", "why": "x"}), "search_flights got an unexpected keyword argument"),
     ],
 )
 def test_a_call_that_cannot_be_run_is_answered_by_its_error(call, problem):
     (told,) = answer(call)
     assert told.role is Role.TOOL
     assert json.loads(told.content)["error"].startswith(problem)
+
+
+def test_what_a_function_gets_wrong_itself_is_not_told_to_the_agent():
+    call = Message(Role.ASSISTANT, tool_calls=(ToolCall("search_flights", {"city": "Rome"}),))
+    with pytest.raises(TypeError, match="unsupported operand"):
+        answer_calls(call, TOOLS, {"search_flights": lambda city: len(city) + None})
 
 
 @pytest.mark.parametrize("call", [ToolCall("fly", {}, "a"), ToolCall("book_flight", "{broken", "b")])

@@ -20,6 +20,7 @@ MORE = {
                 "how": {"enum": ["card", "cash"]},
                 "sum": {"type": "number"},
                 "tip": {"type": ["integer", "null"]},
+                "to": {"type": "array", "items": {"type": "object", "properties": {"id": {"type": "integer"}}}},
             },
         },
     },
@@ -51,6 +52,9 @@ BARE = {"function": {"name": "ping"}}
          "the argument max_price of filter_results must be integer, not 2.5"),
         (ToolCall("pay", {"tip": "a lot"}), 'the argument tip of pay must be integer or null, not "a lot"'),
         (ToolCall("pay", {"how": "gold"}), 'the argument how of pay must be one of ["card", "cash"], not "gold"'),
+        (ToolCall("pay", {"to": [{"id": 1, "unheard": "a"}]}), ""),
+        (ToolCall("pay", {"to": [{}, 3]}), "the argument to[1] of pay must be object, not 3"),
+        (ToolCall("pay", {"to": [{"id": "a"}]}), 'the argument to[0].id of pay must be integer, not "a"'),
     ],
 )  # fmt: skip
 def test_problems(call, problem):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,8 @@ def answer_calls(
     """A tool message for each call of a message, in order: what the function of that name returns for its arguments.
 
     A call that names no tool, whose arguments are no JSON object, or are not as the tool's schema asks, is answered by
-    `{"error": …}`, and so is one whose function raises `ValueError` (for what only the function can know).
+    `{"error": …}`, and so is one with an argument that its function does not take, or whose function raises
+    `ValueError` (for what only the function can know).
 
     Args:
         message: the assistant's.
@@ -36,7 +38,13 @@ def _run(call: ToolCall, tools: Sequence[JSONObject], functions: Mapping[str, Ca
     problem = call_problem(call, tools)
     if problem or not isinstance(call.arguments, dict):
         return {"error": problem}
+    function = functions[call.name]
+    signature = inspect.signature(function)
     try:
-        return functions[call.name](**call.arguments)
+        signature.bind(**call.arguments)
+    except TypeError as error:
+        return {"error": f"{call.name} {error}"}
+    try:
+        return function(**call.arguments)
     except ValueError as error:
         return {"error": str(error)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -16,8 +16,8 @@ def call_problem(call: ToolCall, tools: Sequence[JSONObject]) -> str:
     """What is wrong with a call of one of these tools, empty where nothing is: an environment answers it as a tool.
 
     It may name no tool, or have no name that can be read, hold text that is no JSON object, lack an argument that is
-    required, or give one that is not of the type or among the values that the tool's JSON schema asks for (arguments
-    that no schema names are let pass).
+    required, or give one that is not of the type or among the values that the tool's JSON schema asks for, the items of
+    lists and the properties of objects included (arguments that no schema names are let pass).
     """
     parameters = parameters_of(tools, call.name)
     if parameters is None:
@@ -72,7 +72,17 @@ def _mistyped(call: ToolCall, name: str, value: object, schema: object) -> str:
     allowed = schema.get("enum") if isinstance(schema, Mapping) else None
     if isinstance(allowed, list) and allowed and value not in allowed:
         return f"the argument {name} of {call.name} must be one of {_shown(allowed)}, not {_shown(value)}"
-    return ""
+    parts = _parts(name, value, schema) if isinstance(schema, Mapping) else ()
+    return next(filter(None, (_mistyped(call, *part) for part in parts)), "")
+
+
+def _parts(name: str, value: object, schema: Mapping[str, Any]) -> Iterator[tuple[str, object, object]]:
+    """What a list or an object holds, each with its name and schema."""
+    properties = schema.get("properties")
+    if isinstance(value, list):
+        yield from ((f"{name}[{i}]", item, schema.get("items")) for i, item in enumerate(value))
+    elif isinstance(value, dict) and isinstance(properties, Mapping):
+        yield from ((f"{name}.{key}", value[key], asked) for key, asked in properties.items() if key in value)
 
 
 def _shown(value: object) -> str:
