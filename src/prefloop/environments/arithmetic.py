@@ -31,7 +31,7 @@ class ArithmeticSettings(Settings):
 
     name: Literal["arithmetic"] = "arithmetic"
     num_steps: int = Field(default=6, ge=1)
-    modulus: int = Field(default=10, ge=2)
+    modulus: int = Field(default=10, ge=2, le=10**MAX_DIGITS)
     largest: int = Field(default=5, ge=1)
     error_rate: float = Field(default=0.2, ge=0.0, le=1.0)
 

@@ -16,6 +16,8 @@ import random
 from collections.abc import Callable, Generator, Sequence
 from typing import Literal
 
+from pydantic import Field
+
 from prefloop.chat.calls import call_problem
 from prefloop.config import Settings
 from prefloop.environments.base import Environment, Episode, Outcome, Step
@@ -68,11 +70,11 @@ class BookingSettings(Settings):
     """Settings of the booking environment. Penalties are in units of one success."""
 
     name: Literal["booking"] = "booking"
-    max_turns: int = 7
-    invented_id_penalty: float = 0.3
-    error_penalty: float = 0.05
-    extra_turn_penalty: float = 0.05
-    chatter_penalty: float = 0.01
+    max_turns: int = Field(default=7, ge=1)
+    invented_id_penalty: float = Field(default=0.3, ge=0.0)
+    error_penalty: float = Field(default=0.05, ge=0.0)
+    extra_turn_penalty: float = Field(default=0.05, ge=0.0)
+    chatter_penalty: float = Field(default=0.01, ge=0.0)
 
 
 class Booking(Environment):

@@ -143,8 +143,8 @@ class DialogueSettings(Settings):
     max_turns: int = Field(default=5, ge=1)
     talkative: float = Field(default=0.3, ge=0.0, le=1.0)
     patience: int = Field(default=3, ge=0)
-    question_penalty: float = 0.1
-    unclear_penalty: float = 0.1
+    question_penalty: float = Field(default=0.1, ge=0.0)
+    unclear_penalty: float = Field(default=0.1, ge=0.0)
 
 
 class Dialogue(Environment):
