@@ -24,7 +24,13 @@ from prefloop.stages.rewarding import credit_groups, rewards_of
 from prefloop.stages.rollouts import iteration_rollouts, rollout_stage
 from prefloop.stages.settings import RunSettings
 from prefloop.stages.start import start_policy
-from prefloop.stages.update_data import online_knobs, rows_to_learn, update_data
+from prefloop.stages.update_data import (
+    MIN_EFFECTIVE_SHARE,
+    mismatch_warnings,
+    online_knobs,
+    rows_to_learn,
+    update_data,
+)
 from prefloop.stages.updating import train_stage
 from prefloop.store import Store
 from prefloop.store.metrics import read_metrics
@@ -208,6 +214,7 @@ def test_sources_are_summed_clipped_and_stops_are_priced():
     [
         ({"rollout__sampling": {"top_p": 0.9}}, "grpo needs the probability of every token"),
         ({"rollout__sampling": {"temperature": 0.0}}, "grpo needs the probability of every token"),
+        ({"gateway": {"sampling": "request"}}, "grpo learns from tokens .*set gateway.sampling to 'run'"),
         ({"rollout__samples_per_task": 1}, "compares attempts at one task"),
         ({"train__held_out": 0.2}, "held_out, evaluate_every and sync_reference_every should be left out"),
         ({"train__ratio": "sequence"}, "denominator should be 'samples'"),
@@ -259,6 +266,21 @@ def test_groups_whose_rewards_differ_by_noise_teach_nothing(curated):
     found = credit_groups(groups.examples, np.array([v.value for v in data.valued]), quiet)
     assert found.detail["num_groups_without_spread"] == found.detail["num_groups"] == 4
     assert all(not array.any() for group in found.groups for array in group.advantage)
+
+
+def test_a_sampler_that_drew_from_another_policy_is_told_of(curated):
+    run = curated
+    curate_stage(run, 0)
+    sampling = run.settings.rollout.sampling.model_copy(update={"temperature": 3.0})  # they were drawn at 1
+    rollout = run.settings.rollout.model_copy(update={"sampling": sampling})
+    run.settings = run.settings.model_copy(update={"rollout": rollout})
+    train_stage(run, 0)
+    found = run.found(0, "train")
+    share = found["credit"]["sampling_mismatch"]["effective_share"]
+    assert share < MIN_EFFECTIVE_SHARE
+    (told,) = [text for text in found["warnings"] if "disagree" in text]
+    assert f"count for {share:.0%} of their number (effective_share below 90%)" in told
+    assert not mismatch_warnings({"sampling_mismatch": {"mean": 0.02, "effective_share": 0.9}})
 
 
 def test_one_step_without_kl_in_the_reward_makes_no_pass_of_its_own(tmp_path, monkeypatch):

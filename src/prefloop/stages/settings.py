@@ -169,6 +169,11 @@ class RunSettings(Settings):
                 f"{name} needs the probability of every token that could have been sampled: set "
                 "rollout.sampling.top_p to 1 and its temperature above 0"
             )
+        if self.gateway.sampling == "request":
+            raise ValueError(
+                f"{name} learns from tokens that were sampled as the run file says, and not as each request likes "
+                "(greedily, or by nucleus): set gateway.sampling to 'run'"
+            )
         if self.rollout.samples_per_task < 2 and self._compares_attempts:
             raise ValueError(f"{name} compares attempts at one task: set rollout.samples_per_task to 2 or more")
         return self

@@ -25,6 +25,9 @@ from prefloop.training.settings import UpdateSettings
 
 Floats = NDArray[np.floating[Any]]
 
+MIN_EFFECTIVE_SHARE = 0.9
+"""An iteration warns of an `effective_share` below: trainer / sampler then deviates by a third of its mean."""
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -145,6 +148,19 @@ def with_mismatch(credit: JSONObject, history: Sequence[Mapping[str, float]]) ->
     first = history[0]
     found = {"mean": first["sampling_mismatch"], "effective_share": first["effective_share"]}
     return {**credit, "sampling_mismatch": found}
+
+
+def mismatch_warnings(credit: JSONObject) -> list[str]:
+    """A warning where the tokens that were sampled say little of the policy that learns from them."""
+    found = credit.get("sampling_mismatch")
+    if found is None or found["effective_share"] >= MIN_EFFECTIVE_SHARE:
+        return []
+    return [
+        f"sampler and trainer disagree: the sampled tokens count for {found['effective_share']:.0%} of their number "
+        f"(effective_share below {MIN_EFFECTIVE_SHARE:.0%}), and their log-probs differ by {found['mean']:.3g} nats in "
+        "the mean: see that the sampler has the policy's weights, in a precision near the trainer's, and no truncation "
+        "of its own; train.mismatch says how such tokens are weighed"
+    ]
 
 
 def _credited(run: Run, iteration: int, policy: Policy, attempts: Attempts, knobs: Mapping[str, Any]) -> Credited:

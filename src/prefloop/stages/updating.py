@@ -17,7 +17,14 @@ from prefloop.stages.curating import dataset_of
 from prefloop.stages.evaluating import Evaluated, guard_evaluation, kl_detail
 from prefloop.stages.looking import ID_LENGTH
 from prefloop.stages.selecting import Rows
-from prefloop.stages.update_data import UpdateData, rows_to_learn, update_data, why_nothing_to_learn, with_mismatch
+from prefloop.stages.update_data import (
+    UpdateData,
+    mismatch_warnings,
+    rows_to_learn,
+    update_data,
+    why_nothing_to_learn,
+    with_mismatch,
+)
 from prefloop.stats.intervals import Interval
 from prefloop.store.ages import add_ages
 from prefloop.training.settings import MAX_UPDATE_KL, UpdateSettings
@@ -187,9 +194,10 @@ def _attempt(
     limit, carried = _max_update_kl(run, fresh, settings), _carried(run, iteration, settings, number)
     result, failure = _fit(run, iteration, policy, data, settings, limit, carried, number, f"{before} {dataset.id}")
     evaluated, decision = (None, Decision(False, failure)) if failure else _guard(run, policy, success_before)
-    warnings = [*data.warnings, *_without_moments(run, iteration, carried), *result.warnings]
     kept = policy if decision.accepted else None
     credit = with_mismatch(data.detail, result.history)
+    told = [*mismatch_warnings(credit), *_without_moments(run, iteration, carried)]
+    warnings = [*data.warnings, *told, *result.warnings]
     return _Attempt(number, kept, settings.learning_rate, result, warnings, evaluated, decision, credit)
 
 
