@@ -5,7 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefloop.config import parse_settings
 from prefloop.credit.gae import gae, whiten
+from prefloop.credit.settings import RewardSettings
 from prefloop.credit.shaping import adapted_kl_coef, penalised, shaped, weighted_sum
 from prefloop.records import PrefloopError
 
@@ -104,3 +106,9 @@ def test_the_coefficient_draws_kl_to_its_target():
 def test_what_is_wrong_is_said(call, says):
     with pytest.raises(PrefloopError, match=says):
         call()
+
+
+def test_tokens_are_free_only_where_others_cost_something():
+    with pytest.raises(PrefloopError, match="free_tokens says nothing without length_penalty"):
+        parse_settings(RewardSettings, {"free_tokens": 100}, "reward")
+    assert parse_settings(RewardSettings, {"free_tokens": 100, "length_penalty": 0.01}, "reward").free_tokens == 100

@@ -77,6 +77,30 @@ def test_a_knob_that_the_objective_does_not_have_is_refused():
         resolve_knobs("dop", settings())
 
 
+@pytest.mark.parametrize(
+    ("name", "knobs", "said"),
+    [
+        ("grpo", {"baseline": "leave_one_out", "scale": "group"}, "scale says nothing where baseline is 'leave_one_out'"),
+        ("rloo", {"ratio": "none", "clip_low": 0.1}, "clip_low says nothing where ratio is 'none'"),
+        ("reinforce", {"clip_high": 0.1}, "clip_high says nothing where ratio is 'none': leave it out, or take 'token' or"),
+        ("grpo", {"kl_as": "k2", "kl_target": 1.0}, "kl_target says nothing where kl_as is 'k2'"),
+        ("ppo", {"kl_coef": 0.0, "kl_target": 1.0}, "kl_target adapts kl_coef"),
+        ("grpo", {"kl_horizon": 5}, "kl_horizon says nothing without kl_target"),
+        ("grpo", {"mismatch_low": 0.9}, "mismatch_low says nothing where mismatch is 'truncate'"),
+        ("grpo", {"mismatch": "none", "mismatch_high": 3.0}, "mismatch_high says nothing where mismatch is 'none'"),
+        ("grpo", {"mismatch": "mask", "mismatch_low": 3.0}, "mismatch_low 3.0 is above mismatch_high 2.0"),
+    ],
+)  # fmt: skip
+def test_knobs_that_others_silence_are_refused(name, knobs, said):
+    with pytest.raises(PrefloopError, match=said):
+        resolve_knobs(name, settings(**knobs))
+
+
+def test_a_knob_at_its_default_may_be_written_down():
+    given = {"baseline": "leave_one_out", "scale": "none", "mismatch": "none", "mismatch_low": 0.5, "kl_horizon": 10_000}
+    assert resolve_knobs("grpo", settings(**given)) == {**OBJECTIVES["grpo"].knobs, **given}
+
+
 def test_a_knob_that_is_set_counts_for_every_loss_of_a_mixture_and_one_that_is_not_is_each_one_s_own():
     given = settings(label_smoothing=0.2, gamma=0.5, mixture={"simpo": 0.3, "ipo": 0.1})
     parts = resolve_parts("dpo", given)

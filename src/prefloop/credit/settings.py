@@ -38,4 +38,6 @@ class RewardSettings(Settings):
             raise ValueError("judge and verified are both 0: give one of them a weight")
         if self.clip is not None and not self.clip[0] < self.clip[1]:
             raise ValueError(f"clip should be [low, high] with low below high, not {self.clip}")
+        if self.free_tokens and not self.length_penalty:
+            raise ValueError("free_tokens says nothing without length_penalty: leave it out, or set both")
         return self

@@ -7,7 +7,7 @@ and add its line (docs/how-to-add-a-loss.md).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal, NamedTuple
@@ -133,6 +133,17 @@ def losses_of_pairs() -> list[str]:
     return [name for name, found in OBJECTIVES.items() if "mixture" in found.knobs and not found.fresh]
 
 
+READ_WITH: Mapping[str, tuple[str, tuple[Any, ...]]] = {
+    "scale": ("baseline", ("group_mean",)),
+    "clip_low": ("ratio", ("token", "sequence", "sequence_mean")),
+    "clip_high": ("ratio", ("token", "sequence", "sequence_mean")),
+    "kl_target": ("kl_as", ("reward",)),
+    "mismatch_low": ("mismatch", ("mask", "sequence")),
+    "mismatch_high": ("mismatch", ("truncate", "mask", "sequence")),
+}
+"""Knobs that are read only where another has one of these values."""
+
+
 class Part(NamedTuple):
     """One of the losses that an objective sums: its weight, and the arguments of its function beside the pairs."""
 
@@ -145,7 +156,8 @@ def resolve_knobs(name: str, settings: LossSettings) -> dict[str, Any]:
 
     Raises:
         PrefloopError: no such objective, a knob that neither it nor a loss of its mixture has, a mixture with
-            something that is no loss of preference pairs, or a knob that is 0 where it must not be.
+            something that is no loss of preference pairs, a knob that is 0 where it must not be, or one that another
+            contradicts.
     """
     found, given = objective(name), _given(settings)
     parts = resolve_parts(name, settings)
@@ -153,7 +165,29 @@ def resolve_knobs(name: str, settings: LossSettings) -> dict[str, Any]:
     for key in given:
         if key not in known:
             raise PrefloopError(f"{key}: objective {name!r} has no such knob; it has {', '.join(known) or 'no knobs'}")
-    return {**found.knobs, **{key: value for key, value in given.items() if key in found.knobs}}
+    knobs = {**found.knobs, **{key: value for key, value in given.items() if key in found.knobs}}
+    _check_together(knobs, {key for key, value in given.items() if value != found.knobs.get(key)})
+    return knobs
+
+
+def _check_together(knobs: Mapping[str, Any], changed: Collection[str]) -> None:
+    """See that every knob that is not at its default is read.
+
+    Raises:
+        PrefloopError: one is not, or the bounds of the mismatch exclude each other.
+    """
+    for key, (other, values) in READ_WITH.items():
+        if key in changed and knobs[other] not in values:
+            wanted = " or ".join(repr(value) for value in values)
+            raise PrefloopError(f"{key} says nothing where {other} is {knobs[other]!r}: leave it out, or take {wanted}")
+    if knobs.get("kl_target") is not None and not knobs["kl_coef"]:
+        raise PrefloopError("kl_target adapts kl_coef, which stays 0 where it is 0: leave it out, or begin above 0")
+    if "kl_horizon" in changed and knobs["kl_target"] is None:
+        raise PrefloopError("kl_horizon says nothing without kl_target: leave it out, or set both")
+    if knobs.get("mismatch") in ("mask", "sequence") and knobs["mismatch_low"] > knobs["mismatch_high"]:
+        raise PrefloopError(
+            f"mismatch_low {knobs['mismatch_low']} is above mismatch_high {knobs['mismatch_high']}: nothing would count"
+        )
 
 
 def resolve_parts(name: str, settings: LossSettings) -> dict[str, Part]:
