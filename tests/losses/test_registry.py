@@ -80,9 +80,9 @@ def test_a_knob_that_the_objective_does_not_have_is_refused():
 @pytest.mark.parametrize(
     ("name", "knobs", "said"),
     [
-        ("grpo", {"baseline": "leave_one_out", "scale": "group"}, "scale says nothing where baseline is 'leave_one_out'"),
+        ("grpo", {"baseline": "leave_one_out", "scale": "group"}, "scale says nothing where baseline is"),
         ("rloo", {"ratio": "none", "clip_low": 0.1}, "clip_low says nothing where ratio is 'none'"),
-        ("reinforce", {"clip_high": 0.1}, "clip_high says nothing where ratio is 'none': leave it out, or take 'token' or"),
+        ("reinforce", {"clip_high": 0.1}, "where ratio is 'none': leave it out, or take 'token' or "),
         ("grpo", {"kl_as": "k2", "kl_target": 1.0}, "kl_target says nothing where kl_as is 'k2'"),
         ("ppo", {"kl_coef": 0.0, "kl_target": 1.0}, "kl_target adapts kl_coef"),
         ("grpo", {"kl_horizon": 5}, "kl_horizon says nothing without kl_target"),
@@ -97,7 +97,13 @@ def test_knobs_that_others_silence_are_refused(name, knobs, said):
 
 
 def test_a_knob_at_its_default_may_be_written_down():
-    given = {"baseline": "leave_one_out", "scale": "none", "mismatch": "none", "mismatch_low": 0.5, "kl_horizon": 10_000}
+    given = {
+        "baseline": "leave_one_out",
+        "scale": "none",
+        "mismatch": "none",
+        "mismatch_low": 0.5,
+        "kl_horizon": 10_000,
+    }
     assert resolve_knobs("grpo", settings(**given)) == {**OBJECTIVES["grpo"].knobs, **given}
 
 

@@ -224,6 +224,9 @@ def test_sources_are_summed_clipped_and_stops_are_priced():
         ({"train__algorithm": "online_dpo", "rollout": "many"}, "rollout should be"),
         ({"train__algorithm": "online_dpo", "curation": []}, "curation should be"),
         ({"reward__judge": 0.0}, "judge and verified are both 0"),
+        ({"reward": {"judge": 0.0, "verified": 1.0}, "train__kl_target": 1.0}, "kl_target needs train.kl_coef"),
+        ({"curation__confirm": 2}, "curation.confirm should be 0: .* grpo learns from none of them"),
+        ({"curation__confirm": 2, "train__algorithm": "spin"}, "curation.confirm should be 0"),
         ({"reward__clip": [1.0, 0.0]}, "low below high"),
     ],
 )

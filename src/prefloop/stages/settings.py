@@ -176,6 +176,11 @@ class RunSettings(Settings):
             )
         if self.rollout.samples_per_task < 2 and self._compares_attempts:
             raise ValueError(f"{name} compares attempts at one task: set rollout.samples_per_task to 2 or more")
+        if self.train.kl_target is not None and self.train.kl_coef is None and not self.reward.judge:
+            raise ValueError(
+                "train.kl_target needs train.kl_coef: KL costs nothing where the whole reward is verified, unless it "
+                "is set"
+            )
         return self
 
     @property
@@ -217,6 +222,16 @@ class RunSettings(Settings):
         if self.policy.quantization is not None and self.train.sync_reference_every is not None:
             raise ValueError(
                 "train.sync_reference_every should be left out: with policy.quantization no reference can follow"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _confirms_what_is_learned_from(self) -> RunSettings:
+        found = OBJECTIVES[self.train.algorithm]
+        if self.curation.confirm and (found.records != "pairs" or found.self_play):
+            raise ValueError(
+                "curation.confirm should be 0: it has the judge look again at the pairs of the best and the worst, and "
+                f"{self.train.algorithm} learns from none of them"
             )
         return self
 
