@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefloop.credit.groups import Baseline, group_mean, leave_one_out, running_baseline, without_spread
+from prefloop.credit.groups import Baseline, divisor, group_mean, leave_one_out, running_baseline, without_spread
 from prefloop.records import PrefloopError
 
 NAN = math.nan
@@ -13,6 +13,11 @@ NAN = math.nan
 
 def advantages(credit):
     return credit.advantage_S.tolist()
+
+
+def scaled_mean(value, group, scale, **eps):
+    """What each value is above its group's mean, both over what values are divided by."""
+    return group_mean(np.asarray(value) / divisor(value, group, scale, **eps), group)
 
 
 def test_leave_one_out_by_hand():
@@ -25,15 +30,15 @@ def test_group_mean_by_hand():
     value, group = [0.0, 2.0, 10.0, 14.0], [7, 7, 3, 3]
     assert advantages(group_mean(value, group)) == [-1.0, 1.0, -2.0, 2.0]
     spread = np.array([2, 2, 8, 8]) ** 0.5
-    by_group = group_mean(value, group, scale="group", eps=0.5)
+    by_group = scaled_mean(value, group, "group", eps=0.5)
     assert advantages(by_group) == pytest.approx([-1.0, 1.0, -2.0, 2.0] / (spread + 0.5))
     sd = math.sqrt((6.5**2 + 4.5**2 + 3.5**2 + 7.5**2) / 3)
-    assert advantages(group_mean(value, group, scale="batch", eps=0.5)) == pytest.approx(
+    assert advantages(scaled_mean(value, group, "batch", eps=0.5)) == pytest.approx(
         [x / (sd + 0.5) for x in (-1, 1, -2, 2)]
     )
 
 
-@pytest.mark.parametrize("give", [leave_one_out, group_mean, lambda v, g: group_mean(v, g, scale="group")])
+@pytest.mark.parametrize("give", [leave_one_out, group_mean, lambda v, g: scaled_mean(v, g, "group")])
 def test_rows_without_a_value_get_nothing_and_change_nothing(give):
     whole = give([1.0, 2.0, 6.0], [0, 0, 0])
     holed = give([1.0, NAN, 2.0, 6.0, NAN], [0, 0, 0, 0, 1])
@@ -45,7 +50,7 @@ def test_rows_without_a_value_get_nothing_and_change_nothing(give):
 @pytest.mark.parametrize("scale", ["none", "group", "batch"])
 def test_groups_without_spread_give_zero(scale):
     value = [0.1 + 0.2, 0.3, 5.0, 4.0, NAN, 0.0, 1.0]
-    credit = group_mean(value, [0, 0, 1, 2, 2, 3, 3], scale=scale)
+    credit = scaled_mean(value, [0, 0, 1, 2, 2, 3, 3], scale)
     assert advantages(credit)[:5] == [0.0] * 5  # equal but for rounding, a group of one, one with one value
     assert advantages(credit)[5:] == pytest.approx([-credit.advantage_S[6], credit.advantage_S[6]])
     assert credit.advantage_S[6] > 0.1
@@ -62,8 +67,8 @@ def test_differences_below_the_judge_s_noise_are_no_differences():
 
 def test_a_batch_of_one_attempt_or_of_none():
     for scale in ("none", "group", "batch"):
-        assert advantages(group_mean([3.0], [0], scale=scale)) == [0.0]
-        assert advantages(group_mean([], [], scale=scale)) == []
+        assert advantages(scaled_mean([3.0], [0], scale)) == [0.0]
+        assert advantages(scaled_mean([], [], scale)) == []
     assert advantages(leave_one_out([NAN], [0])) == [0.0]
 
 
@@ -73,7 +78,7 @@ values = st.lists(st.one_of(st.floats(-1e3, 1e3), st.just(NAN)), min_size=1, max
 @given(values, st.integers(1, 4), st.sampled_from(["none", "group", "batch"]))
 def test_credit_is_finite_and_sums_to_nothing(value, num_groups, scale):
     group = np.arange(len(value)) % num_groups
-    for credit in (leave_one_out(value, group), group_mean(value, group, scale=scale)):
+    for credit in (leave_one_out(value, group), scaled_mean(value, group, scale)):
         assert np.isfinite(credit.advantage_S).all()
         sums = np.bincount(group, weights=credit.advantage_S)
         assert np.abs(sums).max() <= 1e-9 * max(1.0, np.abs(credit.advantage_S).max())

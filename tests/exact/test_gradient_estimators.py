@@ -12,7 +12,7 @@ import torch
 from softmax_tables import TREE, Task, penalised_rewards
 
 from prefloop.credit.gae import gae
-from prefloop.credit.groups import Baseline, group_mean, leave_one_out, running_baseline
+from prefloop.credit.groups import Baseline, divisor, group_mean, leave_one_out, running_baseline, without_spread
 from prefloop.losses.mismatch import sequence_masked, token_truncated
 from prefloop.losses.policy_gradient import clipped, reinforce, sequence_clipped
 
@@ -187,10 +187,16 @@ def test_leave_one_out_has_less_variance_than_no_baseline():
 
 def test_dividing_by_the_spread_of_the_group_is_biased():
     """No multiple of it is the gradient: some of it lies across."""
-    credit = group_mean(values(), GROUP_S, scale="group")
+    credit = scaled_mean(values(), GROUP_S, scale="group")
     estimate_G, exact = gradients(of_attempts(credit), ppo, draw(False)), exact_gradient(BETA)
     across = estimate_G.mean(0) - (estimate_G.mean(0) * exact).sum() / (exact**2).sum() * exact
     assert standard_errors(estimate_G, estimate_G.mean(0) - across, (across,)).max() > 5
+
+
+def scaled_mean(value_S, group_S, *, scale, noise=0.0):
+    """GRPO's advantages; those of groups whose values differ by no more than noise are 0."""
+    value_S = np.where(without_spread(value_S, group_S, noise=noise), np.nan, value_S)
+    return group_mean(value_S / divisor(value_S, group_S, scale), group_S)
 
 
 def expectation(task, reward_C, credit_of, group):
@@ -221,10 +227,10 @@ def test_dividing_by_the_spread_weighs_a_judge_s_noise_as_much_as_what_matters()
     big, small = ARMS.rewards(3).numpy(), ARMS.rewards(4).numpy() / 100
     norms = {}
     for scale in ("none", "group"):
-        credit_of = functools.partial(group_mean, scale=scale)
+        credit_of = functools.partial(scaled_mean, scale=scale)
         found = [expectation(ARMS, reward_C, credit_of, 4) for reward_C in (big, small)]
         norms[scale] = np.linalg.norm(found[1][0]) / np.linalg.norm(found[0][0])
     assert norms["none"] < 0.02
     assert norms["group"] > 0.3
-    silenced, _ = expectation(ARMS, small, functools.partial(group_mean, scale="group", noise=0.1), 4)
+    silenced, _ = expectation(ARMS, small, functools.partial(scaled_mean, scale="group", noise=0.1), 4)
     assert not silenced.any()

@@ -13,7 +13,7 @@ from enumerable import total_variation
 from softmax_tables import BANDIT, TREE, descend, penalised_rewards, regularised_optimum
 
 from prefloop.credit.gae import gae
-from prefloop.credit.groups import Baseline, group_mean, leave_one_out, running_baseline
+from prefloop.credit.groups import Baseline, divisor, group_mean, leave_one_out, running_baseline
 from prefloop.losses.dpo import dpo
 from prefloop.losses.kl import k2
 from prefloop.losses.pairs import Pairs
@@ -170,7 +170,8 @@ def test_dividing_by_the_spread_of_the_group_moves_the_optimum(scale):
     ref, reward_C, optimum_C, table = start(BANDIT)
     num = len(reward_C)
     member = np.array(list(itertools.product(range(num), repeat=3))).ravel()
-    advantage_S = group_mean(reward_C.numpy()[member], np.arange(num**3).repeat(3), scale=scale).advantage_S
+    reward_S, group_S = reward_C.numpy()[member], np.arange(num**3).repeat(3)
+    advantage_S = group_mean(reward_S / divisor(reward_S, group_S, scale), group_S).advantage_S
     unbiased = 3 / 2 if scale == "none" else 1.0  # a group's mean holds the attempt itself
 
     def loss(_):

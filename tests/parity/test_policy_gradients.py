@@ -15,7 +15,7 @@ import torch
 from test_trl import EOS, tokenizer
 
 from packed_examples import VOCAB, gradient, keep_float64, perturbed, relative_error, tiny_model
-from prefloop.credit.groups import group_mean, leave_one_out
+from prefloop.credit.groups import divisor, group_mean, leave_one_out
 from prefloop.credit.shaping import penalised, shaped, weighted_sum
 from prefloop.losses.kl import corrected_k3, k3
 from prefloop.losses.mismatch import sampling_mismatch, sequence_masked, token_masked, token_truncated
@@ -182,7 +182,8 @@ def test_advantages_of_grpo(grpo, monkeypatch, scale, rewards):
     monkeypatch.setattr(grpo, "rewards", rewards)
     monkeypatch.setattr(grpo.trainer, "scale_rewards", scale)
     theirs = grpo.scored()["advantages"]
-    ours = group_mean(our_values(rewards), GROUP_S, scale=scale)
+    value_S = our_values(rewards)
+    ours = group_mean(value_S / divisor(value_S, GROUP_S, scale), GROUP_S)
     assert ours.advantage_S == pytest.approx(theirs.double().numpy(), **FLOAT32)
     assert np.abs(ours.advantage_S).max() > 0.3
 

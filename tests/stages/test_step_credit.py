@@ -91,12 +91,25 @@ def test_each_token_has_what_its_step_led_to_against_the_same_step_of_the_others
     assert found.detail["num_groups_without_spread"] == 0
 
 
-def test_scaled_steps_are_divided_by_the_spread_of_whole_returns():
-    plain = own_advantages(credit_groups([group_of_three()], REWARD, knobs_of("grpo"), (), PAID))
-    scaled = own_advantages(credit_groups([group_of_three()], REWARD, knobs_of("grpo", scale="group"), (), PAID))
-    # Whole returns are 1 - .75 and .5 - .75 without a discount.
-    for one, other in zip(plain, scaled, strict=True):
-        np.testing.assert_allclose(np.array(one) / (np.sqrt(0.125) + 1e-4), other)
+def test_scaled_steps_are_divided_by_the_spread_of_whole_rewards_and_kl_keeps_its_price():
+    def found(rewards=REWARD, **knobs):
+        return own_advantages(credit_groups([group_of_three()], rewards, knobs_of("grpo", **knobs), (), PAID))
+
+    spread = np.sqrt(0.125) + 1e-4  # of 1 and .5
+    parts = zip(found(), found(kl_coef=0.0), found(scale="group"), strict=True)
+    for whole, without, scaled in parts:
+        np.testing.assert_allclose(scaled, np.array(without) / spread + np.subtract(whole, without), atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", ["none", "group", "batch"])
+def test_equal_rewards_have_the_advantage_of_kl_alone_which_nothing_is_divided_by(scale):
+    group, rewards = group_of_three(), np.ones(3)
+    found = credit_groups([group], rewards, knobs_of("grpo", scale=scale, kl_coef=0.05))
+    # KL of 1.5, 1.5 and 9 nats: less their mean, times β.
+    np.testing.assert_allclose([one[0] for one in own_advantages(found)], [0.125, 0.125, -0.25])
+    assert found.detail["num_groups_without_spread"] == 1
+    quiet = credit_groups([group], rewards, knobs_of("grpo", scale=scale, kl_coef=0.05, min_spread=1e-9))
+    assert not any(map(any, own_advantages(quiet)))
 
 
 def test_a_running_baseline_knows_each_step():

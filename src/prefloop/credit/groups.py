@@ -57,27 +57,22 @@ def leave_one_out(value_S: ArrayLike, group_S: ArrayLike, *, noise: float = 0.0)
     return groups.credit(groups.centred_S * num_S / np.maximum(num_S - 1, 1))
 
 
-def group_mean(
-    value_S: ArrayLike, group_S: ArrayLike, *, scale: Scale = "none", noise: float = 0.0, eps: float = 1e-4
-) -> Credit:
-    """What each value is above its group's mean, divided by nothing or by a standard deviation.
+def group_mean(value_S: ArrayLike, group_S: ArrayLike, *, noise: float = 0.0) -> Credit:
+    """What each value is above its group's mean: A_i = v_i - mean.
 
-        A_i = (v_i - mean) / (sd + ε)
-
-    Shao et al. 2024 (arXiv:2402.03300), GRPO, divides by the sd of the "group", which weighs hard and easy tasks
-    alike, turns a judge's noise into advantages of one, and has another optimum; "none" is Liu et al. 2025
-    (arXiv:2503.20783), Dr. GRPO; "batch" takes the sd of all values of the batch. An sd has n - 1 in its denominator.
-    Unscaled, the gradient is (n - 1) / n of the exact one. Arguments and errors as `leave_one_out`.
+    Liu et al. 2025 (arXiv:2503.20783), Dr. GRPO. The gradient is (n - 1) / n of the exact one. That of Shao et al. 2024
+    (arXiv:2402.03300), GRPO, is the same of values over their `divisor`. Arguments and errors as `leave_one_out`.
     """
     groups = _Groups.of(value_S, group_S, noise)
-    return groups.credit(groups.centred_S / divisor(value_S, group_S, scale, eps=eps))
+    return groups.credit(groups.centred_S)
 
 
 def divisor(value_S: ArrayLike, group_S: ArrayLike, scale: Scale, *, eps: float = 1e-4) -> Floats:
-    """What advantages are divided by, [S]: 1, or the standard deviation of the values of the group or of the batch + ε.
+    """What values are divided by, [S]: 1, or the standard deviation of those of the group or of the batch, + ε.
 
-    It is infinite in groups whose values do not differ, where "group" has nothing to divide by. Arguments and errors as
-    `group_mean`.
+    The sd of the "group" weighs hard and easy tasks alike, turns a judge's noise into advantages of one, and has
+    another optimum. It is infinite in groups whose values do not differ, where there is nothing to divide by. An sd
+    has n - 1 in its denominator. Arguments and errors as `leave_one_out`.
     """
     groups = _Groups.of(value_S, group_S, 0.0)
     if scale == "none":

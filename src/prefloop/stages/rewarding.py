@@ -153,12 +153,13 @@ class Credited:
 class _Returns:
     """What S attempts came to from each of their steps on.
 
-    `return_SK` is 0 after an attempt's last step, and NaN of one without a reward; `plain_SK` the same without KL and
-    undiscounted. `step_SU` has the step of each own token of each attempt.
+    `reward_SK` is 0 after an attempt's last step, and NaN of one without a reward; `plain_SK` the same undiscounted.
+    `price_SK` is what KL costs from each step on. `step_SU` has the step of each own token of each attempt.
     """
 
-    return_SK: Floats
+    reward_SK: Floats
     plain_SK: Floats
+    price_SK: Floats
     step_SU: list[NDArray[np.int64]]
 
 
@@ -179,7 +180,7 @@ def credit_groups(
     counts = [len(group.samples) for group in groups]
     group_S = np.repeat(np.arange(len(groups)), counts)
     returns = _returns(groups, reward_S, knobs, paid)
-    advantage_SK, after = _advantages(returns.return_SK, reward_S, group_S, knobs, baselines)
+    advantage_SK, after = _advantages(returns, group_S, knobs, baselines)
     own = iter([advantage_K[step_U] for advantage_K, step_U in zip(advantage_SK, returns.step_SU, strict=True)])
     credited = [replace(group, advantage=_by_path(group, [next(own) for _ in group.samples])) for group in groups]
     flat_S = nothing_to_choose(returns.plain_SK, group_S, knobs["min_spread"])
@@ -201,13 +202,14 @@ def _returns(
     if _pays(knobs):
         spent_SU = [knobs["kl_coef"] * kl_U for group in groups for kl_U in _kl_of_tokens(group)]
     step_SU = [one.step_of_tokens(length) for one, length in zip(paid, lengths, strict=True)]
-    found, plain = [], []
+    rewards, plain, prices = [], [], []
     for one, reward, step_U, spent_U in zip(paid, reward_S, step_SU, spent_SU, strict=True):
         reward_K = _completed(one.reward_K, float(reward))
         spent_K = np.bincount(step_U, weights=spent_U, minlength=len(reward_K))
-        found.append(returns_per_turn(reward_K - spent_K, discount=knobs["turn_discount"]))
+        rewards.append(returns_per_turn(reward_K, discount=knobs["turn_discount"]))
         plain.append(returns_per_turn(reward_K))
-    return _Returns(_padded(found), _padded(plain), step_SU)
+        prices.append(returns_per_turn(spent_K, discount=knobs["turn_discount"]))
+    return _Returns(_padded(rewards), _padded(plain), _padded(prices), step_SU)
 
 
 def _completed(reward_K: Floats, reward: float) -> Floats:
@@ -252,7 +254,7 @@ def credit_tokens(
 ) -> Credited:
     """Advantages and returns of each own token of groups' attempts, by what a critic expects (`credit.gae`).
 
-    An attempt's steps are its own tokens in time order, path after path; its reward [S] comes with the last, but for
+    An attempt's steps are its own tokens in time order, over all paths; its reward [S] comes with the last, but for
     what it is `paid` along the way, and where KL is part of the reward each token pays for its own (k1). One that was
     cut off (`cut_S`) is worth what the critic expects after its last token, too.
     """
@@ -285,17 +287,17 @@ def _token_credit(
     group: RolloutGroup, values: Values, ends: Iterator[tuple[float, bool, Paid | None]], knobs: Mapping[str, Any]
 ) -> list[TokenCredit]:
     """The credit of each attempt of a group; `ends` gives each one's reward, whether it was cut off, and its steps."""
-    value_SU = _by_attempt(group, values.before)
+    value_SU, after_SU = _by_attempt(group, values.before), _by_attempt(group, values.after)
     logprob_SU = ref_SU = [np.zeros_like(value_U) for value_U in value_SU]
     if _pays(knobs):
         logprob_SU, ref_SU = _by_attempt(group, group.old_logprob), _by_attempt(group, group.ref_logprob)
     how = {"gae_lambda": knobs["gae_lambda"], "discount": knobs["discount"]}
     credit = []
-    for logprob_U, ref_U, value_U, after in zip(logprob_SU, ref_SU, value_SU, values.after, strict=True):
+    for logprob_U, ref_U, value_U, after_U in zip(logprob_SU, ref_SU, value_SU, after_SU, strict=True):
         reward, cut, steps = next(ends)
         along_U = np.zeros_like(value_U) if steps is None else at_tokens(steps.reward_K, steps.token_K, len(value_U))
         reward_U = along_U + penalised(reward - along_U.sum(), logprob_U, ref_U, kl_coef=knobs["kl_coef"])
-        credit.append(gae(reward_U, value_U, float(after) if cut else 0.0, **how))
+        credit.append(gae(reward_U, value_U, float(after_U[-1]) if cut else 0.0, **how))
     return credit
 
 
@@ -322,26 +324,28 @@ def _detail(groups: Sequence[RolloutGroup], reward_S: Floats, knobs: Mapping[str
 
 
 def _advantages(
-    return_SK: Floats,
-    reward_S: Floats,
-    group_S: NDArray[np.int64],
-    knobs: Mapping[str, Any],
-    baselines: Sequence[Baseline],
+    returns: _Returns, group_S: NDArray[np.int64], knobs: Mapping[str, Any], baselines: Sequence[Baseline]
 ) -> tuple[Floats, Sequence[Baseline]]:
-    """The advantage of each step of each attempt, [S, K], and the baselines of the next iteration."""
-    noise, label_SK = float(knobs["min_spread"]), _by_step(group_S, return_SK)
-    if noise:  # whether there is anything to choose is a question of rewards, not of KL
-        flat_S = without_spread(reward_S, group_S, noise=noise)
-        return_SK = np.where(flat_S[:, None], np.nan, return_SK)
-    flat = return_SK.ravel(), label_SK.ravel()
+    """The advantage of each step of each attempt, [S, K], and the baselines of the next iteration.
+
+    Whether there is anything to choose, and what to divide by, are questions of rewards alone: KL keeps its price,
+    also where all rewards are the same. With `min_spread` groups that do not reach it have no advantage at all.
+    """
+    reward_SK, noise = returns.reward_SK, float(knobs["min_spread"])
+    if noise:
+        flat_S = without_spread(returns.plain_SK[:, 0], group_S, noise=noise)
+        reward_SK = np.where(flat_S[:, None], np.nan, reward_SK)
+    if knobs["baseline"] == "group_mean":
+        reward_SK = reward_SK / divisor(reward_SK[:, 0], group_S, knobs["scale"])[:, None]
+    return_SK = reward_SK - returns.price_SK
+    flat = return_SK.ravel(), _by_step(group_S, return_SK).ravel()
     match knobs["baseline"]:
         case "running":
             return _over_earlier(return_SK, baselines)
         case "leave_one_out":
             return leave_one_out(*flat).advantage_S.reshape(return_SK.shape), baselines
         case "group_mean":
-            divisor_S = divisor(return_SK[:, 0], group_S, knobs["scale"])
-            return group_mean(*flat).advantage_S.reshape(return_SK.shape) / divisor_S[:, None], baselines
+            return group_mean(*flat).advantage_S.reshape(return_SK.shape), baselines
         case _:
             return np.nan_to_num(return_SK), baselines
 
@@ -373,11 +377,14 @@ def _by_attempt(group: RolloutGroup, arrays: Logprobs) -> list[Floats]:
     """The numbers of each attempt's own tokens in time order, [U], from an array for each path."""
     rest = iter(arrays)
     own = ([next(rest)[path.loss_mask] for path in sample] for sample in group.samples)
-    return [np.concatenate(parts, dtype=np.float64) for parts in own]
+    joined = [np.concatenate(parts, dtype=np.float64) for parts in own]
+    return [own_U[order_U] for own_U, order_U in zip(joined, group.order, strict=True)] if group.order else joined
 
 
 def _by_path(group: RolloutGroup, own_SU: Sequence[Floats]) -> Logprobs:
-    """Numbers of each attempt's own tokens as an array for each path, 0 at other tokens."""
+    """Numbers of each attempt's own tokens in time order as an array for each path, 0 at other tokens."""
+    if group.order:
+        own_SU = [own_U[np.argsort(order_U)] for own_U, order_U in zip(own_SU, group.order, strict=True)]
     arrays = []
     for own_U, sample in zip(own_SU, group.samples, strict=True):
         rest = iter(np.split(own_U, np.cumsum([path.loss_mask.sum() for path in sample])[:-1]))
