@@ -152,6 +152,15 @@ def test_overrides_set_nested_values_and_leave_the_original():
     assert data == {"train": {"num_steps": 3}}
 
 
+def test_an_override_by_nothing_takes_the_key_out():
+    data = {"name": "a", "train": {"beta": 0.1, "algorithm": "dpo"}, "judge": {"kind": "llm"}}
+    taken = apply_overrides(data, ["train.beta=", "judge= ", "rollout.sampling.top_p=", 'name=""'])
+    assert taken == {"name": "", "train": {"algorithm": "dpo"}}
+    assert data["train"]["beta"] == 0.1
+    with pytest.raises(PrefloopError, match="name is a value, not a table"):
+        apply_overrides(data, ["name.first="])
+
+
 def test_an_override_cannot_smuggle_in_a_second_key():
     assert apply_overrides({}, ["a=1\nb=2"]) == {"a": "1\nb=2"}
 

@@ -60,6 +60,8 @@ def read_run_file(path: str | Path) -> JSONObject:
 def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> JSONObject:
     """A copy of `data` with each `key.path=value` set; the value is read as TOML, else taken as a bare string.
 
+    Nothing after the `=` takes the key out, whether it is there or not.
+
     Raises:
         PrefloopError: an override without `=` or key, or one whose path leads through something not a table.
     """
@@ -69,12 +71,15 @@ def apply_overrides(data: Mapping[str, Any], overrides: Iterable[str]) -> JSONOb
         path = [part.strip() for part in key.split(".")]
         if not equals or not all(path):
             raise PrefloopError(f"override {override!r} should be written key.path=value")
-        table = result
+        table, take_out = result, not text.strip()
         for depth, part in enumerate(path[:-1], start=1):
-            table = table.setdefault(part, {})
+            table = table.get(part, {}) if take_out else table.setdefault(part, {})
             if not isinstance(table, dict):
                 raise PrefloopError(f"override {override!r}: {'.'.join(path[:depth])} is a value, not a table")
-        table[path[-1]] = _toml_value(text.strip())
+        if take_out:
+            table.pop(path[-1], None)
+        else:
+            table[path[-1]] = _toml_value(text.strip())
     return result
 
 
