@@ -1,20 +1,24 @@
 """What every benchmark shares: its options, interleaved timing, a table, and cells that survive an interruption.
 
 A benchmark is a list of cells. A cell measures something and returns its figures (flat, for `--json`) and the rows
-that people read. Every cell is saved when it is done under `out/benchmarks`; the same command goes on after the last
-saved one, and a run that finished leaves nothing behind, so that the next one measures again.
+that people read. Every cell is saved when it is done, in a file of its own under `out/benchmarks`; the same command
+goes on after the last saved one, and a run that finished leaves nothing of its cells behind, so that the next one
+measures them again. Cells that it was not asked for stay: two runs with different `--only` can go side by side.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import fnmatch
 import json
 import os
 import platform
+import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,13 +33,20 @@ STATE = Path(__file__).resolve().parents[1] / "out" / "benchmarks"
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for: `only` is a glob pattern of cell names, `quick` the same code on less."""
+    """What the user asked for: `only` is a glob pattern of cell names, `quick` the same code on less.
+
+    `seed` is None where none was given to a script that has seeds of its own.
+    """
 
     json: Path | None
     only: str
     quick: bool
-    seed: int
+    seed: int | None
     fresh: bool
+
+    def first_seed(self, own: int) -> int:
+        """The first of several seeds: the one that was asked for, else the script's own."""
+        return own if self.seed is None else self.seed
 
 
 @dataclass(frozen=True)
@@ -70,13 +81,15 @@ class Timing:
 Cell = Callable[[Options], Measured]
 
 
-def parse_options(description: str | None, argv: Sequence[str] | None = None) -> Options:
+def parse_options(
+    description: str | None, argv: Sequence[str] | None = None, *, default_seed: int | None = 0
+) -> Options:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures to this file: a flat object of name and number")
     parser.add_argument("--only", default="*", help="glob pattern of the cells to measure")
-    parser.add_argument("--quick", action="store_true", help="the same code on less, under a minute")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--fresh", action="store_true", help="forget the cells of an interrupted run")
+    parser.add_argument("--quick", action="store_true", help="the same code on less, in a minute or two")
+    parser.add_argument("--seed", type=int, default=default_seed)
+    parser.add_argument("--fresh", action="store_true", help="measure cells again that an interrupted run has left")
     return Options(**vars(parser.parse_args(argv)))
 
 
@@ -130,16 +143,17 @@ def run_cells(
     chosen = {key: cell for key, cell in cells.items() if fnmatch.fnmatch(key, options.only)}
     if not chosen:
         raise SystemExit(f"no cell matches {options.only!r}: there are {', '.join(cells)}")
-    state = STATE / f"{name}-{options.seed}{'-quick' if options.quick else ''}.json"
-    done = {} if options.fresh else _saved(state, caption)
+    place = STATE / "cells" / _name_of_run(name, options)
+    found: dict[str, Measured] = {}
     for key, cell in chosen.items():
-        if key in done:
+        saved = None if options.fresh else _saved(place / f"{key}.json", caption)
+        if saved is not None:
             console.print(f"{key}: measured before the interruption")
+            found[key] = saved
             continue
         with console.status(f"{key} …"):
-            done[key] = cell(options)
-        _save(state, caption, done)
-    found = {key: done[key] for key in chosen}
+            found[key] = cell(options)
+        _save(place / f"{key}.json", caption, found[key])
     _print(console, name, found, caption)
     figures = {figure: value for measured in found.values() for figure, value in measured.figures.items()}
     summed = summary(figures)
@@ -148,23 +162,51 @@ def run_cells(
     figures |= summed
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n")
-    state.unlink(missing_ok=True)
+    for key in chosen:
+        (place / f"{key}.json").unlink(missing_ok=True)
     return figures
 
 
-def _saved(state: Path, caption: str) -> dict[str, Measured]:
-    if not state.exists():
-        return {}
-    saved = json.loads(state.read_text())
-    # Cells of another machine or another version are not of this run.
-    return {key: Measured(**cell) for key, cell in saved["cells"].items()} if saved["caption"] == caption else {}
+def _name_of_run(name: str, options: Options) -> str:
+    seed = "" if options.seed is None else f"-{options.seed}"
+    return f"{name}{seed}{'-quick' if options.quick else ''}"
 
 
-def _save(state: Path, caption: str, done: Mapping[str, Measured]) -> None:
-    state.parent.mkdir(parents=True, exist_ok=True)
-    new = state.with_suffix(".new")
-    new.write_text(json.dumps({"caption": caption, "cells": {key: asdict(cell) for key, cell in done.items()}}))
-    new.replace(state)
+def _saved(file: Path, caption: str) -> Measured | None:
+    """A cell that was measured before; None where there is none, or it is of another machine or version, or damaged."""
+    try:
+        saved = json.loads(file.read_text())
+        return Measured(saved["figures"], saved["rows"]) if saved["caption"] == caption else None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _save(file: Path, caption: str, cell: Measured) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_name(f"{file.name}.{os.getpid()}")  # two processes may write the same cell
+    new.write_text(json.dumps({"caption": caption, **asdict(cell)}))
+    new.replace(file)
+
+
+@contextmanager
+def locked(file: Path, how: int = fcntl.LOCK_EX) -> Iterator[int]:
+    """No other process holds the lock of this name meanwhile (LOCK_SH: unless all share it); yields its descriptor."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as opened:
+        fcntl.flock(opened, how)
+        yield opened.fileno()
+
+
+@contextmanager
+def shared(place: Path) -> Iterator[None]:
+    """A directory of what several processes make once and use; the last one that comes to its end removes it."""
+    with locked(place.with_name(f"{place.name}.lock"), fcntl.LOCK_SH) as descriptor:
+        yield
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return  # another one uses it still
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _print(console: Console, name: str, found: Mapping[str, Measured], caption: str) -> None:

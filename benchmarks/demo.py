@@ -78,7 +78,8 @@ def _shares(found: dict[str, float], name: str) -> str:
 
 
 def main(options: Options) -> None:
-    seeds = [options.seed] if options.seed else range(FIRST_SEED, FIRST_SEED + (1 if options.quick else NUM_SEEDS))
+    own = range(FIRST_SEED, FIRST_SEED + (1 if options.quick else NUM_SEEDS))
+    seeds = own if options.seed is None else [options.seed]
     cells = {f"seed_{seed}": _cell(seed) for seed in seeds}
     run_cells("demo", cells, options, versions("prefloop", "torch", "transformers"), summary=_summary)
 
@@ -104,4 +105,4 @@ def _summary(figures: dict[str, float]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(parse_options(__doc__))
+    main(parse_options(__doc__, default_seed=None))

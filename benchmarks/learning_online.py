@@ -16,15 +16,16 @@ evaluations on held-out tasks, which are for the reader.
 
 from __future__ import annotations
 
-import shutil
+import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from _common import STATE, Cell, Measured, Options, parse_options, run_cells, versions
+from _common import STATE, Cell, Measured, Options, locked, parse_options, run_cells, shared, versions
 from _learning_booking import (
     QUICK,
     best_of_n,
@@ -69,7 +70,9 @@ NOT_GREEDY = ("evaluation.greedy=false",)
 
 def start(seed: int, quick: bool) -> str:
     """The directory of the policy that all algorithms of a seed begin with."""
-    return start_of(seed, STARTS / f"{seed}{'-quick' if quick else ''}", quick)
+    name = f"{seed}{'-quick' if quick else ''}"
+    with locked(STARTS / f"{name}.lock"):
+        return start_of(seed, STARTS / name, quick)
 
 
 def of_loop(seed: int, algorithm: str, options: Options) -> Measured:
@@ -83,8 +86,9 @@ def of_loop(seed: int, algorithm: str, options: Options) -> Measured:
 def of_sft(seed: int, options: Options) -> Measured:
     """A cell: more demonstrations in place of attempts."""
     begin, quick = start(seed, options.quick), options.quick
-    path, spent = imitating_more(seed, STARTS / f"{seed}-more{'-quick' if quick else ''}", begin, SFT, quick)
-    found = evaluated_beside(seed, begin, path, QUICK if quick else ()) | spent
+    with tempfile.TemporaryDirectory() as directory:
+        path, spent = imitating_more(seed, Path(directory), begin, SFT, quick)
+        found = evaluated_beside(seed, begin, path, QUICK if quick else ()) | spent
     return Measured(figures_by_name("sft", seed, found), [row_of(found)])
 
 
@@ -179,14 +183,14 @@ def cells_of(seed: int) -> dict[str, Cell]:
 
 def main(options: Options) -> None:
     torch.set_num_threads(1)
-    first = options.seed or FIRST_SEED
+    first = options.first_seed(FIRST_SEED)
     cells: dict[str, Cell] = {}
     for seed in range(first, first + (1 if options.quick else NUM_SEEDS)):
         cells |= cells_of(seed)
     caption = versions("prefloop", "trl", "torch", "transformers")
-    run_cells("learning_online", cells, options, caption, summary=over_seeds)
-    shutil.rmtree(STARTS, ignore_errors=True)
+    with shared(STARTS):
+        run_cells("learning_online", cells, options, caption, summary=over_seeds)
 
 
 if __name__ == "__main__":
-    main(parse_options(__doc__))
+    main(parse_options(__doc__, default_seed=None))

@@ -11,14 +11,11 @@ language (seed 1). The plots lie in out/benchmarks/overoptimisation/.
 
 from __future__ import annotations
 
-import pickle
-import shutil
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -79,35 +76,22 @@ CONDITIONS = (
 # --- what a seed has ---------------------------------------------------------------------------------------------
 
 
-def kept(file: Path, make: Callable[[], Any]) -> Any:
-    """What was made before an interruption, or is made now."""
-    if not file.exists():
-        made = make()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.with_suffix(".new").write_bytes(pickle.dumps(made))
-        file.with_suffix(".new").replace(file)
-    return pickle.loads(file.read_bytes())
-
-
 def place_of(seed: int, quick: bool) -> Path:
     return PLACE / f"{seed}{'-quick' if quick else ''}"
 
 
+@lru_cache(maxsize=1)
 def world_of(seed: int, quick: bool) -> World:
-    """The language of a seed, its start policy and preferences."""
-    sizes = {"num_pairs": 200, "sft_steps": 60} if quick else {"num_pairs": PAIRS[-1] + HELD_OUT}
-    return kept(place_of(seed, quick) / "world.pkl", partial(World, seed, **sizes))
+    """The language of a seed, its start policy and preferences; made once for all cells of the seed."""
+    return World(seed, num_pairs=200, sft_steps=60) if quick else World(seed, num_pairs=PAIRS[-1] + HELD_OUT)
 
 
+@lru_cache(maxsize=len(PAIRS) + 1)
 def proxy_of(seed: int, num_pairs: int, quick: bool, *, ensemble: bool = False) -> Proxy:
-    """A proxy of the first preferences of a seed."""
-
-    def make() -> Proxy:
-        world = world_of(seed, quick)
-        num_members = NUM_MEMBERS if ensemble else 1
-        return train_proxy(world, world.pairs[:num_pairs], FITTINGS[num_pairs], num_members=num_members)
-
-    return kept(place_of(seed, quick) / f"{'ensemble' if ensemble else 'proxy'}-{num_pairs}.pkl", make)
+    """A proxy of the first preferences of a seed; made once, too."""
+    world = world_of(seed, quick)
+    num_members = NUM_MEMBERS if ensemble else 1
+    return train_proxy(world, world.pairs[:num_pairs], FITTINGS[num_pairs], num_members=num_members)
 
 
 # --- cells -------------------------------------------------------------------------------------------------------
@@ -309,7 +293,7 @@ def at_equal_kl(n: int, beta: float, free: str, curves: Mapping[str, Mapping[int
 
 def cells(options: Options) -> dict[str, Cell]:
     """All cells by name, seed by seed."""
-    first = options.seed or FIRST_SEED
+    first = options.first_seed(FIRST_SEED)
     found: dict[str, Cell] = {}
     for seed in range(first, first + (1 if options.quick else NUM_SEEDS)):
         conditions = [Condition(100), Condition(100, bound_z=1.0)] if options.quick else CONDITIONS
@@ -321,14 +305,10 @@ def cells(options: Options) -> dict[str, Cell]:
 def main(options: Options) -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    if options.fresh:
-        shutil.rmtree(PLACE, ignore_errors=True)
     caption = "true reward and proxy in sd of the start policy, KL in nats; "
     caption += versions("prefloop", "torch", "transformers")
     run_cells("overoptimisation", cells(options), options, caption, summary=partial(over_seeds, options.quick))
-    for file in PLACE.glob("*/*.pkl"):
-        file.unlink()
 
 
 if __name__ == "__main__":
-    main(parse_options(__doc__))
+    main(parse_options(__doc__, default_seed=None))
