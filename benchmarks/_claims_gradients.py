@@ -25,6 +25,7 @@ RATE = 1e-3
 TEST = 20
 PROMPTS_DRAW = 900
 CRITIC_RATE, CRITIC_ROUNDS = 3e-3, 20
+CRITIC_DRAW = 910  # of the prompts that the critic learns from, others in each round as in a training
 
 ESTIMATORS: Mapping[str, Mapping[str, Any]] = {
     "plain": {"algorithm": "reinforce", "baseline": "none"},
@@ -49,17 +50,22 @@ def gradient_variance(world: World, quick: bool) -> dict[str, float]:
     """The variance of gradients from the same attempts at the same prompts, half-way through a training.
 
     `variance_…`: the sum over parameters of the variance of one draw's gradient (the attempts are drawn again, the
-    prompts stay), over the squared norm of the mean gradient of all draws.
+    prompts stay), over the squared norm of the mean gradient of all draws. The critic and the running baseline have
+    learned from other prompts.
     """
     num_steps, num_prompts, num_draws = (2, 4, 3) if quick else (20, 32, 12)
     halfway = train_online(world, "rloo", world.gold, num_steps=num_steps, learning_rate=RATE, prompts_per_step=32)
     halfway.requires_grad_(True)
-    prompts = np.repeat(world.language.sentences(num_prompts, PROMPTS_DRAW, NUM_PROMPT), PER_PROMPT, axis=0)
+
+    def attempts(prompts_draw: int, draw: int) -> Attempts:
+        prompts = np.repeat(world.language.sentences(num_prompts, prompts_draw, NUM_PROMPT), PER_PROMPT, axis=0)
+        return roll_out(world, halfway, prompts, draw, PER_PROMPT, world.gold)
+
     estimates = _Estimates(halfway, Critic.of(world.start, CRITIC_RATE))
-    for draw in range(CRITIC_ROUNDS):
-        estimates.prepare(roll_out(world, halfway, prompts, 500_000 + draw, PER_PROMPT, world.gold))
-    for draw in range(num_draws):
-        estimates.add(roll_out(world, halfway, prompts, 600_000 + draw, PER_PROMPT, world.gold))
+    for number in range(2 if quick else CRITIC_ROUNDS):
+        estimates.prepare(attempts(CRITIC_DRAW + number, 500_000 + number))
+    for number in range(num_draws):
+        estimates.add(attempts(PROMPTS_DRAW, 600_000 + number))
     return estimates.figures()
 
 

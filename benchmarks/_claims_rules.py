@@ -34,13 +34,15 @@ class Part:
     """Figure `above` is larger than `below` by at least `least`; a negative `least` is what may be lost.
 
     With `ratio` the figures are compared by their ratio, and `least` is one, too: 1.1 for a tenth more. An empty
-    `below` is 0 (of a ratio: 1).
+    `below` is 0 (of a ratio: 1). Of a figure that cannot be `negative` it proves nothing to lie above zero: its whole
+    interval has to lie above `least`.
     """
 
     above: str
     below: str = ""
     least: float = 0.0
     ratio: bool = False
+    negative: bool = True
 
     @property
     def name(self) -> str:
@@ -48,25 +50,32 @@ class Part:
         return f"{self.above}_over_{self.below}" if self.below else self.above
 
     def difference(self, figures: Figures) -> float:
-        """Of one seed; of a ratio its logarithm."""
+        """Of one seed; of a ratio its logarithm: NaN where one of the two is not above 0, as an estimate of KL may be."""
+        both = [figures[name] for name in (self.above, self.below) if name]
         if self.ratio:
-            return math.log(figures[self.above]) - (math.log(figures[self.below]) if self.below else 0.0)
-        return figures[self.above] - (figures[self.below] if self.below else 0.0)
+            both = [math.log(figure) if figure > 0 else math.nan for figure in both]
+        return both[0] - sum(both[1:])
 
-    def interval(self, by_seed: Sequence[Figures]) -> Interval:
-        """The mean difference over seeds with its 95 % interval, in the unit of `least`."""
-        found = mean_interval([self.difference(figures) for figures in by_seed])
+    def interval(self, by_seed: Sequence[Figures]) -> Interval | None:
+        """The mean difference over seeds with its 95 % interval, in the unit of `least`; None where a ratio is none."""
+        differences = [self.difference(figures) for figures in by_seed]
+        if any(map(math.isnan, differences)):
+            return None
+        found = mean_interval(differences)
         if not self.ratio:
             return found
         return Interval(math.exp(found.value), math.exp(found.low), math.exp(found.high), found.n)
 
-    def verdict(self, interval: Interval) -> Verdict:
+    def verdict(self, interval: Interval | None) -> Verdict:
         """Holds: a difference of the right sign is shown, and its mean is enough. Does not: so much is ruled out.
 
-        Where something may be lost, it holds if a larger loss is ruled out.
+        Where something may be lost, it holds if a larger loss is ruled out. Without an interval one cannot tell.
         """
+        if interval is None:
+            return Verdict.CANNOT_TELL
         nothing = 1.0 if self.ratio else 0.0
-        if interval.low > min(nothing, self.least) and interval.value >= self.least:
+        shown = min(nothing, self.least) if self.negative else self.least
+        if interval.low > shown and interval.value >= self.least:
             return Verdict.HOLDS
         return Verdict.DOES_NOT_HOLD if interval.high < self.least else Verdict.CANNOT_TELL
 

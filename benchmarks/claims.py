@@ -4,14 +4,14 @@
 
 All claims are tested on the single-turn task whose true reward is known (`_language.py`), from one start policy a seed.
 What is compared has the same budget, which each claim's function says. A claim holds, does not hold, or cannot be told
-by a rule that was stated before its seeds were run (`_claims_rules.py`), over differences within seeds 21 to 25;
-settings were chosen on seed 1. docs/claims.md has the claims, their sources and what they came to.
+by a rule that was stated before its seeds were run (`_claims_rules.py`; docs/claims.md says what was changed after),
+over differences within seeds 21 to 25; settings were chosen on seed 1. docs/claims.md has the claims, their sources and
+what they came to.
 """
 
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,13 +29,12 @@ from _claims_kl import DPO_BETAS, RLOO_BETAS, higher_beta, without_penalty
 from _claims_pairs import online_pairs, without_reference
 from _claims_rules import Figures, Part, verdict_of
 from _claims_selection import moving_judge, top_k
-from _common import STATE, WIDTH, Cell, Measured, Options, parse_options, run_cells, versions
+from _common import WIDTH, Cell, Measured, Options, parse_options, run_cells, versions
 from _language import World
+from prefloop.stats.intervals import Interval
 
 FIRST_SEED, NUM_SEEDS = 21, 5
-DESIGN_SEED = 1
-WORLDS = STATE / "claims"
-
+DESIGN_SEED, NUM_QUICK_SEEDS = 1, 2  # a verdict is of two seeds at least
 
 Experiment = Callable[[World, bool], dict[str, float]]
 
@@ -103,7 +102,7 @@ CLAIMS: Mapping[str, Claim] = {
         "Stiennon et al. 2020, arXiv:2009.01325; Gao et al. 2022, arXiv:2210.10760",
         "penalty",
         (
-            Part("fall_free", least=0.2),
+            Part("fall_free", least=0.2, negative=False),
             Part("proxy_since_peak_free"),
             Part("gold_penalised", "gold_free", least=0.2),
         ),
@@ -142,7 +141,9 @@ CLAIMS: Mapping[str, Claim] = {
         "DPO is cheaper than PPO for the same success",
         "Rafailov et al. 2023, arXiv:2305.18290",
         "cost",
-        (Part("s_ppo", "s_dpo", least=1.1, ratio=True),),
+        # Where PPO does not come to the target, its seconds are too few, which the claim can bear; where DPO does not,
+        # there is no such success.
+        (Part("reached_dpo", least=1.0), Part("s_ppo", "s_dpo", least=1.1, ratio=True)),
     ),
 }
 
@@ -156,13 +157,8 @@ def measure(seed: int, experiment: str, options: Options) -> Measured:
 
 @lru_cache(maxsize=1)
 def world_of(seed: int, quick: bool) -> World:
-    """The world of a seed, made once."""
-    path = WORLDS / f"{seed}{'-quick' if quick else ''}.pt"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(World(seed, num_pairs=256, sft_steps=60) if quick else World(seed), path)
-    found: World = torch.load(path, weights_only=False)
-    return found
+    """The world of a seed, made once for all of its cells."""
+    return World(seed, num_pairs=256, sft_steps=60) if quick else World(seed)
 
 
 def conclude(figures: Mapping[str, float]) -> dict[str, float]:
@@ -201,8 +197,9 @@ def _conclude(name: str, claim: Claim, by_seed: Sequence[Figures], table: Table)
     found = {f"{name}_verdict": float((whole := verdict_of(verdicts)).value)}
     for part, interval, verdict in zip(claim.parts, intervals, verdicts, strict=True):
         sign = "×" if part.ratio else ""
-        shown = f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
-        table.add_row(name, part.name, f"{sign}{part.least:g}", f"{sign}{shown}", verdict.text)
+        table.add_row(name, part.name, f"{sign}{part.least:g}", _shown(sign, interval), verdict.text)
+        if interval is None:
+            continue
         found |= {
             f"{name}_{part.name}": interval.value,
             f"{name}_{part.name}_low": interval.low,
@@ -212,17 +209,22 @@ def _conclude(name: str, claim: Claim, by_seed: Sequence[Figures], table: Table)
     return found
 
 
+def _shown(sign: str, interval: Interval | None) -> str:
+    if interval is None:
+        return "no ratio: a figure is not above 0"
+    return f"{sign}{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+
+
 def main(options: Options) -> None:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
-    first = options.seed or (DESIGN_SEED if options.quick else FIRST_SEED)
-    seeds = range(first, first + (1 if options.quick else NUM_SEEDS))
+    first = options.first_seed(DESIGN_SEED if options.quick else FIRST_SEED)
+    seeds = range(first, first + (NUM_QUICK_SEEDS if options.quick else NUM_SEEDS))
     cells: dict[str, Cell] = {
         f"{experiment}_{seed}": partial(measure, seed, experiment) for seed in seeds for experiment in EXPERIMENTS
     }
     run_cells("claims", cells, options, versions("prefloop", "torch", "transformers"), summary=conclude)
-    shutil.rmtree(WORLDS, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    main(parse_options(__doc__))
+    main(parse_options(__doc__, default_seed=None))

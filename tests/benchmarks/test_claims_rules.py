@@ -64,6 +64,19 @@ def test_a_ratio_is_held_against_one(rules):
     assert part.verdict(Interval(1.0, 0.95, 1.05, 5)) is rules.Verdict.DOES_NOT_HOLD
 
 
+def test_a_figure_that_cannot_be_negative_has_to_be_above_the_least(rules):
+    fall = rules.Part("fall", least=0.2, negative=False)
+    assert fall.verdict(Interval(0.5, 0.1, 0.9, 5)) is rules.Verdict.CANNOT_TELL
+    assert fall.verdict(Interval(0.5, 0.3, 0.7, 5)) is rules.Verdict.HOLDS
+
+
+@pytest.mark.parametrize(("above", "below"), [(1.0, -0.02), (0.0, 1.0)])
+def test_a_ratio_of_what_is_not_above_zero_tells_nothing(rules, above, below):
+    part = rules.Part("a", "b", least=1.1, ratio=True)
+    assert part.interval([{"a": 2.0, "b": 1.0}, {"a": above, "b": below}]) is None
+    assert part.verdict(None) is rules.Verdict.CANNOT_TELL
+
+
 def test_a_claim_is_as_good_as_its_weakest_part(rules):
     holds, unclear, fails = rules.Verdict.HOLDS, rules.Verdict.CANNOT_TELL, rules.Verdict.DOES_NOT_HOLD
     assert rules.verdict_of([holds, holds]) is holds
