@@ -11,8 +11,8 @@ import pytest
 
 from prefloop.environments.base import Environment, Episode, Outcome, Step
 from prefloop.environments.booking import Booking
-from prefloop.environments.guarded import EpisodeFailedError, GuardedEpisode
-from prefloop.records import Ended, Message, Role, Split, Task, ToolCall
+from prefloop.environments.guarded import EpisodeFailedError, GuardedEpisode, sound_demonstration, sound_tasks
+from prefloop.records import Ended, Message, PrefloopError, Role, Split, Task, ToolCall
 
 HELLO = (Message(Role.USER, "hello"),)
 SAID = Message(Role.ASSISTANT, tool_calls=(ToolCall("look", {}, "call_0_0"), ToolCall("look", {}, "call_0_1")))
@@ -40,7 +40,11 @@ class Wild(Environment):
         self.episodes: list[WildEpisode] = []
 
     def tasks(self, split, num, *, first=0):
-        return [Task(self.name, {}, number, HELLO, split=split) for number in range(first, first + num)]
+        tasks = [Task(self.name, {}, number, HELLO, split=split) for number in range(first, first + num)]
+        return answer("tasks", self.told, tasks)
+
+    def demonstrate(self, task, seed):
+        return answer("demonstrate", self.told, ((*HELLO, Message(Role.ASSISTANT, "hi")), WON))
 
     def reset(self, task, seed):
         answer("reset", self.told, None)
@@ -293,3 +297,61 @@ def test_episodes_of_real_environments_are_sound():
         assert found.tool_call_id == "call_0_0"
         assert not episode.outcome().success
         episode.close()
+
+
+def test_an_environment_that_says_nothing_of_deadlines_has_one():
+    assert Environment.step_deadline_s == 600.0
+
+
+TASK = Task("wild", {}, 0, HELLO)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "problem"),
+    [
+        (None, "gave what is no list of tasks: it should be a list of tasks, not NoneType None"),
+        ([TASK], "gave what is no list of tasks: it holds 1, not 2"),
+        ([TASK, None], "gave what is no list of tasks: number 1 should be a Task, not NoneType None"),
+        ([TASK, replace(TASK, split=Split.HELD_OUT)], "gave what is no list of tasks: number 1 is of the split <Split"),
+        ([TASK, replace(TASK, messages=("hi",))], "number 1 message 0 should be a Message, not str 'hi'"),
+        ([TASK, replace(TASK, specification={"x": {1}})], "number 1 cannot be stored"),
+        (raises(KeyError("city")), "raised KeyError: 'city' ("),
+    ],
+)
+def test_what_are_no_tasks_is_told_in_one_line(tasks, problem):
+    assert sound_tasks(Wild(), Split.TRAIN, 2, first=3) == Wild().tasks(Split.TRAIN, 2, first=3)
+    told = Wild(tasks=tasks if callable(tasks) else lambda: tasks)
+    with pytest.raises(PrefloopError) as failed:
+        sound_tasks(told, Split.TRAIN, 2)
+    assert str(failed.value).startswith("environment wild: tasks(train, 2, first=0) ")
+    assert problem in str(failed.value)
+
+
+def test_an_error_of_the_environments_own_is_told_as_it_is_and_another_with_its_place():
+    with pytest.raises(PrefloopError, match=r"^too few$"):
+        sound_tasks(Wild(tasks=raises(PrefloopError("too few"))), Split.TRAIN, 2)
+    with pytest.raises(PrefloopError, match=r"raised ZeroDivisionError: .* by zero \(.*test_guarded.py:\d+\)$"):
+        sound_demonstration(Wild(60.0, demonstrate=lambda: 1 // 0), TASK, 0)
+
+
+@pytest.mark.parametrize(
+    ("shown", "problem"),
+    [
+        (None, "it should be a pair of messages and their outcome, not NoneType None"),
+        ((HELLO, WON), "no message of it is the agent's"),
+        (((SAID,), WON), "its messages should begin with those of the task"),
+        (((*HELLO, "hi"), WON), "message 1 should be a Message, not str 'hi'"),
+        (((*HELLO, SAID), None), "its outcome is None"),
+        (((*HELLO, SAID), replace(WON, score=2.0)), "its score should be a number from 0 to 1, not 2.0"),
+    ],
+)
+def test_what_is_no_demonstration_is_told_in_one_line(shown, problem):
+    assert sound_demonstration(Wild(60.0), TASK, 0) == sound_demonstration(Wild(), TASK, 0)
+    with pytest.raises(PrefloopError) as failed:
+        sound_demonstration(Wild(demonstrate=lambda: shown), TASK, 0)
+    assert f"demonstrate of task {TASK.id} gave what is no demonstration: {problem}" in str(failed.value)
+
+
+def test_a_demonstration_that_hangs_is_given_up(gate):
+    with pytest.raises(PrefloopError, match=r"no demonstration within 0\.2 s \(step_deadline_s for each turn\)"):
+        sound_demonstration(Wild(0.05, demonstrate=gate.wait), TASK, 0)

@@ -11,7 +11,8 @@ from tiny_runs import tiny_run
 from prefloop.environments.base import Step
 from prefloop.environments.booking import Booking, BookingEpisode
 from prefloop.loop import run_loop
-from prefloop.records import Ended, Message, Role
+from prefloop.planning.workload import lengths_of
+from prefloop.records import Ended, Message, PrefloopError, Role
 from prefloop.stages.context import opened
 from prefloop.stages.rollouts import iteration_rollouts
 from prefloop.stages.start import start_policy
@@ -39,6 +40,21 @@ def breaking(monkeypatch, tmp_path):
     monkeypatch.setattr(Booking, "step_deadline_s", 0.1)
     yield armed
     gate.set()
+
+
+def no_city(*_, **__):
+    raise KeyError("city")
+
+
+@pytest.mark.parametrize("broken", ["tasks", "demonstrate"])
+def test_without_tasks_or_demonstrations_run_and_plan_end_in_one_line(broken, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Booking, broken, no_city)
+    told = rf"^environment booking: {broken}.* raised KeyError: 'city' \(/.*\)$"
+    with tiny_run() as run, opened(run):
+        for function in (start_policy, lambda run: lengths_of(run, None)):
+            with pytest.raises(PrefloopError, match=told):
+                function(run)
 
 
 @pytest.mark.slow

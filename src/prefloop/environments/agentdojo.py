@@ -65,6 +65,7 @@ class AgentDojo(Environment):
     """The user tasks of AgentDojo's suites; all luck is the policy's, since the clock of the tools stands still."""
 
     name = "agentdojo"
+    step_deadline_s = None
 
     def __init__(self, settings: AgentDojoSettings) -> None:
         self.settings = settings

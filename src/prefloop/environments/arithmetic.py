@@ -40,6 +40,7 @@ class Arithmetic(Environment):
     """The environment of chains; see the module's text."""
 
     name = "arithmetic"
+    step_deadline_s = None
     max_turns = 1
 
     def __init__(self, settings: ArithmeticSettings | None = None) -> None:

@@ -21,7 +21,7 @@ from prefloop.records import JSONObject, Message, PrefloopError, Split, Task
 class Outcome:
     """What an environment verified of an episode.
 
-    `value` is the reward in the environment's own unit, `score` its monotone map to [0, 1]; `metrics` holds counts
+    `value` is the reward in the environment's own unit, `score` its monotone map into [0, 1]; `metrics` holds counts
     and shares by name (for booking: invented ids, errors, ignored constraints, …).
     """
 
@@ -103,13 +103,13 @@ class TaskSource(ABC):
 class Environment(TaskSource):
     """A source of tasks and of episodes.
 
-    `max_turns` is the number of assistant messages after which an episode is cut short. `step_deadline_s` is for
-    environments that may hang: the seconds after which a call of an episode is given up (see `environments.guarded`);
-    None waits for it, and needs no thread.
+    `max_turns` is the number of assistant messages after which an episode is cut short. `step_deadline_s` are the
+    seconds after which a call of an episode is given up (see `environments.guarded`); None, of an environment that
+    cannot hang, needs no thread.
     """
 
     max_turns: int
-    step_deadline_s: float | None = None
+    step_deadline_s: float | None = 600.0
 
     @abstractmethod
     def reset(self, task: Task, seed: int) -> Episode:

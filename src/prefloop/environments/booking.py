@@ -81,6 +81,7 @@ class Booking(Environment):
     """The booking environment; see the module's text."""
 
     name = "booking"
+    step_deadline_s = None
 
     def __init__(self, settings: BookingSettings | None = None) -> None:
         self.settings = settings or BookingSettings()

@@ -151,6 +151,7 @@ class Dialogue(Environment):
     """The café; see the module's text."""
 
     name = "dialogue"
+    step_deadline_s = None
 
     def __init__(self, settings: DialogueSettings | None = None) -> None:
         self.settings = settings or DialogueSettings()

@@ -1,20 +1,28 @@
-"""Episodes of environments for which nobody vouches: what they raise, how long they take, what they give.
+"""Environments for which nobody vouches: what they raise, how long they take, what they give.
 
-Each failure is an `EpisodeFailedError` of this one episode, to be kept as data; the run goes on. An environment with a
+A failure of an episode is an `EpisodeFailedError` of this one, to be kept as data; the run goes on. Without tasks or
+demonstrations no run can go on: their failure is a `PrefloopError` that says where it is from. An environment with a
 `step_deadline_s` is called in a thread, one for each episode, which stays behind if the call hangs: Python cannot end a
 thread. A call that holds the interpreter's lock all along (one long call into C) cannot be left either.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any, TypeVar
 
-from prefloop.environments.base import Environment, Episode, Outcome, Step
-from prefloop.environments.malformed import outcome_problem, prompt_problem, step_problem
-from prefloop.records import Ended, JSONObject, Message, PrefloopError, Task
+from prefloop.environments.base import Demonstrator, Environment, Episode, Outcome, Step, TaskSource
+from prefloop.environments.malformed import (
+    demonstration_problem,
+    outcome_problem,
+    prompt_problem,
+    step_problem,
+    tasks_problem,
+)
+from prefloop.records import Ended, JSONObject, Message, PrefloopError, Split, Task
 
 Result = TypeVar("Result")
 
@@ -109,6 +117,59 @@ class GuardedEpisode(Episode):
             raise
         except (Exception, SystemExit) as error:
             raise EpisodeFailedError(f"environment raised {type(error).__name__}: {_told(error)}") from error
+
+
+def sound_tasks(source: TaskSource, split: Split, num: int, *, first: int = 0) -> Sequence[Task]:
+    """`num` tasks of a split from the `first` on. They are waited for: they may be generated, or fetched.
+
+    Raises:
+        PrefloopError: the source has too few or cannot give them, raises, or gives what are no such tasks.
+    """
+    call = f"environment {source.name}: tasks({split.value}, {num}, first={first})"
+    tasks = _told_of(call, lambda: source.tasks(split, num, first=first))
+    if problem := tasks_problem(tasks, split, num):
+        raise PrefloopError(f"{call} gave what is no list of tasks: {problem}")
+    return tasks
+
+
+def sound_demonstration(source: TaskSource, task: Task, seed: int) -> tuple[tuple[Message, ...], Outcome]:
+    """What an environment that is a `Demonstrator` shows of a task, within its `step_deadline_s` for each of its turns.
+
+    Raises:
+        PrefloopError: it cannot show it, raises, is too slow, or gives what is no demonstration.
+    """
+    assert isinstance(source, Demonstrator)
+    call = f"environment {source.name}: demonstrate of task {task.id}"
+    shown = _told_of(call, lambda: _in_time(source, lambda: source.demonstrate(task, seed)))
+    if problem := demonstration_problem(shown, task):
+        raise PrefloopError(f"{call} gave what is no demonstration: {problem}")
+    return shown
+
+
+def _in_time(source: TaskSource, function: Callable[[], Result]) -> Result:
+    if not isinstance(source, Environment) or source.step_deadline_s is None:
+        return function()
+    deadline_s = source.step_deadline_s * (source.max_turns + 1)
+    worker = _Worker()
+    try:
+        return worker.call(function, deadline_s)
+    except _HangsError:
+        raise PrefloopError(
+            f"environment {source.name}: no demonstration within {deadline_s:g} s (step_deadline_s for each turn)"
+        ) from None
+    finally:
+        worker.end()
+
+
+def _told_of(call: str, function: Callable[[], Result]) -> Result:
+    try:
+        return function()
+    except PrefloopError:  # the environment itself says what is wrong
+        raise
+    except (Exception, SystemExit) as error:
+        frames = (f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__)
+        where = next((f" ({frame.filename}:{frame.lineno})" for frame in frames), "")
+        raise PrefloopError(f"{call} raised {type(error).__name__}: {_told(error)}{where}") from error
 
 
 class _HangsError(Exception):

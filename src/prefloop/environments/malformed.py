@@ -6,7 +6,39 @@ import math
 from collections.abc import Sequence
 
 from prefloop.environments.base import Outcome, Step
-from prefloop.records import Message, Role, ToolCall, canonical_json
+from prefloop.records import Message, Role, Split, Task, ToolCall, canonical_json
+
+
+def tasks_problem(tasks: object, split: Split, num: int) -> str:
+    """What is wrong with `num` tasks of a split; a task may be without messages, as its episode has some of its own."""
+    if not isinstance(tasks, Sequence):
+        return f"it should be a list of tasks, not {_kind(tasks)}"
+    if len(tasks) != num:
+        return f"it holds {len(tasks)}, not {num}"
+    wrong = (f"number {i} {problem}" for i, task in enumerate(tasks) if (problem := _task_problem(task, split)))
+    return next(wrong, "")
+
+
+def _task_problem(task: object, split: Split) -> str:
+    if not isinstance(task, Task):
+        return f"should be a Task, not {_kind(task)}"
+    if task.split is not split:
+        return f"is of the split {_raw(task, 'split')!r:.60}"
+    return prompt_problem(task.messages or _NO_PROMPT, task.tools) or _json_problem(task.specification)
+
+
+def demonstration_problem(shown: object, task: Task) -> str:
+    """What is wrong with a demonstration of a task."""
+    if not isinstance(shown, tuple) or len(shown) != 2:
+        return f"it should be a pair of messages and their outcome, not {_kind(shown)}"
+    messages, outcome = shown
+    if problem := prompt_problem(messages, ()):
+        return problem
+    if messages[: len(task.messages)] != task.messages:
+        return "its messages should begin with those of the task"
+    if all(message.role is not Role.ASSISTANT for message in messages[len(task.messages) :]):
+        return "no message of it is the agent's"
+    return "its outcome is None: nothing says how good it is" if outcome is None else outcome_problem(outcome)
 
 
 def prompt_problem(messages: object, tools: object) -> str:
@@ -54,6 +86,9 @@ def outcome_problem(outcome: object) -> str:
         return "its metrics should be numbers by name, without success"
     wrong = [name for name, value in metrics.items() if not isinstance(name, str) or not _is_number(value)]
     return f"its metric {wrong[0]!r:.60} should be a finite number" if wrong else ""
+
+
+_NO_PROMPT = (Message(Role.USER),)  # in place of none
 
 
 def _message_problem(message: object) -> str:

@@ -70,6 +70,7 @@ class MCP(Environment):
     """Tasks for the tools of an MCP server; see the module's text."""
 
     name = "mcp"
+    step_deadline_s = None  # its tools have deadlines of their own
 
     def __init__(self, settings: MCPSettings) -> None:
         self.settings = settings

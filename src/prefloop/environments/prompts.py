@@ -36,6 +36,7 @@ class Prompts(Environment):
     """
 
     name = PROMPTS
+    step_deadline_s = None
     max_turns = 1
 
     def __init__(self, settings: PromptsSettings) -> None:

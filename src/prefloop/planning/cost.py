@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from prefloop.environments.agent import Agent
+from prefloop.environments.guarded import sound_tasks
 from prefloop.environments.prompts import Prompts
 from prefloop.judges.llm import LLMJudgeSettings
 from prefloop.judges.render import question, shipped_prompts
@@ -87,7 +88,7 @@ def _evaluations(run: Run) -> int:
 
 def _asked(run: Run, settings: LLMJudgeSettings, lengths: Lengths) -> int:
     """Tokens of the question about a trajectory of the run's mean length."""
-    (task,) = run.environment.tasks(Split.TRAIN, 1)
+    (task,) = sound_tasks(run.environment, Split.TRAIN, 1)
     messages = (*task.messages, Message(Role.ASSISTANT, "…"))
     trajectory = Trajectory(
         id="planned",

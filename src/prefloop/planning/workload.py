@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from prefloop.environments.agent import Agent, AgentSettings
 from prefloop.environments.base import Demonstrator, TaskSource
+from prefloop.environments.guarded import sound_demonstration, sound_tasks
 from prefloop.losses.registry import objective
 from prefloop.planning.memory import Sampling, Update
 from prefloop.records import JSONObject, Message, PrefloopError, Split
@@ -79,13 +80,13 @@ def lengths_of(run: Run, renderer: ChatRenderer | None) -> Lengths:
     settings, environment = run.settings, run.environment
     if environment.num_tasks(Split.TRAIN) == 0:
         raise PrefloopError(f"environment {environment.name} has no training tasks: there is nothing to plan")
-    tasks = list(environment.tasks(Split.TRAIN, min(NUM_TASKS, environment.num_tasks(Split.TRAIN) or NUM_TASKS)))
+    tasks = sound_tasks(environment, Split.TRAIN, min(NUM_TASKS, environment.num_tasks(Split.TRAIN) or NUM_TASKS))
     count = characters if renderer is None else _rendered(renderer)
     prompts = [count(task.messages, task.tools) for task in tasks]
     prompt, longest = _mean(prompts), max([*prompts, *_held_out_prompts(environment, count)])
     shown = 0
     if settings.sft is not None and isinstance(environment, Demonstrator):
-        spoken = [environment.demonstrate(task, settings.seed)[0] for task in tasks]
+        spoken = [sound_demonstration(environment, task, settings.seed)[0] for task in tasks]
         shown = _mean([count(messages, task.tools) for messages, task in zip(spoken, tasks, strict=True)])
     recorded = _recorded(run)
     if recorded is not None:
@@ -104,7 +105,7 @@ def lengths_of(run: Run, renderer: ChatRenderer | None) -> Lengths:
 
 def _held_out_prompts(environment: TaskSource, count: Count) -> list[int]:
     num = environment.num_tasks(Split.HELD_OUT)
-    tasks = environment.tasks(Split.HELD_OUT, NUM_TASKS if num is None else min(NUM_TASKS, num))
+    tasks = sound_tasks(environment, Split.HELD_OUT, NUM_TASKS if num is None else min(NUM_TASKS, num))
     return [count(task.messages, task.tools) for task in tasks]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from prefloop.environments.base import Demonstrator
+from prefloop.environments.guarded import sound_demonstration
 from prefloop.records import AuthorKind, Dataset, Ended, Judgement, Message, Pair, PrefloopError, Task, Trajectory
 from prefloop.rollout import Attempt, Provenance
 from prefloop.stages.context import Run
@@ -24,7 +25,7 @@ def demonstrations(run: Run, tasks: Sequence[Task], iteration: int) -> tuple[lis
     provenance = Provenance(AuthorKind.DEMONSTRATOR, environment.name, run.id, iteration, STAGE)
     trajectories, verdicts = [], []
     for task in tasks:
-        messages, outcome = environment.demonstrate(task, run.settings.seed)
+        messages, outcome = sound_demonstration(environment, task, run.settings.seed)
         trajectories.append(_demonstration(task, messages, provenance, run.settings.seed))
         verdicts.append(run.verified(trajectories[-1].id, outcome))
     run.store.add_tasks(tasks)

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefloop.clients.sampling import SamplingSettings
+from prefloop.environments.guarded import sound_tasks
 from prefloop.evaluation.compare import compare_on_tasks, outcomes_by_task
 from prefloop.evaluation.kl import KLSummary, kl_summary, summarise_kl
 from prefloop.evaluation.success import success_summary
@@ -43,7 +44,7 @@ class Evaluated:
 
 def guard_evaluation(run: Run, policy: Policy) -> Evaluated:
     """Success and KL on the guard tasks, always with the same draws: what differs is the policy. Nothing is stored."""
-    tasks = run.environment.tasks(Split.TRAIN, run.settings.guard.num_tasks)
+    tasks = sound_tasks(run.environment, Split.TRAIN, run.settings.guard.num_tasks)
     attempts = [Attempt(task, 0, run.settings.seed) for task in tasks]
     sampling = _sampling(run, temperature=1.0)
     provenance = Provenance(AuthorKind.CHECKPOINT, "", run.id, BEFORE, "guard")
@@ -91,7 +92,7 @@ def _held_out(run: Run) -> Sequence[Task]:
             f"environment {run.environment.name} has no held-out tasks to evaluate on: "
             "give it more tasks, or a greater share to hold out"
         )
-    return run.environment.tasks(Split.HELD_OUT, wanted if there_are is None else min(wanted, there_are))
+    return sound_tasks(run.environment, Split.HELD_OUT, wanted if there_are is None else min(wanted, there_are))
 
 
 def _evaluate(run: Run, checkpoint_id: str, tasks: Sequence[Task], iteration: int, stage: str) -> JSONObject:

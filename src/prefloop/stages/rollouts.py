@@ -9,6 +9,7 @@ from prefloop.clients.openai_sampler import OpenAISampler
 from prefloop.clients.sampling import SamplingSettings
 from prefloop.environments.agent import Agent
 from prefloop.environments.base import steppable
+from prefloop.environments.guarded import sound_tasks
 from prefloop.gateway.episodes import EPISODE
 from prefloop.records import AuthorKind, Ended, PrefloopError, Source, Split, Task, Trajectory
 from prefloop.rollout import Attempt, Provenance, RemoteSpeaker, Rollout, open_episodes, roll_out, unit_seed
@@ -77,13 +78,13 @@ def training_tasks(run: Run, begin: int, num: int) -> list[Task]:
     begin += settings.sft.num_demonstrations if settings.sft else 0
     there_are = environment.num_tasks(Split.TRAIN)
     if there_are is None:
-        return list(environment.tasks(Split.TRAIN, num, first=reserved + begin))
+        return list(sound_tasks(environment, Split.TRAIN, num, first=reserved + begin))
     if there_are <= reserved:
         raise PrefloopError(
             f"environment {environment.name} has {there_are} training tasks and guard.num_tasks keeps {reserved} "
             "of them for guards: lower it (2 is the least), or give more tasks"
         )
-    rest = environment.tasks(Split.TRAIN, there_are - reserved, first=reserved)
+    rest = sound_tasks(environment, Split.TRAIN, there_are - reserved, first=reserved)
     return [rest[i % len(rest)] for i in range(begin, begin + min(num, len(rest)))]
 
 

@@ -6,6 +6,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from prefloop.environments.base import Demonstrator
+from prefloop.environments.guarded import sound_tasks
 from prefloop.formats.rows import place_prompt
 from prefloop.hub import pinned_model
 from prefloop.records import (
@@ -59,7 +60,7 @@ def _demonstrations(run: Run) -> Dataset:
     environment, num = run.environment, run.settings.sft.num_demonstrations
     if not isinstance(environment, Demonstrator):
         raise PrefloopError(f"environment {environment.name} has no demonstrator: leave out the table [sft]")
-    tasks = environment.tasks(Split.TRAIN, num, first=run.settings.guard.num_tasks)
+    tasks = sound_tasks(environment, Split.TRAIN, num, first=run.settings.guard.num_tasks)
     with run.recorded(BEFORE, "demonstrations", len(tasks)) as detail, run.store.transaction():
         run.keep_files()
         trajectories, verdicts = demonstrations(run, tasks, BEFORE)

@@ -14,7 +14,7 @@ from prefloop.clients.sampling import SamplingSettings
 from prefloop.config import parse_settings
 from prefloop.environments import make_environment
 from prefloop.environments.base import Environment
-from prefloop.environments.guarded import EpisodeFailedError, GuardedEpisode
+from prefloop.environments.guarded import EpisodeFailedError, GuardedEpisode, sound_tasks
 from prefloop.records import JSONObject, Message, PrefloopError, Role, Split
 from prefloop.stages.looking import find_checkpoint
 from prefloop.stages.settings import RunSettings
@@ -87,7 +87,7 @@ def _episode(store: Store, run_id: str) -> GuardedEpisode | None:
     environment = make_environment(settings.environment)
     if not isinstance(environment, Environment):
         return None
-    task = environment.tasks(Split.HELD_OUT, 1)[0]
+    task = sound_tasks(environment, Split.HELD_OUT, 1)[0]
     return GuardedEpisode(environment, task, settings.seed) if task.tools else None
 
 
