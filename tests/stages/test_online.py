@@ -26,6 +26,7 @@ from prefloop.stages.settings import RunSettings
 from prefloop.stages.start import start_policy
 from prefloop.stages.update_data import (
     MIN_EFFECTIVE_SHARE,
+    _credit_before,
     mismatch_warnings,
     online_knobs,
     rows_to_learn,
@@ -112,6 +113,15 @@ def test_the_price_of_kl_follows_its_target(tmp_path, monkeypatch):
     assert second["kl_coef"] == first["next_kl_coef"]
     change = np.clip(second["kl_of_rollouts"] / 1e-6 - 1, -0.2, 0.2)
     assert second["next_kl_coef"] == pytest.approx(second["kl_coef"] * (1 + change))
+
+
+def test_an_iteration_with_nothing_to_learn_resets_neither_the_price_of_kl_nor_baselines(curated):
+    run, settings = curated, curated.settings.train
+    noted = {"next_kl_coef": 0.08, "baselines": [{"total": 8.0, "num": 16.0}]}
+    run.store.add_event(run.id, 0, "train", {"credit": noted})
+    run.store.add_event(run.id, 1, "train", {"reason": "nothing to train on: no rollout has a reward"})
+    assert [online_knobs(run, iteration, settings)["kl_coef"] for iteration in range(3)] == [0.05, 0.08, 0.08]
+    assert _credit_before(run, 2) == noted
 
 
 @pytest.mark.parametrize("algorithm", ["reinforce", "rloo"])
@@ -269,6 +279,9 @@ def test_groups_whose_rewards_differ_by_noise_teach_nothing(curated):
     found = credit_groups(groups.examples, np.array([v.value for v in data.valued]), quiet)
     assert found.detail["num_groups_without_spread"] == found.detail["num_groups"] == 4
     assert all(not array.any() for group in found.groups for array in group.advantage)
+    noisy = settings.model_copy(update={"min_spread": 100.0})
+    told = update_data(run, run.policies.take(before), 0, before, rows_to_learn(run, data, noisy), noisy).warnings
+    assert [text.split(":")[0] for text in told] == ["no rollout has an advantage"] and not groups.warnings
 
 
 def test_a_sampler_that_drew_from_another_policy_is_told_of(curated):

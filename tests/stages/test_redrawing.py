@@ -94,6 +94,15 @@ def test_as_many_tasks_are_drawn_as_have_nothing_to_choose_and_only_the_others_a
         assert not spread_tasks(run, 1)[1] & tasks
 
 
+def test_where_all_groups_leave_nothing_to_choose_the_reason_says_so(tmp_path, monkeypatch):
+    with judged(tmp_path, monkeypatch, rollout__redraws=1, rollout__num_tasks=1, train__min_spread=100.0) as run:
+        redraw_stage(run, 0)
+        curate_stage(run, 0)
+        train_stage(run, 0)
+        reason = run.found(0, "train")["reason"]
+    assert reason.startswith("nothing to train on: 4 rollouts with a reward, and at no task do they differ by enough")
+
+
 def test_without_redraws_nothing_is_drawn_and_all_is_learned_from(tmp_path, monkeypatch):
     with judged(tmp_path, monkeypatch) as run:
         redraw_stage(run, 0)

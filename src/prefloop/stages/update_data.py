@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from prefloop.credit.groups import Baseline
 from prefloop.credit.steps import Paid
 from prefloop.losses.registry import objective, resolve_knobs
-from prefloop.records import Dataset, JSONObject, PrefloopError, Split, Valued
+from prefloop.records import Dataset, JSONObject, PrefloopError, Split, Valued, counted
 from prefloop.stages.context import Run
 from prefloop.stages.critic import Attempts, credit_by_critic
 from prefloop.stages.examples import Paths, example_of
@@ -64,9 +64,17 @@ def rows_to_learn(run: Run, dataset: Dataset, settings: UpdateSettings) -> Rows:
     return rows
 
 
-def why_nothing_to_learn(rows: Rows, settings: UpdateSettings) -> str:
-    """Why the rows are not enough for the objective; empty where they are."""
+def why_nothing_to_learn(rows: Rows, settings: UpdateSettings, num_without_choice: int = 0) -> str:
+    """Why the rows are not enough for the objective; empty where they are.
+
+    `num_without_choice` rollouts are not among them because the attempts at their tasks leave nothing to choose.
+    """
     records = objective(settings.algorithm).records
+    if not rows.members and num_without_choice:
+        return (
+            f"nothing to train on: {counted(num_without_choice, 'rollout')} with a reward, and at no task do they "
+            "differ by enough to choose (train.min_spread)"
+        )
     if not rows.members:
         lacks = {"pairs": "pair met the margin", "rollouts": "rollout has a reward"}
         return f"nothing to train on: no {lacks.get(records, 'trajectory met the margin')}"
@@ -138,7 +146,17 @@ def _of_rollouts(
     detail = {**credited.detail, **mismatch}
     if attempts.paid:
         detail["num_without_steps"] = num_lost
-    return UpdateData(algorithm, list(credited.groups), [], detail=detail)
+    return UpdateData(algorithm, list(credited.groups), [], warnings=_without_advantage(credited), detail=detail)
+
+
+def _without_advantage(credited: Credited) -> list[str]:
+    """A warning where rewards move the policy nowhere."""
+    if any(array.any() for group in credited.groups for array in group.advantage):
+        return []
+    return [
+        "no rollout has an advantage: at no task do rewards differ, or by enough (train.min_spread); what moves the "
+        "policy is the optimizer's momentum, and what the loss has beside the advantages"
+    ]
 
 
 def with_mismatch(credit: JSONObject, history: Sequence[Mapping[str, float]]) -> JSONObject:
@@ -183,7 +201,7 @@ def online_knobs(run: Run, iteration: int, settings: UpdateSettings) -> dict[str
     """The knobs of an objective of rollouts in an iteration.
 
     Where the whole reward is verified, KL costs nothing unless it is set; where it has a target, what it costs follows
-    from the iteration before.
+    from the last iteration that had something to learn from.
     """
     knobs = resolve_knobs(settings.algorithm, settings)
     if settings.kl_coef is None and not run.settings.reward.judge:
@@ -193,8 +211,11 @@ def online_knobs(run: Run, iteration: int, settings: UpdateSettings) -> dict[str
 
 
 def _credit_before(run: Run, iteration: int) -> JSONObject:
-    """What was noted of credit in the iteration before; nothing in the first."""
-    return dict((run.found(iteration - 1, "train") or {}).get("credit", {})) if iteration else {}
+    """What was noted of credit in the last iteration that had something to learn from; nothing if there is none."""
+    for earlier in reversed(range(iteration)):
+        if found := (run.found(earlier, "train") or {}).get("credit"):
+            return dict(found)
+    return {}
 
 
 def _groups(run: Run, policy: Policy, rollouts: _Rollouts) -> tuple[Attempts, int]:

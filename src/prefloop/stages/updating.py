@@ -92,7 +92,8 @@ def train_stage(run: Run, iteration: int) -> None:
         fresh = fresh_rows(run, before, found, settings.max_age)
         detail |= {"algorithm": settings.algorithm, "dataset_id": dataset.id}
         detail["age"] = fresh.to_dict(settings.num_epochs)
-        if reason := _why_not(found, fresh, settings):
+        left_out = (run.found(iteration, "curate") or {}).get("num_without_choice", 0)
+        if reason := _why_not(found, fresh, settings, left_out):
             detail |= {"checkpoint_id": before, "steps": 0, "attempts": [], "rolled_back": False, "loss": []}
             detail["reason"] = reason
             run.store.add_event(run.id, iteration, GUARD, _guarded(run, iteration - 1))
@@ -144,9 +145,9 @@ def check_progress(run: Run, iteration: int) -> None:
     )
 
 
-def _why_not(found: Rows, fresh: Fresh, settings: UpdateSettings) -> str:
+def _why_not(found: Rows, fresh: Fresh, settings: UpdateSettings, num_without_choice: int) -> str:
     """Why there is nothing to learn; empty where there is."""
-    reason = why_nothing_to_learn(fresh.rows, settings)
+    reason = why_nothing_to_learn(fresh.rows, settings, num_without_choice)
     if reason and fresh.num_too_old and not why_nothing_to_learn(found, settings):
         return f"{reason}: {fresh.warnings[-1]}"
     return reason
