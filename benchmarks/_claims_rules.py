@@ -50,7 +50,7 @@ class Part:
         return f"{self.above}_over_{self.below}" if self.below else self.above
 
     def difference(self, figures: Figures) -> float:
-        """Of one seed; of a ratio its logarithm: NaN where one of the two is not above 0, as an estimate of KL may be."""
+        """Of one seed; of a ratio its logarithm: NaN where one of the two is not above 0, as estimates of KL may be."""
         both = [figures[name] for name in (self.above, self.below) if name]
         if self.ratio:
             both = [math.log(figure) if figure > 0 else math.nan for figure in both]

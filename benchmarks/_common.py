@@ -12,6 +12,7 @@ import argparse
 import fcntl
 import fnmatch
 import json
+import logging
 import os
 import platform
 import shutil
@@ -29,6 +30,7 @@ from rich.table import Table
 
 WIDTH = 160  # of a table that is written to a file
 STATE = Path(__file__).resolve().parents[1] / "out" / "benchmarks"
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels that nothing here uses
 
 
 @dataclass(frozen=True)
