@@ -182,7 +182,7 @@ def assert_exact(trajectory: Trajectory, temperature: float = 1.0) -> int:
                 (c.name, c.arguments) for c in recorded.tool_calls
             ]
         total += len(own)
-    assert sorted(seen) == list(trajectory.own_turns)
+    assert sorted(seen) == sorted(trajectory.own_turns)
     assert set(seen.values()) <= {1}
     return total
 

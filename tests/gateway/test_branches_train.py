@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from gateway_runs import SYSTEM, policy, served
 
-from packed_examples import gradient, perturbed, relative_error
+from packed_examples import HEADS, gradient, perturbed, relative_error
 from prefloop.batch.examples import RolloutGroup
 from prefloop.batch.packed import pack
 from prefloop.losses.registry import objective
-from prefloop.stages.rewarding import credit_groups
-from prefloop.training.logprobs import logprobs_of
+from prefloop.records import Judgement, Status, Valued
+from prefloop.stages.rewarding import credit_groups, credit_tokens
+from prefloop.stages.step_credit import paid_rollouts, time_order
+from prefloop.training.logprobs import logprobs_of, values_of
 from prefloop.training.policy_gradient import PolicyGradient
 from prefloop.training.step import StepSettings, TrainingStep
 
@@ -54,6 +58,74 @@ def credited(model, attempts, name, **changes):
     group = RolloutGroup(group.samples, (), old_logprob=old, name="task")
     knobs = {**objective(name).knobs, "kl_coef": 0.0, **changes}
     return credit_groups([group], np.array([1.0, 0.25, -0.5]), knobs).groups[0], knobs
+
+
+@pytest.fixture(scope="module")
+def helped():
+    """An attempt at a task that speaks in its main conversation, in a helper's, and in the main one again."""
+    with served() as gateway:
+        client = gateway.client("d")
+        asked = ask(client, [{"role": "system", "content": SYSTEM}, says("I need to fly to Paris")])
+        ask(client, [{"role": "system", "content": "You help."}, says("Which flight is the cheapest?")])
+        ask(client, [*asked, says("at night")])
+        return gateway.close("d")
+
+
+def by_turn(trajectory, arrays):
+    """The numbers of the own tokens of each turn, in the order in which turns were said."""
+    found = {
+        int(m): array[path.loss_mask & (path.message == m)]
+        for path, array in zip(trajectory.token_paths, arrays, strict=True)
+        for m in np.unique(path.message[path.loss_mask])
+    }
+    return [found[i] for i in trajectory.own_turns]
+
+
+def test_a_turn_answers_for_what_came_after_it_in_any_conversation(helped):
+    assert len(helped.token_paths) == 2 and list(helped.own_turns) != sorted(helped.own_turns)
+    config = copy.deepcopy(policy()[0].config)
+    config.num_labels = 1
+    critic = HEADS["scores"].from_config(config).eval()
+    group = RolloutGroup((helped.token_paths,), (), order=(time_order(helped, helped.token_paths),), name="task")
+    old = tuple(np.where(path.loss_mask, -1.0, 0.0) for path in helped.token_paths)
+    _, second, _ = helped.own_turns
+    ref = tuple(
+        np.where(path.loss_mask, -1.0 - 3.0 * (path.message == second) / max(1, (path.message == second).sum()), 0.0)
+        for path in helped.token_paths
+    )
+    group = replace(group, old_logprob=old, ref_logprob=ref)
+    (values,) = values_of(critic, [group])
+    knobs = {**objective("ppo").knobs, "kl_coef": 1.0, "whiten_advantages": False}
+    (found,) = credit_tokens([group], np.array([1.0]), [True], [values], knobs).groups
+    ids = torch.from_numpy(helped.token_paths[0].token).long()[None]
+    with torch.no_grad():
+        after = critic(input_ids=ids).logits[0, -1, 0].item()  # where it was cut: the main conversation goes last
+    first, helper, last = by_turn(helped, found.ret)
+    np.testing.assert_allclose(first, 1.0 - 3.0 + after, atol=1e-5)
+    np.testing.assert_allclose(helper, 1.0 + after - 3.0 * np.arange(len(helper), 0, -1) / len(helper), atol=1e-5)
+    np.testing.assert_allclose(last, 1.0 + after, atol=1e-5)
+
+
+def test_steps_are_paid_in_the_order_in_which_they_were_said(helped):
+    judgement = Judgement(helped.id, "rater", Status.OK, 0.2, 0.2, criteria={"steps": [0.9, 0.5, 0.2]})
+    run = SimpleNamespace(
+        policies=SimpleNamespace(renderer=lambda _: policy()[1]),
+        judge=SimpleNamespace(
+            rater=SimpleNamespace(id="rater", specification={"scorer": {"reads": {"step": "turn", "separator": "\n"}}})
+        ),
+        store=SimpleNamespace(judgements=lambda **_: [judgement]),
+        settings=SimpleNamespace(reward=SimpleNamespace(judge=1.0)),
+    )
+    member, paths = Valued(helped.id, 0.2, (judgement.id,)), {helped.id: helped.token_paths}
+    paid = paid_rollouts(run, None, "difference", [member], {helped.id: helped}, paths)[helped.id]
+    sizes = [len(own) for own in by_turn(helped, [path.token for path in helped.token_paths])]
+    assert paid.token_K.tolist() == (np.cumsum(sizes) - 1).tolist()
+    np.testing.assert_allclose(paid.reward_K, [0.9, -0.4, -0.3])
+    group = RolloutGroup((helped.token_paths,), (), order=(time_order(helped, helped.token_paths),), name="task")
+    knobs = {**objective("reinforce").knobs, "baseline": "none", "kl_coef": 0.0}
+    (found,) = credit_groups([group], np.array([0.2]), knobs, (), [paid]).groups
+    for own, expected in zip(by_turn(helped, found.advantage), (0.2, -0.7, -0.3), strict=True):
+        np.testing.assert_allclose(own, expected)
 
 
 def test_what_the_sampler_said_of_each_branch_the_trainer_says_too(attempts):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from gateway_runs import FROM
 
-from prefloop.chat import ChatRenderer, stop_ids, trajectory_paths
+from prefloop.chat import ChatRenderer, steps_of, stop_ids, trajectory_paths
 from prefloop.clients.sampling import Sampled
 from prefloop.environments.base import Outcome
 from prefloop.gateway.episodes import OpenEpisode, Voice
@@ -88,7 +89,7 @@ def assert_whole(talk: Talk, trajectory) -> None:
             content = trajectory.messages[index].content
             assert content in decode(path.token[own].tolist())
             np.testing.assert_allclose(path.logprob[own], -0.01 * np.arange(1, own.sum() + 1), atol=1e-6)
-    assert sorted(turns) == list(trajectory.own_turns)
+    assert sorted(turns) == sorted(trajectory.own_turns)
 
 
 def test_what_follows_a_reply_goes_on_with_its_thread():
@@ -215,6 +216,23 @@ def test_a_branch_of_a_branch_still_has_the_tokens_of_both():
     assert_whole(talk, trajectory)
     own = {trajectory.messages[i].content for i in trajectory.own_turns}
     assert own == {"first", "zeroth", "alpha", "xi", "ypsilon"}
+
+
+def test_turns_of_several_conversations_keep_the_order_in_which_they_were_said():
+    talk = Talk()
+    first = talk.ask([user("one")], "first")
+    talk.ask([user("help")], "second")
+    third = talk.ask([user("one"), first, user("two")], "third")
+    slow, quick = talk.begin([user("slow")]), talk.begin([user("one"), first, user("two"), third, user("three")])
+    talk.episode.finish(quick, sampled(talk.voice, "fourth"))
+    talk.episode.finish(slow, sampled(talk.voice, "fifth"))
+    trajectory = talk.close()
+    assert [thread.times for thread in trajectory.threads] == [(0, 2, 3), (1,), (4,)]
+    said = [trajectory.messages[i].content for i in trajectory.own_turns]
+    assert said == ["first", "second", "third", "fourth", "fifth"]
+    untimed = replace(trajectory, threads=tuple(replace(thread, times=()) for thread in trajectory.threads))
+    assert untimed.own_turns == tuple(sorted(trajectory.own_turns))
+    assert [place.message for place in steps_of(trajectory, "turn")] == list(trajectory.own_turns)
 
 
 def test_words_put_into_the_policys_mouth_are_context():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -65,7 +66,8 @@ def test_credit_bridges_paths_and_only_a_run_that_was_cut_off_is_worth_what_was_
         old_logprob=of_paths([[-1.0, -2.0], [-1.0], [-1.0, -1.0]], paths),
         ref_logprob=of_paths([[-2.0, -2.0], [-1.5], [-1.0, -3.0]], paths),
     )
-    values = Values(of_paths([[0.5, 0.25], [1.0], [1.0, 0.5]], paths), np.array([7.0, 2.0]))
+    after = of_paths([[9.0, 9.0], [7.0], [9.0, 2.0]], paths)
+    values = Values(of_paths([[0.5, 0.25], [1.0], [1.0, 0.5]], paths), after)
     knobs = {**objective("ppo").knobs, "kl_coef": 0.5, "gae_lambda": 0.5, "discount": 0.5, "whiten_advantages": False}
     found = credit_tokens([group], np.array([1.0, -0.5]), [False, True], [values], knobs)
     # Rewards -.5, 0 | 1 - .25 and 0, -.5 - 1;
@@ -83,6 +85,40 @@ def test_credit_bridges_paths_and_only_a_run_that_was_cut_off_is_worth_what_was_
     white = credit_tokens([group], np.array([1.0, -0.5]), [False, True], [values], {**knobs, "whiten_advantages": True})
     own = np.concatenate([a[p.loss_mask] for a, p in zip(white.groups[0].advantage, paths, strict=True)])
     np.testing.assert_allclose(own, (gain - gain.mean()) / gain.std(ddof=1), atol=1e-6)
+
+
+def test_tokens_of_several_conversations_are_steps_in_the_order_in_which_they_were_said():
+    """The first path has the first and the third turn, the second path the second and the last."""
+    main, helper = (
+        of_sources([1, 2, 3, 4], [READ, SAID, READ, SAID]),
+        of_sources([1, 5, 6, 7], [READ, SAID, SAID, SAID]),
+    )
+    paths, order = [main, helper], (np.array([0, 2, 3, 1, 4]),)
+    group = RolloutGroup(
+        ((main, helper),),
+        (),
+        old_logprob=of_paths([[-1.0, -1.0], [-1.0, -1.0, -1.0]], paths),
+        ref_logprob=of_paths([[-1.0, -1.0], [-4.0, -1.0, -1.0]], paths),  # the second turn alone pays for KL
+        order=order,
+    )
+    values = Values(of_paths([[0.0, 0.5], [0.0, 0.0, 0.25]], paths), of_paths([[9.0, 9.0], [9.0, 9.0, 2.0]], paths))
+    knobs = {**objective("ppo").knobs, "kl_coef": 1.0, "gae_lambda": 0.5, "whiten_advantages": False}
+
+    def own(arrays):
+        return [array[path.loss_mask].tolist() for array, path in zip(arrays, paths, strict=True)]
+
+    (found,) = credit_tokens([group], np.array([1.0]), [True], [values], {**knobs, "gae_lambda": 1.0}).groups
+    assert own(found.ret) == [[0.0, 3.0], [0.0, 3.0, 3.0]]
+    assert own(found.advantage) == [[0.0, 2.5], [0.0, 3.0, 2.75]]
+    (faded,) = credit_tokens([group], np.array([1.0]), [True], [values], knobs).groups
+    # In time δ = 0, -3, ½, ¼ - ½, 3 - ¼; the last but one is the first path's second.
+    last = 2.75
+    fourth = -0.25 + last / 2
+    third = 0.5 + fourth / 2
+    second = -3.0 + third / 2
+    assert own(faded.advantage) == [[second / 2, fourth], [second, third, last]]
+    path_after_path, *_ = credit_tokens([replace(group, order=())], np.array([1.0]), [True], [values], knobs).groups
+    assert own(path_after_path.advantage) != own(faded.advantage)
 
 
 # --- through the stage ------------------------------------------------------------------------------------------
@@ -122,10 +158,12 @@ def test_returns_are_rewards_and_values_those_of_the_critic_that_was_warmed_up(c
     for group, value in zip(data.examples, values, strict=True):
         assert all(np.array_equal(one, other) for one, other in zip(group.old_value, value.before, strict=True))
         paths = [path for sample in group.samples for path in sample]
+        sizes = [sum(int(path.loss_mask.sum()) for path in sample) for sample in group.samples]
+        assert [order_U.tolist() for order_U in group.order] == [list(range(size)) for size in sizes]
         owner = [i for i, sample in enumerate(group.samples) for _ in sample]
-        for i, path, ret, before in zip(owner, paths, group.ret, value.before, strict=True):
+        for i, path, ret, before, after in zip(owner, paths, group.ret, value.before, value.after, strict=True):
             rollout = by_task[group.name][i]
-            bootstrap = value.after[i] if rollout.ended in cut else 0.0
+            bootstrap = after[path.loss_mask][-1] if rollout.ended in cut else 0.0
             ends.add(rollout.ended in cut)
             own = path.loss_mask  # λ and γ are 1, and the policy is its own reference yet: every token has the same
             np.testing.assert_allclose(ret[own], reward[rollout.id] + bootstrap, atol=1e-4)

@@ -146,7 +146,8 @@ def test_equal_rewards_of_other_steps_are_something_to_choose():
 def test_with_a_critic_each_step_is_paid_at_its_last_token():
     group = group_of_three()
     paths = [path for sample in group.samples for path in sample]
-    values = Values(tuple(np.where(path.loss_mask, 0.5, 7.0) for path in paths), np.array([0.0, 2.0, 0.0]))
+    before, after = (tuple(np.where(path.loss_mask, value, 7.0) for path in paths) for value in (0.5, 2.0))
+    values = Values(before, after)
     knobs = knobs_of("ppo", whiten_advantages=False)
     found = credit_tokens([group], np.array([1.0, 0.5, 0.25]), [False, True, False], [values], knobs, PAID)
     # Rewards less KL: -.5, .75, -.25, -.25 + .5 | .25, .5 - .25, -.25 - .5 + 2 | .25 - 4.5

@@ -1,5 +1,6 @@
 """The schema that migrations make is the one that the code believes in."""
 
+import json
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
@@ -163,12 +164,19 @@ def test_a_table_that_is_made_anew_keeps_its_rows_and_those_that_refer_to_them(t
         connection.execute("ALTER TABLE dataset_member DROP COLUMN value")
         connection.execute("DROP TABLE rollout_age")
         connection.execute("UPDATE alembic_version SET version_num = '0003'")
-    late = replace(before[0], id="late", ended=Ended.DEADLINE, threads=(Thread(0, 1, 1, ({"name": "t"},)),))
+    threads = (Thread(0, 1, 1, ({"name": "t"},), (0, 2)), Thread(1, 2, 0, (), (1,)))
+    late = replace(before[0], id="late", ended=Ended.DEADLINE, threads=threads)
     with Store(str(path)) as store:
         assert [t.messages for t in store.trajectories(["x", "y"])] == [t.messages for t in before]
         assert database.integrity_problems(store.engine) == []
         store.add_trajectories([late])
         (found,) = store.trajectories(["late"])
         assert (found.ended, found.threads) == (late.ended, late.threads)
+    with sqlite3.connect(path) as connection:  # as threads were recorded before their turns had times
+        (found,) = connection.execute("SELECT threads FROM trajectory WHERE id = 'late'").fetchone()
+        untimed = [{key: value for key, value in thread.items() if key != "times"} for thread in json.loads(found)]
+        connection.execute("UPDATE trajectory SET threads = ? WHERE id = 'late'", (json.dumps(untimed),))
+    with Store(str(path)) as store:
+        assert store.trajectories(["late"])[0].threads == tuple(replace(thread, times=()) for thread in threads)
     with sqlite3.connect(path) as connection, pytest.raises(sqlite3.IntegrityError, match="ended_known"):
         connection.execute("UPDATE trajectory SET ended = 'nonsense'")

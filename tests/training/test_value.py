@@ -52,20 +52,16 @@ def paths_of(groups):
 
 
 @pytest.mark.parametrize("max_tokens", [10_000, 14])
-def test_values_stand_before_each_own_token_and_after_the_last(max_tokens):
+def test_values_stand_before_and_after_each_own_token(max_tokens):
     model, groups = critic(), groups_of()
     found = values_of(model, groups, max_tokens=max_tokens)
     paths, plain = paths_of(groups), plain_values(model, paths_of(groups))
-    before = [array for one in found for array in one.before]
-    for one, expected, values in zip(paths, plain, before, strict=True):
-        own = np.flatnonzero(one.loss_mask)
-        np.testing.assert_allclose(values[own], expected.detach().numpy()[own - 1], rtol=1e-9, atol=1e-12)
-        assert not values[~one.loss_mask].any()
-    rows, after = iter(zip(paths, plain, strict=True)), []
-    for sample in (sample for group in groups for sample in group.samples):
-        one, expected = [next(rows) for _ in sample][-1]
-        after.append(expected[int(np.flatnonzero(one.loss_mask)[-1])].item())
-    np.testing.assert_allclose(np.concatenate([one.after for one in found]), after, rtol=1e-9)
+    both = [pair for one in found for pair in zip(one.before, one.after, strict=True)]
+    for one, expected, (before, after) in zip(paths, plain, both, strict=True):
+        own, value = np.flatnonzero(one.loss_mask), expected.detach().numpy()
+        np.testing.assert_allclose(before[own], value[own - 1], rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(after[own], value[own], rtol=1e-9, atol=1e-12)
+        assert not before[~one.loss_mask].any() and not after[~one.loss_mask].any()
 
 
 @pytest.mark.parametrize("clip", [0.05, math.inf])

@@ -119,7 +119,8 @@ class RolloutGroup:
     loss mask. `old_logprob` likewise: the trained policy's own log-probs (nats) before the first step on this group;
     empty where it takes one step only, so that they are those of the step itself. Likewise for a critic what it should
     have said before each token (`ret`), and what it said before its first step (`old_value`), in the unit of the
-    reward. `weight`, `name` and the others as in `Demonstration`.
+    reward. `order` has the places of each attempt's own tokens, counted path after path, in the order in which they
+    were said; empty where that is the same. `weight`, `name` and the others as in `Demonstration`.
     """
 
     samples: tuple[Paths, ...]
@@ -127,6 +128,7 @@ class RolloutGroup:
     old_logprob: Logprobs = ()
     ret: Logprobs = ()
     old_value: Logprobs = ()
+    order: tuple[NDArray[np.int64], ...] = ()
     weight: float = 1.0
     name: str = ""
     ref_logprob: Logprobs = ()

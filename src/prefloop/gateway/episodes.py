@@ -221,7 +221,7 @@ class OpenEpisode:
         try:
             said = self._voice.read(sampled.token, turn.context, thread.tools)
             message = numbered(said, turn.number)
-            thread.say(sampled.token, sampled.logprob, message, cut=cut)
+            thread.say(sampled.token, sampled.logprob, message, time=self.num_said, cut=cut)
         finally:  # not before: a request that is being rendered may not go on with a thread that is being added to
             self.give_up(turn)
         self._cut = cut

@@ -16,10 +16,14 @@ Tokens = NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OwnTurn:
-    """An assistant message that the policy sampled: its index in the thread, and its ids; int32 [N]."""
+    """An assistant message that the policy sampled: its index in the thread, and its ids; int32 [N].
+
+    `time` is how many turns of the episode were said before it.
+    """
 
     message: int
     token: Tokens
+    time: int
 
 
 def says_the_same(theirs: Message, ours: Message) -> bool:
@@ -111,10 +115,10 @@ class OpenThread:
         self.usable = True
         self.messages += messages
 
-    def say(self, token: Tokens, logprob: NDArray[np.float32], message: Message, *, cut: bool) -> None:
+    def say(self, token: Tokens, logprob: NDArray[np.float32], message: Message, *, time: int, cut: bool) -> None:
         """Add what the policy said; int32 [N] and float32 [N]."""
         self._builder.append_sampled(token, logprob, message)
-        self.turns.append(OwnTurn(len(self.messages), token))
+        self.turns.append(OwnTurn(len(self.messages), token, time))
         if cut:
             self.cut.append(len(self.messages))
         self.messages.append(message)
@@ -125,7 +129,8 @@ class OpenThread:
 
     def record(self, start: int) -> tuple[Thread, list[TokenPath]]:
         """The thread and its token paths, where its messages begin at `start` of the trajectory's."""
-        thread = Thread(start, start + len(self.messages), self.num_context, self.tools)
+        times = tuple(turn.time for turn in self.turns if turn.message >= self.num_context)
+        thread = Thread(start, start + len(self.messages), self.num_context, self.tools, times)
         placed = [_placed(path, start, self.num_context) for path in self._builder.paths()]
         return thread, [path for path in placed if path.loss_mask.any()]
 

@@ -98,13 +98,16 @@ class TokenPath:
 class Thread:
     """A conversation of its own within a trajectory: its messages [start, stop), and the tools that it had.
 
-    The first `num_context` of them were not said in it; assistant turns among them are context, never learned.
+    The first `num_context` of them were not said in it; assistant turns among them are context, never learned. `times`
+    says of each turn that was, how many turns of the trajectory were said before it, in any thread; empty where that
+    was not recorded.
     """
 
     start: int
     stop: int
     num_context: int
     tools: tuple[JSONObject, ...] = ()
+    times: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +143,15 @@ class Trajectory:
 
     @property
     def own_turns(self) -> tuple[int, ...]:
-        """The indices of the assistant messages that were said in this attempt."""
-        said = (range(thread.start + thread.num_context, thread.stop) for thread in self.conversations())
-        return tuple(i for span in said for i in span if self.messages[i].role is Role.ASSISTANT)
+        """The indices of the assistant messages that were said in this attempt, in the order in which they were.
+
+        Where that was not recorded, one thread follows the other.
+        """
+        threads = self.conversations()
+        spans = (range(thread.start + thread.num_context, thread.stop) for thread in threads)
+        said = [i for span in spans for i in span if self.messages[i].role is Role.ASSISTANT]
+        times = [time for thread in threads for time in thread.times]
+        return tuple(i for _, i in sorted(zip(times, said, strict=True))) if times else tuple(said)
 
     @property
     def completion(self) -> tuple[Message, ...]:

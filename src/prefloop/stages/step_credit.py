@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prefloop.chat import StepFinder, steps_of
 from prefloop.chat.steps import StepEnd
@@ -45,10 +46,19 @@ def paid_rollouts(
         except PrefloopError:
             continue
         reward_K = run.settings.reward.judge * rewards_of_steps(judgements[trajectory.id], how)
-        token_K = np.array([_own_place(own, end) for end in ends])
+        place_U = np.argsort(time_order(trajectory, own))
+        token_K = np.array([place_U[_own_place(own, end)] for end in ends])
         order = np.argsort(token_K, kind="stable")
         paid[trajectory.id] = Paid(reward_K[order], token_K[order])
     return paid
+
+
+def time_order(trajectory: Trajectory, paths: Paths) -> NDArray[np.int64]:
+    """The places of a rollout's own tokens, counted path after path, in the order in which they were said, [U]."""
+    time_M = np.zeros(len(trajectory.messages), dtype=np.int64)
+    time_M[list(trajectory.own_turns)] = np.arange(trajectory.num_turns)
+    message_U = np.concatenate([path.message[path.loss_mask] for path in paths])
+    return np.argsort(time_M[message_U], kind="stable")
 
 
 def _evidence(run: Run, members: Sequence[Valued]) -> dict[str, list[Judgement]]:
@@ -62,6 +72,6 @@ def _evidence(run: Run, members: Sequence[Valued]) -> dict[str, list[Judgement]]
 
 
 def _own_place(paths: Paths, end: StepEnd) -> int:
-    """The place of a step's last token among all own tokens of its trajectory."""
+    """The place of a step's last token among all own tokens of its trajectory, path after path."""
     before = sum(int(path.loss_mask.sum()) for path in paths[: end.path])
     return before + int(paths[end.path].loss_mask[: end.token].sum())

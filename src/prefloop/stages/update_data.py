@@ -20,7 +20,7 @@ from prefloop.stages.examples import Paths, example_of
 from prefloop.stages.rewarding import CUT_OFF, Credited, check_sampled, credit_groups
 from prefloop.stages.rollouts import iteration_rollouts
 from prefloop.stages.selecting import Corpus, Rows, Skips, read_corpus, rows_of_dataset
-from prefloop.stages.step_credit import paid_rollouts
+from prefloop.stages.step_credit import paid_rollouts, time_order
 from prefloop.training.settings import UpdateSettings
 
 Floats = NDArray[np.floating[Any]]
@@ -243,10 +243,12 @@ def _groups(run: Run, policy: Policy, rollouts: _Rollouts) -> tuple[Attempts, in
         trajectory = rollouts.corpus.trajectories[member.trajectory_id]
         check_sampled(trajectory, rollouts.paths[trajectory.id])
         by_task.setdefault(trajectory.task_id, []).append(member)
-    groups = [
-        RolloutGroup(tuple(rollouts.paths[one.trajectory_id] for one in members), (), name=task_id)
-        for task_id, members in by_task.items()
-    ]
+    groups = []
+    for task_id, members in by_task.items():
+        paths = tuple(rollouts.paths[one.trajectory_id] for one in members)
+        attempts = [rollouts.corpus.trajectories[one.trajectory_id] for one in members]
+        order = tuple(map(time_order, attempts, paths))
+        groups.append(RolloutGroup(paths, (), order=order, name=task_id))
     members = [one for members in by_task.values() for one in members]
     cut_S = [rollouts.corpus.trajectories[one.trajectory_id].ended in CUT_OFF for one in members]
     along = [paid[one.trajectory_id] for one in members] if paid else []

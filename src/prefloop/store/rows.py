@@ -120,7 +120,7 @@ def trajectory_from_row(row: RowMapping, paths: tuple[TokenPath, ...] = ()) -> T
 
 
 def _thread(raw: Row) -> Thread:
-    return Thread(**{**raw, "tools": tuple(raw["tools"])})
+    return Thread(**{**raw, "tools": tuple(raw["tools"]), "times": tuple(raw.get("times", ()))})
 
 
 def token_path_rows(trajectory: Trajectory) -> list[Row]:

@@ -13,7 +13,6 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prefloop.batch.examples import (
@@ -36,12 +35,12 @@ from prefloop.models.forward import forward
 class Values(NamedTuple):
     """What a critic expects of a group's attempts.
 
-    `before` each of their own tokens: an array for each path, aligned with its tokens, 0 outside the loss mask; `after`
-    the last own token of each attempt, float64 [S].
+    `before` and `after` each of their own tokens: an array for each path, aligned with its tokens, 0 outside the loss
+    mask.
     """
 
     before: Logprobs
-    after: NDArray[np.float64]
+    after: Logprobs
 
 
 E = TypeVar("E", Demonstration, PreferencePair, LabelledSample, SteppedSample, RolloutGroup)
@@ -123,10 +122,8 @@ def values_of(
     both = _read_examples(critic, groups, read, max_tokens, autocast)
     for group, arrays in zip(groups, both, strict=True):
         paths = [path for sample in group.samples for path in sample]
-        before = tuple(array[:, 0] * path.loss_mask for array, path in zip(arrays, paths, strict=True))
-        last = np.cumsum([len(sample) for sample in group.samples]) - 1
-        after = [arrays[i][np.flatnonzero(paths[i].loss_mask)[-1], 1] for i in last]
-        found.append(Values(before, np.array(after, dtype=np.float64)))
+        own = [array * path.loss_mask[:, None] for array, path in zip(arrays, paths, strict=True)]
+        found.append(Values(tuple(one[:, 0] for one in own), tuple(one[:, 1] for one in own)))
     return found
 
 
