@@ -34,15 +34,15 @@ class Part:
     """Figure `above` is larger than `below` by at least `least`; a negative `least` is what may be lost.
 
     With `ratio` the figures are compared by their ratio, and `least` is one, too: 1.1 for a tenth more. An empty
-    `below` is 0 (of a ratio: 1). Of a figure that cannot be `negative` it proves nothing to lie above zero: its whole
-    interval has to lie above `least`.
+    `below` is 0 (of a ratio: 1). `strict`: the whole interval has to lie above `least`; for falls from a peak, of which
+    it proves nothing to lie above zero, as none can be negative.
     """
 
     above: str
     below: str = ""
     least: float = 0.0
     ratio: bool = False
-    negative: bool = True
+    strict: bool = False
 
     @property
     def name(self) -> str:
@@ -74,7 +74,7 @@ class Part:
         if interval is None:
             return Verdict.CANNOT_TELL
         nothing = 1.0 if self.ratio else 0.0
-        shown = min(nothing, self.least) if self.negative else self.least
+        shown = self.least if self.strict else min(nothing, self.least)
         if interval.low > shown and interval.value >= self.least:
             return Verdict.HOLDS
         return Verdict.DOES_NOT_HOLD if interval.high < self.least else Verdict.CANNOT_TELL

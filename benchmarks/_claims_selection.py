@@ -85,7 +85,10 @@ PER_TASK = 4
 
 
 def moving_judge(world: World, quick: bool) -> dict[str, float]:
-    """Online DPO with the same first judge, which stands still or moves: how the true reward goes."""
+    """Online DPO with the same first judge, which stands still or moves: how the true reward goes.
+
+    KL is to the policy that the training begins with: under the implicit reward the one that DPO taught.
+    """
     found: dict[str, float] = {}
     for name, train in (("implicit", by_own_probability), ("model", by_reward_model)):
         for moves in (False, True):

@@ -89,20 +89,20 @@ CLAIMS: Mapping[str, Claim] = {
         "A frozen judge keeps training stable where the policy's own implicit reward, which moves with it, does not",
         "Wang et al. 2024, arXiv:2410.12735; against Chen et al. 2024, arXiv:2406.09760",
         "judge",
-        (Part("fall_implicit_moving", "fall_implicit_frozen", least=0.2),),
+        (Part("fall_implicit_moving", "fall_implicit_frozen", least=0.2, strict=True),),
     ),
     "frozen_model": Claim(
         "A frozen reward model keeps training stable where one that learns from its own labels does not",
         "Yuan et al. 2024, arXiv:2401.10020, whose judge is trained on its own labels",
         "judge",
-        (Part("fall_model_moving", "fall_model_frozen", least=0.2),),
+        (Part("fall_model_moving", "fall_model_frozen", least=0.2, strict=True),),
     ),
     "kl_penalty": Claim(
         "Without the KL penalty the policy drifts to high-scoring nonsense",
         "Stiennon et al. 2020, arXiv:2009.01325; Gao et al. 2022, arXiv:2210.10760",
         "penalty",
         (
-            Part("fall_free", least=0.2, negative=False),
+            Part("fall_free", least=0.2, strict=True),
             Part("proxy_since_peak_free"),
             Part("gold_penalised", "gold_free", least=0.2),
         ),

@@ -64,8 +64,8 @@ def test_a_ratio_is_held_against_one(rules):
     assert part.verdict(Interval(1.0, 0.95, 1.05, 5)) is rules.Verdict.DOES_NOT_HOLD
 
 
-def test_a_figure_that_cannot_be_negative_has_to_be_above_the_least(rules):
-    fall = rules.Part("fall", least=0.2, negative=False)
+def test_a_fall_has_to_be_above_the_least_with_its_whole_interval(rules):
+    fall = rules.Part("fall", least=0.2, strict=True)
     assert fall.verdict(Interval(0.5, 0.1, 0.9, 5)) is rules.Verdict.CANNOT_TELL
     assert fall.verdict(Interval(0.5, 0.3, 0.7, 5)) is rules.Verdict.HOLDS
 
