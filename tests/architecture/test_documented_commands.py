@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from cyclopts import CycloptsError
 from repository import ROOT, code_blocks, documents
 
 from prefloop.cli import app
+from prefloop.config import apply_overrides, parse_settings, read_run_file
+from prefloop.stages.settings import RunSettings
 
 SHELLS = ("console", "bash", "sh")
 
@@ -36,6 +39,17 @@ def test_commands_and_options_exist(document: str, arguments: str):
         app.parse_args(tokens, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         pytest.fail(f"{document}: prefloop{arguments}: {error}")
+
+
+def runs_of_examples() -> list[tuple[str, list[str]]]:
+    words = [(document, shlex.split(arguments, comments=True)) for document, arguments in prefloop_commands()]
+    return [(document, tokens) for document, tokens in words if tokens[0] == "run" and (ROOT / tokens[1]).exists()]
+
+
+@pytest.mark.parametrize(("document", "tokens"), runs_of_examples())
+def test_run_files_stand_with_what_the_command_line_sets(document: str, tokens: list[str]):
+    sets = [after for option, after in pairwise(tokens) if option == "--set"]
+    parse_settings(RunSettings, apply_overrides(read_run_file(ROOT / tokens[1]), sets), document)
 
 
 def test_a_wrong_option_would_be_found():

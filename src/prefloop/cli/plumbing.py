@@ -32,7 +32,11 @@ StoreOption = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None,
-    Parameter(name="--set", negative=(), help="set one key of the run file: --set train.beta=0.2"),
+    Parameter(
+        name="--set",
+        negative=(),
+        help="set one key of the run file: --set train.beta=0.2; nothing after = takes it out",
+    ),
 ]
 IterationOption = Annotated[
     int | None, Parameter(name="--iteration", help="which iteration, from 1 on; the current one when left out")
