@@ -102,7 +102,6 @@ def test_a_knob_at_its_default_may_be_written_down():
         "scale": "none",
         "mismatch": "none",
         "mismatch_low": 0.5,
-        "kl_horizon": 10_000,
     }
     assert resolve_knobs("grpo", settings(**given)) == {**OBJECTIVES["grpo"].knobs, **given}
 

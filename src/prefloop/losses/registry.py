@@ -55,7 +55,7 @@ class Objective:
 
 
 CREDITED: Mapping[str, Any] = {
-    "kl_coef": 0.05, "kl_target": None, "kl_horizon": 10_000, "kl_as": "reward", "entropy_coef": 0.0,
+    "kl_coef": 0.05, "kl_target": None, "kl_horizon": None, "kl_as": "reward", "entropy_coef": 0.0,
     "mismatch": "truncate", "mismatch_low": 0.5, "mismatch_high": 2.0,
 }  # fmt: skip
 """Knobs of all policy gradients, with their usual defaults."""

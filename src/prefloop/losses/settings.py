@@ -85,7 +85,9 @@ class LossSettings(Settings):
     kl_target: float | None = Field(
         default=None, gt=0, description="nats a trajectory to which kl_coef is adapted, from one iteration to the next"
     )
-    kl_horizon: int | None = Field(default=None, ge=1, description="trajectories over which kl_coef is adapted")
+    kl_horizon: int | None = Field(
+        default=None, ge=1, description="trajectories over which kl_coef is adapted; left out: those of an iteration"
+    )
     kl_as: Literal["reward", "k2", "k3"] | None = Field(
         default=None, description="KL as part of the reward, or as a loss of each token (another optimum)"
     )

@@ -318,7 +318,7 @@ def _detail(groups: Sequence[RolloutGroup], reward_S: Floats, knobs: Mapping[str
         "kl_coef": knobs["kl_coef"],
     }
     if kl is not None and knobs["kl_target"] is not None:
-        how = {"horizon": knobs["kl_horizon"], "num": len(reward_S)}
+        how = {"horizon": knobs["kl_horizon"] or len(reward_S), "num": len(reward_S)}
         detail["next_kl_coef"] = adapted_kl_coef(knobs["kl_coef"], kl, knobs["kl_target"], **how)
     return detail
 
