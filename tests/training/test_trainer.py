@@ -131,9 +131,17 @@ def test_the_moments_of_one_training_are_those_that_the_next_begins_with(tmp_pat
 def test_damaged_moments_are_not_begun_with(tmp_path, examples):
     algorithm, rows = examples["sft"]
     trained(tmp_path / "one", algorithm, rows, carried=Carried(None, tmp_path / "left"))
-    (tmp_path / "left" / CARRIED).write_bytes(b"nothing")
-    with pytest.raises(PrefloopError, match=CARRIED):
-        trained(tmp_path / "two", algorithm, rows, carried=Carried(tmp_path / "left", None))
+    damaged = tmp_path / "left" / CARRIED
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    options = {"seed": 1, "identity": "", "state_directory": tmp_path / "two"}
+    model = small_model()
+    result = train(model, None, algorithm, rows, SETTINGS, carried=Carried(tmp_path / "left", None), **options)
+    assert (
+        f"the optimizer begins anew, without the moments of the training before: {tmp_path / 'left'}: file "
+        in (result.warnings[0])
+    )
+    fresh, history, _ = trained(tmp_path / "three", algorithm, rows, SETTINGS)
+    assert same_bits(dict(model.named_parameters()), fresh) and result.history == history
 
 
 def test_a_damaged_state_is_left_for_the_one_before(tmp_path, examples, caplog):

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from prefloop.records import PrefloopError
 from prefloop.training.checkpoint import newest_whole, save_atomically, verify
 from prefloop.training.metrics import LAST_STEPS, Metrics, mean_metrics
 
@@ -143,21 +144,28 @@ class SavedState:
     def load(self) -> TrainingResult:
         """Go back to the newest state that is whole, if there is any, else to the beginning; returns the result so far.
 
-        Raises:
-            PrefloopError: the moments to begin with are damaged.
+        Where the moments to begin with are damaged the optimizer begins anew, and the result warns of it.
         """
         newest = newest_whole(self.directory)
         if newest is None:
-            if self.carried.begin is not None:
-                verify(self.carried.begin)
-                self._take_moments(load_file(self.carried.begin / CARRIED))
-            return TrainingResult()
+            return TrainingResult(warnings=self._begin())
         tensors = load_file(newest / "state.safetensors")
         _copy(_within(tensors, "weight."), self.parameters)
         _copy(_within(tensors, "reference."), self.reference)
         self.best = _within(tensors, "best.")
         self._take_moments(tensors)
         return TrainingResult.from_dict(json.loads((newest / "state.json").read_text()))
+
+    def _begin(self) -> list[str]:
+        """Take the moments to begin with, if any; returns why not, where they are damaged."""
+        if self.carried.begin is None:
+            return []
+        try:
+            verify(self.carried.begin)
+        except PrefloopError as error:
+            return [f"the optimizer begins anew, without the moments of the training before: {error}"]
+        self._take_moments(load_file(self.carried.begin / CARRIED))
+        return []
 
     def leave_moments(self) -> None:
         """Leave the optimizer's moments to another training, where that is asked for."""
