@@ -1,18 +1,19 @@
 """The worked example of docs/how-to-add-an-environment.md, run as it stands there."""
 
 import json
-import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
+import tomllib
 from types import ModuleType
 
 import pytest
-from repository import PACKAGE, ROOT, code_blocks
+from pydantic import TypeAdapter
+from repository import ROOT, code_blocks
 
 from fault_runs import miniature, toml
 from prefloop.clients.sampling import Reply, SamplingSettings
+from prefloop.environments import EnvironmentSettings, make_environment
+from prefloop.environments.base import Demonstrator
 from prefloop.records import AuthorKind, Ended, Message, Role, Split, Status, Task, ToolCall
 from prefloop.rollout import Attempt, Provenance, RemoteSpeaker, open_episodes, roll_out
 
@@ -25,14 +26,14 @@ def blocks(language: str = "py") -> list[str]:
 
 def module_source() -> str:
     """The module of the page, its demonstrator included: a method of the class that comes last."""
-    module, _, _, _, demonstrate, _ = blocks()
+    module, demonstrate, _ = blocks()
     return f"{module}\n\n{demonstrate}\n"
 
 
 @pytest.fixture
 def example(monkeypatch):
     """The module of the page, as an import would give it."""
-    module = ModuleType("prefloop.environments.higher_lower")
+    module = ModuleType("higher_lower")
     monkeypatch.setitem(sys.modules, module.__name__, module)  # where annotations are looked up
     exec(compile(module_source(), PAGE.name, "exec"), module.__dict__)
     return module
@@ -116,21 +117,29 @@ def test_the_tool_answers_and_tells_what_is_wrong_with_a_call(example):
     assert game.step(Message(Role.ASSISTANT, "I have it.")).done
 
 
+def test_the_run_file_of_the_page_makes_the_environment(tmp_path, monkeypatch):
+    (tmp_path / "higher_lower.py").write_text(module_source())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "higher_lower", raising=False)
+    (table,) = blocks("toml")
+    settings = TypeAdapter(EnvironmentSettings).validate_python(tomllib.loads(table)["environment"])
+    environment = make_environment(settings)
+    assert isinstance(environment, Demonstrator)
+    assert environment.settings == sys.modules["higher_lower"].HigherLowerSettings(size=7)
+    assert all(rollout.outcome.success for rollout in played(environment, Halving()))
+
+
 @pytest.mark.slow
-def test_a_run_file_takes_the_example_once_its_name_is_added(tmp_path):
-    """The page's additions to a copy of the package, and a whole run there."""
-    copy = tmp_path / "prefloop"
-    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    (copy / "environments" / "higher_lower.py").write_text(module_source())
-    add_name(copy / "environments" / "__init__.py")
+def test_a_whole_run_on_the_example_beside_its_run_file(tmp_path):
+    (tmp_path / "higher_lower.py").write_text(module_source())
     (environment,) = blocks("toml")
     settings = miniature(iterations=1, train__num_epochs=1, evaluation__num_tasks=8, guard__num_tasks=8)
     del settings["environment"]
     (tmp_path / "run.toml").write_text(f"{toml(settings)}\n{environment}\n")
     done = subprocess.run(
-        [sys.executable, "-m", "prefloop.cli", "run", "run.toml"],
+        [sys.executable, "-P", "-m", "prefloop.cli", "run", "run.toml"],  # -P: as the command `prefloop` starts
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
         timeout=300,
@@ -138,16 +147,3 @@ def test_a_run_file_takes_the_example_once_its_name_is_added(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "of 8 held-out tasks succeed" in done.stdout + done.stderr
-
-
-def add_name(path: Path) -> None:
-    _, line, member, made, _, _ = blocks()
-    text = path.read_text()
-    for found, added in (
-        ("from prefloop.environments.prompts", f"{line}\n"),
-        ("    | PromptsSettings", f"{member}\n"),
-        ("    if isinstance(settings, PromptsSettings)", f"{made}\n"),
-    ):
-        assert text.count(found) == 1
-        text = text.replace(found, added + found)
-    path.write_text(text)

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from repository import ROOT, source_files, tree_of
 
 from prefloop.config import BY_RECIPE, _models
+from prefloop.environments.own import OwnSettings
 from prefloop.losses.registry import OBJECTIVES
 from prefloop.stages.settings import RunSettings
 
@@ -29,7 +30,7 @@ def tables_of(model: type[BaseModel], path: str = "", tag: str = "") -> Iterator
         below = sorted(_models(field.annotation), key=lambda found: found.__name__)
         inner = f"{path}.{name}".strip(".")
         for child in below:
-            child_tag = str(child.model_fields["name"].default) if len(below) > 1 else ""
+            child_tag = tag_of(child) if len(below) > 1 else ""
             yield from tables_of(child, inner, child_tag)
         if not below:
             default = None if field.is_required() else field.get_default(call_default_factory=True)
@@ -38,6 +39,11 @@ def tables_of(model: type[BaseModel], path: str = "", tag: str = "") -> Iterator
             if by_recipe:
                 keys[name] = "–"
     yield (f"{path}:{tag}" if tag else path), keys
+
+
+def tag_of(model: type[BaseModel]) -> str:
+    """The name of a table of a union; who names an environment of one's own, says where its class is."""
+    return "module:Class" if model is OwnSettings else str(model.model_fields["name"].default)
 
 
 def documented() -> Tables:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, TypeAlias
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeAlias
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from prefloop.environments.agent import Agent, AgentSettings
 from prefloop.environments.agentdojo import AgentDojo, AgentDojoSettings
@@ -13,10 +14,11 @@ from prefloop.environments.base import TaskSource
 from prefloop.environments.booking import Booking, BookingSettings
 from prefloop.environments.dialogue import Dialogue, DialogueSettings
 from prefloop.environments.mcp import MCP, MCPSettings
+from prefloop.environments.own import OwnSettings, make_own
 from prefloop.environments.prompts import Prompts, PromptsSettings
 from prefloop.environments.reasoning_gym import ReasoningGym, ReasoningGymSettings
 
-EnvironmentSettings: TypeAlias = Annotated[
+BuiltIn: TypeAlias = Annotated[
     AgentSettings
     | AgentDojoSettings
     | ArithmeticSettings
@@ -29,8 +31,24 @@ EnvironmentSettings: TypeAlias = Annotated[
 ]
 
 
+def _kind(given: Any) -> str:
+    name = given.get("name") if isinstance(given, Mapping) else getattr(given, "name", None)
+    return "own" if ":" in str(name) else "built in"
+
+
+EnvironmentSettings: TypeAlias = Annotated[
+    Annotated[BuiltIn, Tag("built in")] | Annotated[OwnSettings, Tag("own")], Discriminator(_kind)
+]
+
+
 def make_environment(settings: EnvironmentSettings) -> TaskSource:
-    """What these settings describe: an environment, or an agent with its own."""
+    """What these settings describe: an environment, or an agent with its own.
+
+    Raises:
+        PrefloopError: it is somebody's own and cannot be made.
+    """
+    if isinstance(settings, OwnSettings):
+        return make_own(settings)
     if isinstance(settings, AgentSettings):
         return Agent(settings)
     if isinstance(settings, AgentDojoSettings):

@@ -12,8 +12,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
+from prefloop.config import Settings
 from prefloop.records import JSONObject, Message, PrefloopError, Split, Task
 
 
@@ -105,9 +106,11 @@ class Environment(TaskSource):
 
     `max_turns` is the number of assistant messages after which an episode is cut short. `step_deadline_s` are the
     seconds after which a call of an episode is given up (see `environments.guarded`); None, of an environment that
-    cannot hang, needs no thread.
+    cannot hang, needs no thread. `settings_class` is what it is made with where a run file names it as
+    `module:Class` (see `environments.own`); without one it is made with nothing.
     """
 
+    settings_class: ClassVar[type[Settings] | None] = None
     max_turns: int
     step_deadline_s: float | None = 600.0
 

@@ -126,7 +126,7 @@ def sound_tasks(source: TaskSource, split: Split, num: int, *, first: int = 0) -
         PrefloopError: the source has too few or cannot give them, raises, or gives what are no such tasks.
     """
     call = f"environment {source.name}: tasks({split.value}, {num}, first={first})"
-    tasks = _told_of(call, lambda: source.tasks(split, num, first=first))
+    tasks = told_of(call, lambda: source.tasks(split, num, first=first))
     if problem := tasks_problem(tasks, split, num):
         raise PrefloopError(f"{call} gave what is no list of tasks: {problem}")
     return tasks
@@ -140,7 +140,7 @@ def sound_demonstration(source: TaskSource, task: Task, seed: int) -> tuple[tupl
     """
     assert isinstance(source, Demonstrator)
     call = f"environment {source.name}: demonstrate of task {task.id}"
-    shown = _told_of(call, lambda: _in_time(source, lambda: source.demonstrate(task, seed)))
+    shown = told_of(call, lambda: _in_time(source, lambda: source.demonstrate(task, seed)))
     if problem := demonstration_problem(shown, task):
         raise PrefloopError(f"{call} gave what is no demonstration: {problem}")
     return shown
@@ -161,14 +161,20 @@ def _in_time(source: TaskSource, function: Callable[[], Result]) -> Result:
         worker.end()
 
 
-def _told_of(call: str, function: Callable[[], Result]) -> Result:
+def told_of(call: str, function: Callable[[], Result]) -> Result:
+    """What a function returns.
+
+    Raises:
+        PrefloopError: it raises one, or anything else, which is told with its place; `call` says what was done.
+    """
     try:
         return function()
     except PrefloopError:  # the environment itself says what is wrong
         raise
     except (Exception, SystemExit) as error:
-        frames = (f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__)
-        where = next((f" ({frame.filename}:{frame.lineno})" for frame in frames), "")
+        frames = traceback.extract_tb(error.__traceback__)
+        own = (f for f in frames if f.filename != __file__ and "importlib" not in f.filename)
+        where = next((f" ({frame.filename}:{frame.lineno})" for frame in own), "")
         raise PrefloopError(f"{call} raised {type(error).__name__}: {_told(error)}{where}") from error
 
 
