@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefloop.losses.mismatch import (
-    effective_sample_size,
+    Mismatch,
     sampling_mismatch,
     sequence_masked,
     token_masked,
@@ -47,32 +47,29 @@ def test_a_token_of_unknown_origin_weighs_one():
     assert token_masked(OLD, sampled, low=0.9, high=1.1)[1] == 1.0
     assert sequence_masked(OLD, sampled, SAMPLE, 3, low=0.4, high=3.0)[:2].tolist() == pytest.approx([0.5, 0.5])
     found = sampling_mismatch(OLD, sampled)
-    assert found.num_unknown == 1
+    assert found.num == 4
     assert found.largest == pytest.approx(math.log(4.0))
 
 
 def test_the_mismatch_by_hand():
-    found = sampling_mismatch(OLD, SAMPLED)
+    found = sampling_mismatch(OLD, SAMPLED).to_dict()
     gaps = [abs(math.log(ratio)) for ratio in RATIO.tolist()]
-    assert found.mean == pytest.approx(sum(gaps) / 5)
-    assert found.largest == pytest.approx(max(gaps))
+    assert found["mean"] == pytest.approx(sum(gaps) / 5)
+    assert found["largest"] == pytest.approx(max(gaps))
     share = RATIO.sum() ** 2 / (RATIO**2).sum() / 5
-    assert found.effective_share == pytest.approx(share.item())
-    assert sampling_mismatch(OLD, OLD) == type(found)(0.0, 0.0, 1.0, 0)
-    assert sampling_mismatch(OLD, torch.full_like(OLD, math.nan)) == type(found)(0.0, 0.0, 1.0, 5)
+    assert found["effective_share"] == pytest.approx(share.item())
+    assert sampling_mismatch(OLD, OLD).to_dict() == {"mean": 0.0, "largest": 0.0, "effective_share": 1.0}
+    unknown = sampling_mismatch(OLD, torch.full_like(OLD, math.nan))
+    assert unknown == Mismatch() and unknown.to_dict() == {}
 
 
-@given(st.lists(st.floats(0, 10), min_size=1, max_size=20))
-def test_the_effective_sample_size_is_at_most_the_number(weights):
-    found = effective_sample_size(torch.tensor(weights, dtype=torch.float64)).item()
-    assert 0 <= found <= len(weights) + 1e-9
-    assert found >= 1 - 1e-9 or not any(weights) or max(weights) < 1e-100
-
-
-def test_the_effective_sample_size_of_equal_weights_is_their_number():
-    assert effective_sample_size(torch.full((7,), 0.3)).item() == pytest.approx(7)
-    assert effective_sample_size(torch.tensor([1.0, 0.0, 0.0])).item() == 1.0
-    assert effective_sample_size(torch.zeros(3)).item() == 0.0
+@given(st.lists(st.floats(-4, 4), min_size=1, max_size=20), st.integers(0, 20))
+def test_parts_add_up_and_the_effective_share_is_between_one_token_and_all(gaps, cut):
+    old = torch.tensor(gaps, dtype=torch.float64)
+    whole = sampling_mismatch(old, torch.zeros_like(old))
+    parts = sum((sampling_mismatch(part, torch.zeros_like(part)) for part in (old[:cut], old[cut:])), Mismatch())
+    assert parts.to_dict() == pytest.approx(whole.to_dict())
+    assert 1 / len(gaps) - 1e-9 <= whole.to_dict()["effective_share"] <= 1 + 1e-9
 
 
 def test_the_weight_makes_the_expectation_that_of_the_trainer():

@@ -97,7 +97,7 @@ def test_advantages_are_rewards_less_kl_against_their_group_s_mean(curated):
             np.testing.assert_allclose(own, advantage, atol=1e-4)
     assert data.detail["num_groups"] == len(task) and data.detail["kl_of_rollouts"] == pytest.approx(0.0, abs=1e-4)
     gap = data.detail["sampling_mismatch"]  # sampler and trainer compute the same by different code
-    assert gap["mean"] < 1e-4 and gap["effective_share"] == pytest.approx(1.0, abs=1e-4) and not gap["num_unknown"]
+    assert gap["mean"] < 1e-4 and gap["effective_share"] == pytest.approx(1.0, abs=1e-4)
     assert data.detail["reward"] == pytest.approx(np.mean(list(value.values())))
 
 
@@ -310,7 +310,7 @@ def test_one_step_without_kl_in_the_reward_makes_no_pass_of_its_own(tmp_path, mo
         run = Run(settings_of(**knobs), store)
         run_loop(run)
         gap = run.found(0, "train")["credit"]["sampling_mismatch"]
-    assert gap["mean"] < 1e-4 and gap["effective_share"] == pytest.approx(1.0, abs=1e-4)
+    assert gap["mean"] < gap["largest"] < 1e-3 and gap["effective_share"] == pytest.approx(1.0, abs=1e-4)
 
 
 def test_the_optimizer_of_the_last_update_that_was_kept_goes_on(tmp_path, monkeypatch):

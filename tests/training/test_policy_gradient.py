@@ -184,9 +184,13 @@ def test_the_entropy_has_the_gradient_of_its_definition():
     assert relative_error(ours, gradient(model)) < 1e-6
 
 
-def test_metrics_say_how_far_sampler_and_policy_are_off():
+@pytest.mark.parametrize("max_tokens", [10_000, 14])
+@pytest.mark.parametrize("denominator", ["tokens", "sequences"])
+def test_metrics_say_how_far_sampler_and_policy_are_off(denominator, max_tokens):
+    """Over all own tokens, whatever the loss is a mean of."""
     model, groups = tiny_model(), groups_of()
-    metrics, _ = gradient_of(model, algorithm_of("grpo", entropy_coef=0.01, denominator="tokens"), groups)
+    algorithm = algorithm_of("grpo", entropy_coef=0.01, denominator=denominator)
+    metrics, _ = gradient_of(model, algorithm, groups, max_tokens=max_tokens)
     sampled = np.concatenate(
         [one.logprob[one.loss_mask] for group in groups for sample in group.samples for one in sample]
     )
@@ -194,6 +198,7 @@ def test_metrics_say_how_far_sampler_and_policy_are_off():
     masks = [torch.from_numpy(one.loss_mask[1:]) for group in groups for sample in group.samples for one in sample]
     flat = torch.cat([x[m] for x, m in zip([x for xs in own for x in xs], masks, strict=True)]).detach().numpy()
     assert metrics["sampling_mismatch"] == pytest.approx(np.abs(flat - sampled).mean(), rel=1e-4)
+    assert metrics["sampling_mismatch_max"] == pytest.approx(np.abs(flat - sampled).max(), rel=1e-4)
     weight = np.exp((flat - sampled).astype(np.float64))
     share = weight.mean() ** 2 / (weight**2).mean()
     assert metrics["effective_share"] == pytest.approx(share, rel=1e-4) and share < 0.9

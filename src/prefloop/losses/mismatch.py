@@ -42,37 +42,53 @@ def sequence_masked(
     return _inside(weight_S, low, high)[sample_U].to(old_logprob_U.dtype)
 
 
+METRICS = {"mean": "sampling_mismatch", "largest": "sampling_mismatch_max", "effective_share": "effective_share"}
+"""What steps call the parts of a mismatch."""
+
+
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """How far sampler and trainer disagree about sampled tokens.
+    """How far sampler and trainer disagree about sampled tokens: sums that add up over the parts of a batch.
 
-    `mean` (the metric `sampling_mismatch`) and `largest`: |log π_old - log π_sampled| in nats; `effective_share` the
-    effective sample size of the tokens' weights as a share of their number. `num_unknown` tokens have no sampled
-    log-prob, and are no part of the others.
+    `num` tokens whose sampled log-prob is known, `total` and `largest` of their |log π_old - log π_sampled| in nats,
+    `weights` Σ w and `squares` Σ w².
     """
 
-    mean: float
-    largest: float
-    effective_share: float
-    num_unknown: int
+    num: int = 0
+    total: float = 0.0
+    largest: float = 0.0
+    weights: float = 0.0
+    squares: float = 0.0
+
+    def __add__(self, other: Mismatch) -> Mismatch:
+        """That of both parts together."""
+        return Mismatch(
+            self.num + other.num,
+            self.total + other.total,
+            max(self.largest, other.largest),
+            self.weights + other.weights,
+            self.squares + other.squares,
+        )
+
+    def to_dict(self) -> dict[str, float]:
+        """`mean` and `largest` in nats, and `effective_share`; nothing where no token is known.
+
+        The effective sample size of the weights, as a share of their number, is (Σ w)² / (N Σ w²) (Kish 1965).
+        """
+        if not self.num:
+            return {}
+        share = self.weights**2 / (self.num * self.squares)
+        return {"mean": self.total / self.num, "largest": self.largest, "effective_share": share}
 
 
 def sampling_mismatch(old_logprob_U: Tensor, sampled_logprob_U: Tensor) -> Mismatch:
-    """The mismatch over the own tokens of a step's rollouts; where none is known, 0 and a share of 1."""
+    """The mismatch over own tokens."""
     known_U = ~sampled_logprob_U.isnan()
     old_N, sampled_N = old_logprob_U.detach()[known_U].double(), sampled_logprob_U[known_U].double()
-    num_unknown = int((~known_U).sum())
     if not len(old_N):
-        return Mismatch(0.0, 0.0, 1.0, num_unknown)
-    gap_N = (old_N - sampled_N).abs()
-    share = effective_sample_size(token_ratio(old_N, sampled_N)) / len(old_N)
-    return Mismatch(float(gap_N.mean()), float(gap_N.max()), float(share), num_unknown)
-
-
-def effective_sample_size(weight: Tensor) -> Tensor:
-    """How many equal weights are as good as these: (Σ w)² / Σ w² (Kish 1965); 0 where all are 0."""
-    squares = (weight**2).sum()
-    return torch.where(squares > 0, weight.sum() ** 2 / squares.clamp(min=torch.finfo(weight.dtype).tiny), 0.0)
+        return Mismatch()
+    gap_N, weight_N = (old_N - sampled_N).abs(), token_ratio(old_N, sampled_N)
+    return Mismatch(len(old_N), *torch.stack([gap_N.sum(), gap_N.max(), weight_N.sum(), (weight_N**2).sum()]).tolist())
 
 
 def _weight(old_logprob_U: Tensor, sampled_logprob_U: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -139,7 +139,7 @@ def _of_rollouts(
         olds = logprobs_of(policy.model, groups, temperature=sampling.temperature, **options)
         groups = [replace(group, old_logprob=old) for group, old in zip(groups, olds, strict=True)]
         gap = sampling_mismatch(*(torch.from_numpy(np.concatenate(own)) for own in _own_logprobs(groups)))
-        mismatch["sampling_mismatch"] = asdict(gap)
+        mismatch["sampling_mismatch"] = gap.to_dict()
     if knobs["kl_coef"]:
         groups = _with_reference(run, reference, settings, sampling.temperature)(groups)
     credited = _credited(run, iteration, policy, replace(attempts, groups=groups), knobs)
@@ -161,11 +161,11 @@ def _without_advantage(credited: Credited) -> list[str]:
 
 def with_mismatch(credit: JSONObject, history: Sequence[Mapping[str, float]]) -> JSONObject:
     """What is noted of credit, with how far sampler and trainer disagree, by its first step unless it is there."""
+    from prefloop.losses.mismatch import METRICS
+
     if "sampling_mismatch" in credit or not history or "effective_share" not in history[0]:
         return credit
-    first = history[0]
-    found = {"mean": first["sampling_mismatch"], "effective_share": first["effective_share"]}
-    return {**credit, "sampling_mismatch": found}
+    return {**credit, "sampling_mismatch": {part: history[0][name] for part, name in METRICS.items()}}
 
 
 def mismatch_warnings(credit: JSONObject) -> list[str]:

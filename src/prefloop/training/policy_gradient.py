@@ -81,7 +81,7 @@ class PolicyGradient(OwnTokens):
         else:
             value = self._reduced(value + added_U, tokens)
         unit: Unit = "loss token" if self.knobs["denominator"] == "tokens" else "sample"
-        return UnitLoss((Term(unit, value),), self._metrics(tokens, batch, output_V))
+        return UnitLoss((Term(unit, value),), self._metrics(tokens, output_V))
 
     def _gained(self, tokens: _Tokens, batch: PackedBatch) -> Tensor:
         """The policy's loss, of each token [U] or, of ratios of whole samples, of each sample [S]."""
@@ -147,25 +147,15 @@ class PolicyGradient(OwnTokens):
             case _:
                 return tokens.sums(value_U)
 
-    def _mismatch(self, tokens: _Tokens, batch: PackedBatch) -> dict[str, Tensor]:
-        """Of each token [U]: how far the sampler is off, and the weight that corrects it, with its square.
-
-        The step makes `effective_share` of the last two.
-        """
-        gap_U = (tokens.old_logprob_U - batch.sampled_logprob_V[tokens.visit_U]).double()
-        gap_U = torch.where(gap_U.isnan(), 0.0, gap_U)
-        weight_U = torch.exp(gap_U)
-        return {"sampling_mismatch": gap_U.abs(), "sampling_weight": weight_U, "sampling_weight_squared": weight_U**2}
-
     @torch.no_grad()
-    def _metrics(self, tokens: _Tokens, batch: PackedBatch, output_V: Tensor) -> dict[str, Tensor]:
-        """Of each unit: how far the policy has moved, what was clipped, and how far the sampler is off."""
+    def _metrics(self, tokens: _Tokens, output_V: Tensor) -> dict[str, Tensor]:
+        """Of each unit: what was clipped, and the entropy where the loss reads it."""
         by_token = self.knobs["denominator"] == "tokens"
 
         def of_unit(value_U: Tensor) -> Tensor:
             return value_U if by_token else tokens.means(value_U)
 
-        metrics = {name: of_unit(value_U) for name, value_U in self._mismatch(tokens, batch).items()}
+        metrics: dict[str, Tensor] = {}
         if self.knobs["ratio"] == "token":
             ratio, advantage = token_ratio(tokens.logprob_U, tokens.old_logprob_U), tokens.advantage_U
         else:

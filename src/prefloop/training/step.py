@@ -30,6 +30,7 @@ from prefloop.batch.packed import PackedBatch, Unit
 from prefloop.batch.packing import pack_group, split_examples
 from prefloop.batch.pieces import Piece
 from prefloop.losses.kl import k2
+from prefloop.losses.mismatch import METRICS, Mismatch, sampling_mismatch
 from prefloop.models.attention import causal_model, disable_dropout, sharing, why_not_shared
 from prefloop.models.forward import LOGIT_BUDGET, forward, layout_for
 from prefloop.models.sparing import sparing
@@ -280,7 +281,7 @@ class TrainingStep:
             if torch.is_grad_enabled():
                 loss.backward()  # type: ignore[no-untyped-call]
         totals.add(loss, unit_loss, batch)
-        totals.add_distance(self._now_and_before(output_V, batch), batch)
+        self._add_distances(totals, output_V, batch)
         totals.num_computed += (layout if joint is None else layout_for(self.model, batch)).num_places
 
     def _backward_coupled(self, packed: _Packed, denominator: _Denominators, totals: _Totals) -> None:
@@ -298,7 +299,7 @@ class TrainingStep:
         unit_loss = self.algorithm.loss(batch, output_V)
         loss = _weighed(unit_loss, batch, denominator)
         totals.add(loss, unit_loss, batch)
-        totals.add_distance(self._now_and_before(output_V, batch), batch)
+        self._add_distances(totals, output_V, batch)
         if not torch.is_grad_enabled():
             return
         (grad_V,) = torch.autograd.grad(loss, output_V)
@@ -323,16 +324,22 @@ class TrainingStep:
         output_T = found[0] if len(found) == 1 else torch.stack(found, dim=1)
         return output_T[batch.visit_token_V]
 
-    def _now_and_before(self, output_V: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor] | None:
-        """Log-probs of visits now and under the policy that wrote them, NaN where unknown; None of a model of scores.
+    def _add_distances(self, totals: _Totals, output_V: Tensor, batch: PackedBatch) -> None:
+        """How far the policy is from the one that wrote its tokens, and of rollouts the sampler from that one.
 
         Rollouts without log-probs of before are at their first step: they are those of now.
         """
         if "logprob" not in self.algorithm.reads:
-            return None
+            return
         now_V = (output_V if output_V.ndim == 1 else output_V[:, 0]).detach()
-        sampled_V = now_V if self.algorithm.records == "rollouts" else batch.sampled_logprob_V
-        return now_V, sampled_V if batch.old_logprob_V is None else batch.old_logprob_V
+        rollouts = self.algorithm.records == "rollouts"
+        before_V = batch.old_logprob_V
+        if before_V is None:
+            before_V = now_V if rollouts else batch.sampled_logprob_V
+        totals.add_distance(now_V, before_V, batch)
+        if rollouts:
+            own_V = batch.loss_mask_V
+            totals.mismatch += sampling_mismatch(before_V[own_V], batch.sampled_logprob_V[own_V])
 
     def _referenced(self, batch: PackedBatch, pieces: Sequence[Piece] = ()) -> PackedBatch:
         """The batch with the reference's log-probs, where the algorithm reads them; computed by piece, if there are."""
@@ -410,6 +417,7 @@ class _Totals:
 
     def __init__(self) -> None:
         self.num_computed = 0
+        self.mismatch = Mismatch()
         self._loss = torch.zeros((), dtype=torch.float64)
         self._sums: defaultdict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
 
@@ -421,11 +429,8 @@ class _Totals:
             value_U = torch.where(counts_U, value_U.double(), 0.0)
             self._sums[name] += torch.stack([(value_U * weight_U).sum(), (counts_U * weight_U).sum()]).cpu()
 
-    def add_distance(self, now_and_before: tuple[Tensor, Tensor] | None, batch: PackedBatch) -> None:
-        """How far the policy is from the one that wrote its tokens, over those of which both log-probs are known."""
-        if now_and_before is None:
-            return
-        now_V, before_V = now_and_before
+    def add_distance(self, now_V: Tensor, before_V: Tensor, batch: PackedBatch) -> None:
+        """How far the policy is from the one that wrote its tokens, over those whose log-prob before is not NaN."""
         known_V = batch.loss_mask_V & ~before_V.isnan()
         kl_U = k2(now_V[known_V], before_V[known_V]).double()
         self._sums["update_kl"] += torch.stack([kl_U.sum(), kl_U.new_tensor(len(kl_U))]).cpu()
@@ -434,8 +439,7 @@ class _Totals:
         found = {name: float(total / weight) for name, (total, weight) in self._sums.items() if weight > 0}
         if {"rewards/chosen", "rewards/rejected"} <= found.keys():  # of labelled samples, too, which make no pairs
             found.setdefault("rewards/margins", found["rewards/chosen"] - found["rewards/rejected"])
-        if "sampling_weight" in found:  # (Σ w)² / (N Σ w²)
-            found["effective_share"] = found.pop("sampling_weight") ** 2 / found.pop("sampling_weight_squared")
+        found |= {METRICS[part]: value for part, value in self.mismatch.to_dict().items()}
         return {"loss": float(self._loss), **found}
 
 
