@@ -30,8 +30,9 @@ from prefloop.stages.policies import Policies
 from prefloop.stages.settings import RunSettings
 from prefloop.stages.start import start_policy
 from prefloop.store import Store
+from prefloop.training.settings import count_steps
 from prefloop.training.state import TrainingResult
-from prefloop.training.trainer import batch_at, count_steps, learning_rate_at
+from prefloop.training.trainer import batch_at, learning_rate_at
 
 RUN_FILE = Path(__file__).resolve().parents[1] / "examples" / "booking.toml"
 NUM_SEEDS = 3

@@ -234,6 +234,8 @@ def test_sources_are_summed_clipped_and_stops_are_priced():
         ({"train__algorithm": "online_dpo", "rollout": "many"}, "rollout should be"),
         ({"train__algorithm": "online_dpo", "curation": []}, "curation should be"),
         ({"reward__judge": 0.0}, "judge and verified are both 0"),
+        ({"train__warmup_steps": 9, "train__batch_size": 1}, "train.warmup_steps is 9, and the training has 8 steps"),
+        ({"sft__warmup_steps": 50, "sft__num_steps": None}, "sft.warmup_steps is 50, and the training has"),
         ({"reward": {"judge": 0.0, "verified": 1.0}, "train__kl_target": 1.0}, "kl_target needs train.kl_coef"),
         ({"curation__confirm": 2}, "curation.confirm should be 0: .* grpo learns from none of them"),
         ({"curation__confirm": 2, "train__algorithm": "spin"}, "curation.confirm should be 0"),
@@ -297,6 +299,20 @@ def test_a_sampler_that_drew_from_another_policy_is_told_of(curated):
     (told,) = [text for text in found["warnings"] if "disagree" in text]
     assert f"count for {share:.0%} of their number (effective_share below 90%)" in told
     assert not mismatch_warnings({"sampling_mismatch": {"mean": 0.02, "effective_share": 0.9}})
+
+
+def test_an_iteration_that_leaves_less_to_learn_from_is_warmed_up_in_fewer_steps(curated, monkeypatch):
+    run = curated
+    update = run.settings.train.model_copy(update={"warmup_steps": 4, "batch_size": 1, "num_epochs": 1})
+    run.settings = run.settings.model_copy(update={"train": update})
+    rollouts = iteration_rollouts(run, 0)
+    left = [rollout for rollout in rollouts if rollout.task_id == rollouts[0].task_id]
+    monkeypatch.setattr("prefloop.stages.curating.iteration_rollouts", lambda *_: left)
+    curate_stage(run, 0)
+    train_stage(run, 0)
+    found = run.found(0, "train")
+    assert found["steps"] == 1
+    assert "the update has 1 step, and train.warmup_steps is 4: its warm-up is as short" in found["warnings"]
 
 
 def test_one_step_without_kl_in_the_reward_makes_no_pass_of_its_own(tmp_path, monkeypatch):

@@ -16,10 +16,10 @@ from prefloop.records import PrefloopError
 from prefloop.training import trainer
 from prefloop.training.algorithms import make_algorithm
 from prefloop.training.logprobs import with_reference
-from prefloop.training.settings import TrainingSettings
+from prefloop.training.settings import TrainingSettings, count_steps
 from prefloop.training.state import CARRIED, Carried
 from prefloop.training.step import TrainingStep
-from prefloop.training.trainer import batch_at, count_steps, learning_rate_at, train
+from prefloop.training.trainer import batch_at, learning_rate_at, train
 
 SETTINGS = TrainingSettings(
     learning_rate=3e-3, batch_size=4, num_epochs=3, schedule="cosine", warmup_steps=2, weight_decay=0.1,

@@ -152,7 +152,7 @@ def ready(
             another.
     """
     from prefloop.stages.examples import LengthLimit, prepare
-    from prefloop.training.trainer import count_steps
+    from prefloop.training.trainer import check_warm_up
 
     if settings.max_length and context and settings.max_length > context:
         raise PrefloopError(f"--max-length {settings.max_length}: {settings.model} reads {context} tokens at most")
@@ -161,7 +161,7 @@ def ready(
     skips, dealt = selected.skips, resolve_knobs(settings.objective, settings).get("kl") in ("derangement", "rotation")
     train = prepare(selected.rows, selected.corpus, renderer, limit, skips, steps, one_turn=dealt)
     _check_classes(train.examples)
-    count_steps(settings, len(train.examples))  # an error of the warm-up comes before the reference is read
+    check_warm_up(settings, len(train.examples))  # before the reference is read
     if dealt:
         _check_dealt(train.examples, settings)
     datasets = [selected.rows.freeze(run_id, part="train", held_out=settings.held_out)]

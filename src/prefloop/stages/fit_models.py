@@ -20,6 +20,7 @@ from prefloop.stages.fit_data import FitData
 from prefloop.stages.fit_settings import FitProgress, FitSettings
 from prefloop.store import Store
 from prefloop.training.metrics import mean_metrics
+from prefloop.training.settings import count_steps
 
 if TYPE_CHECKING:
     from torch import nn
@@ -304,7 +305,6 @@ def _advise_kto(examples: Sequence[Example], settings: FitSettings, progress: Fi
 def _opener(settings: FitSettings, place: Place, num_examples: int, progress: FitProgress) -> OpenWriters:
     """What opens the writers of the metrics of each part of a training, and says that it begins."""
     from prefloop.store.metrics import Training
-    from prefloop.training.trainer import count_steps
     from prefloop.training.writers import metrics_writers
 
     @contextmanager

@@ -21,7 +21,14 @@ from prefloop.judges.rules import RuleJudgeSettings
 from prefloop.losses.registry import OBJECTIVES, resolve_knobs
 from prefloop.models.settings import PolicySettings, is_gpu, trains_adapter
 from prefloop.training.recipes import curation, filled
-from prefloop.training.settings import GuardSettings, TrainingSettings, UpdateSettings, check_held_out
+from prefloop.training.settings import (
+    GuardSettings,
+    TrainingSettings,
+    UpdateSettings,
+    check_held_out,
+    count_steps,
+    warm_up_problem,
+)
 
 SAMPLES_PER_TASK = 8
 
@@ -181,6 +188,17 @@ class RunSettings(Settings):
                 "train.kl_target needs train.kl_coef: KL costs nothing where the whole reward is verified, unless it "
                 "is set"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _warms_up_within(self) -> RunSettings:
+        rows = {"sft": self.sft.num_demonstrations if self.sft is not None else 0}
+        if OBJECTIVES[self.train.algorithm].records == "rollouts":  # of others it is known when they are there
+            rows["train"] = self.rollout.num_tasks
+        for name, num in rows.items():
+            table = getattr(self, name)
+            if num and (wrong := warm_up_problem(table, count_steps(table, num))):
+                raise ValueError(f"{name}.{wrong}")
         return self
 
     @property

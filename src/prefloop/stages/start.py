@@ -20,6 +20,7 @@ from prefloop.records import (
 from prefloop.rollout import derived_seed
 from prefloop.stages.context import BEFORE, Run, circumstances
 from prefloop.stages.demonstrating import demonstrations
+from prefloop.training.settings import count_steps
 
 if TYPE_CHECKING:
     from prefloop.models.load import Policy
@@ -105,7 +106,7 @@ def _learn(run: Run, base: Checkpoint, demonstrations: Dataset) -> Checkpoint:
     """Imitate the demonstrations, all but those of held-out prompts."""
     from prefloop.batch.examples import Demonstration
     from prefloop.training.algorithms import make_algorithm
-    from prefloop.training.trainer import count_steps, train
+    from prefloop.training.trainer import train
 
     settings = run.settings.sft
     assert settings is not None

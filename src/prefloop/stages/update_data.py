@@ -21,7 +21,7 @@ from prefloop.stages.rewarding import CUT_OFF, Credited, check_sampled, credit_g
 from prefloop.stages.rollouts import iteration_rollouts
 from prefloop.stages.selecting import Corpus, Rows, Skips, read_corpus, rows_of_dataset
 from prefloop.stages.step_credit import paid_rollouts, time_order
-from prefloop.training.settings import UpdateSettings
+from prefloop.training.settings import UpdateSettings, count_steps
 
 Floats = NDArray[np.floating[Any]]
 
@@ -126,7 +126,6 @@ def _of_rollouts(
     from prefloop.losses.mismatch import sampling_mismatch
     from prefloop.training.logprobs import logprobs_of
     from prefloop.training.policy_gradient import PolicyGradient, reads_old_logprobs
-    from prefloop.training.trainer import count_steps
 
     sampling = run.settings.rollout.sampling
     knobs = online_knobs(run, iteration, settings)

@@ -27,7 +27,7 @@ from prefloop.stages.update_data import (
 )
 from prefloop.stats.intervals import Interval
 from prefloop.store.ages import add_ages
-from prefloop.training.settings import MAX_UPDATE_KL, UpdateSettings
+from prefloop.training.settings import MAX_UPDATE_KL, UpdateSettings, count_steps
 
 if TYPE_CHECKING:
     from prefloop.models.load import Policy
@@ -192,14 +192,29 @@ def _attempt(
 ) -> _Attempt:
     policy = run.policies.take(before)
     data = update_data(run, policy, iteration, before, fresh.rows, settings)
+    settings, shortened = _warmed_up_within(settings, len(data.examples))
     limit, carried = _max_update_kl(run, fresh, settings), _carried(run, iteration, settings, number)
     result, failure = _fit(run, iteration, policy, data, settings, limit, carried, number, f"{before} {dataset.id}")
     evaluated, decision = (None, Decision(False, failure)) if failure else _guard(run, policy, success_before)
     kept = policy if decision.accepted else None
     credit = with_mismatch(data.detail, result.history)
-    told = [*mismatch_warnings(credit), *_without_moments(run, iteration, carried)]
+    told = [*shortened, *mismatch_warnings(credit), *_without_moments(run, iteration, carried)]
     warnings = [*data.warnings, *told, *result.warnings]
     return _Attempt(number, kept, settings.learning_rate, result, warnings, evaluated, decision, credit)
+
+
+def _warmed_up_within(settings: UpdateSettings, num_examples: int) -> tuple[UpdateSettings, list[str]]:
+    """The settings with a warm-up that the update is long enough for, and a warning where they ask for a longer one.
+
+    How long an update is depends on what the iteration left to learn from: an iteration that left less than others
+    should not end the run.
+    """
+    num_steps = count_steps(settings, num_examples)
+    if settings.warmup_steps <= num_steps:
+        return settings, []
+    steps = counted(num_steps, "step")
+    warning = f"the update has {steps}, and train.warmup_steps is {settings.warmup_steps}: its warm-up is as short"
+    return settings.model_copy(update={"warmup_steps": num_steps}), [warning]
 
 
 def _fit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -76,6 +77,11 @@ class TrainingSettings(Settings):
         if self.patience is not None and self.evaluate_every is None:
             raise ValueError("patience needs evaluate_every: how many steps lie between two evaluations")
         return self
+
+
+def count_steps(settings: TrainingSettings, num_examples: int) -> int:
+    """The number of optimizer steps of a training."""
+    return settings.num_steps or settings.num_epochs * math.ceil(num_examples / settings.batch_size)
 
 
 def warm_up_problem(settings: TrainingSettings, num_steps: int) -> str:

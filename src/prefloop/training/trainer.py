@@ -29,7 +29,7 @@ from prefloop.records import DivergedError, PrefloopError, content_hash
 from prefloop.training.algorithm import Algorithm
 from prefloop.training.metrics import HELD_OUT, LAST_STEPS, Metrics, is_better
 from prefloop.training.reference import follow
-from prefloop.training.settings import TrainingSettings, warm_up_problem
+from prefloop.training.settings import TrainingSettings, count_steps, warm_up_problem
 from prefloop.training.state import Carried, Evaluation, SavedState, SkippedStep, TrainingResult
 from prefloop.training.step import MovedEnoughError, StepSettings, TrainingStep
 from prefloop.training.watch import falling_chosen
@@ -49,16 +49,14 @@ class TrainingDivergedError(DivergedError):
         self.result = result
 
 
-def count_steps(settings: TrainingSettings, num_examples: int) -> int:
-    """The number of optimizer steps of a training.
+def check_warm_up(settings: TrainingSettings, num_examples: int) -> None:
+    """See that a training is longer than its warm-up.
 
     Raises:
-        PrefloopError: its warm-up is longer.
+        PrefloopError: it is not.
     """
-    num_steps = settings.num_steps or settings.num_epochs * math.ceil(num_examples / settings.batch_size)
-    if wrong := warm_up_problem(settings, num_steps):
+    if wrong := warm_up_problem(settings, count_steps(settings, num_examples)):
         raise PrefloopError(wrong)
-    return num_steps
 
 
 def learning_rate_at(settings: TrainingSettings, step: int, num_steps: int) -> float:
@@ -112,6 +110,7 @@ def train(
     """
     _check(algorithm, reference, examples, held_out, settings)
     map_large_blocks_of_wide(model)
+    check_warm_up(settings, len(examples))
     num_steps = count_steps(settings, len(examples))
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
