@@ -162,6 +162,26 @@ def test_a_served_policy_rolls_out_and_its_failures_are_data():
     assert all(r.trajectory.token_paths == () for r in rollouts)
 
 
+def test_a_served_policy_is_asked_with_another_seed_each_turn():
+    class Seeds(Expert):
+        def __init__(self):
+            super().__init__()
+            self.seeds = []
+
+        def reply(self, conversations, settings, seed):
+            self.seeds.append(seed)
+            return super().reply(conversations, settings, seed)
+
+    def seeds(seed):
+        tried, policy = attempts(2, 1), Seeds()
+        episodes = open_episodes(ENVIRONMENT, tried)
+        roll_out(ENVIRONMENT, tried, episodes, RemoteSpeaker(policy, episodes, SETTINGS, seed), FROM)
+        return policy.seeds
+
+    assert seeds(1) == seeds(1)
+    assert len({*seeds(1), *seeds(2)}) == 8
+
+
 class Moody(Environment):
     """Raises in a step of every second task, cannot say the outcome of every third, and has no task 7."""
 

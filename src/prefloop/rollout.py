@@ -172,7 +172,8 @@ class RemoteSpeaker:
         """Ask the server for each episode's next turn."""
         asked = [Conversation(tuple(self._messages[i]), self._tools[i]) for i in episodes]
         turns = []
-        for i, reply in zip(episodes, self._sampler.reply(asked, self._settings, self._seed), strict=True):
+        replies = self._sampler.reply(asked, self._settings, derived_seed(self._seed, turn))
+        for i, reply in zip(episodes, replies, strict=True):
             if reply.status is not Status.OK or reply.message is None:
                 turns.append(Turn(None, error=f"{reply.status.value}: {reply.detail}"))
                 continue
