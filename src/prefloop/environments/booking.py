@@ -88,7 +88,10 @@ class Booking(Environment):
         self.max_turns = self.settings.max_turns
 
     def tasks(self, split: Split, num: int, *, first: int = 0) -> Sequence[Task]:
-        """Tasks by number; the seeds of the splits differ in their lowest bit, so that they never meet."""
+        """Tasks by number; the seeds of the splits differ in their lowest bit, so that their flights never meet.
+
+        Their requests do: there are few.
+        """
         return [_task(split, number) for number in range(first, first + num)]
 
     def reset(self, task: Task, seed: int) -> BookingEpisode:
