@@ -102,9 +102,11 @@ def padded(model, groups, algorithm, old_model, reference):
                     + extra
                 )
             else:
-                r = torch.exp((logp - old).sum() if knobs["ratio"] == "sequence" else (logp - old).mean())
-                whole = -torch.minimum(r * adv[0], r.clamp(1 - knobs["clip_low"], 1 + knobs["clip_high"]) * adv[0])
-                losses.append(weight.mean() * whole + (extra.sum() if knobs["ratio"] == "sequence" else extra.mean()))
+                whole = (logp - old).sum() if knobs["ratio"] == "sequence" else (logp - old).mean()
+                num = len(logp) if knobs["ratio"] == "sequence" else 1  # each token's share of the sample's gradient
+                r = torch.exp(whole.detach() + num * (logp - logp.detach()))
+                own = -weight * torch.minimum(r * adv, r.clamp(1 - knobs["clip_low"], 1 + knobs["clip_high"]) * adv)
+                losses.append(own.mean() + (extra.sum() if knobs["ratio"] == "sequence" else extra.mean()))
                 continue
             all_tokens.append(own)
             losses.append(
@@ -122,6 +124,7 @@ CASES = {
     "reinforce, clipped": algorithm_of("reinforce", ratio="token"),
     "reinforce of whole samples": algorithm_of("reinforce", ratio="sequence", clip_low=0.05),
     "rloo": algorithm_of("rloo", clip_high=0.05),
+    "rloo, masked": algorithm_of("rloo", clip_high=0.05, mismatch="mask"),
     "grpo": algorithm_of("grpo", clip_low=0.02, clip_high=0.03),
     "dapo": algorithm_of("grpo", denominator="tokens", mismatch="mask"),
     "first grpo with k3": algorithm_of("grpo", denominator="sequences", kl_as="k3", kl_coef=0.3),
@@ -151,6 +154,18 @@ def test_loss_and_gradient_are_those_of_padded_rows_however_they_are_cut(name, m
     assert metrics["loss"] == pytest.approx(float(expected), rel=1e-6)
     assert relative_error(ours, gradient(model)) < 1e-6
     assert 0 <= metrics.get("clip_ratio", 0.0) <= 1
+
+
+@pytest.mark.parametrize("mismatch", ["truncate", "mask"])
+def test_at_the_first_step_whole_samples_weigh_their_tokens_as_reinforce_does(mismatch):
+    """The ratio is 1 and nothing is clipped: a token that is left out has no gradient under either."""
+    model, groups, rng = tiny_model(dtype=torch.float64), groups_of(), np.random.default_rng(5)
+    streams = [tuple(rng.normal(size=len(array)) * (array != 0) for array in group.advantage) for group in groups]
+    groups = [replace(group, advantage=stream) for group, stream in zip(groups, streams, strict=True)]
+    knobs = {"mismatch": mismatch, "mismatch_low": 0.9, "mismatch_high": 1.1, "kl_coef": 0.0}
+    _, whole = gradient_of(model, algorithm_of("rloo", **knobs), groups)
+    _, tokens = gradient_of(model, algorithm_of("reinforce", **knobs), groups)
+    assert relative_error(whole, tokens) < 1e-9
 
 
 def test_without_old_log_probs_the_step_s_own_are_the_old_ones():

@@ -47,6 +47,7 @@ def sequence_clipped(
     clip_low: float,
     clip_high: float,
     exponent: Exponent,
+    weight_U: Tensor | None = None,
 ) -> Tensor:
     """The clipped ratio of whole samples.
 
@@ -55,10 +56,12 @@ def sequence_clipped(
 
     "mean" is Zheng et al. 2025 (arXiv:2507.18071), GSPO, whose clips are about 1000 times as narrow as those of tokens;
     "sum" is RLOO as in TRL. Where A differs within a sample, each token answers for its own under the ratio of them all
-    (GSPO-token, section 4.3 there), and L is the mean over the tokens. Returns [S], unreduced.
+    (GSPO-token, section 4.3 there), and L is the mean over the tokens. A weight (`losses.mismatch`) is its token's alone,
+    too: one of 0 leaves the token out. Returns [S], unreduced.
     """
     ratio_U = shared_ratio(logprob_U, old_logprob_U, sample_U, num_samples, exponent=exponent)
-    return -mean_of_samples(_smaller(ratio_U, advantage_U, clip_low, clip_high), sample_U, num_samples)
+    gain_U = _smaller(ratio_U, advantage_U, clip_low, clip_high)
+    return -mean_of_samples(gain_U if weight_U is None else weight_U * gain_U, sample_U, num_samples)
 
 
 def is_clipped(ratio: Tensor, advantage: Tensor, *, clip_low: float, clip_high: float) -> Tensor:

@@ -91,16 +91,16 @@ class PolicyGradient(OwnTokens):
             return weight_U * reinforce(tokens.logprob_U, tokens.advantage_U)
         if ratio == "token":
             return weight_U * clipped(tokens.logprob_U, tokens.old_logprob_U, tokens.advantage_U, **clips)
-        whole = sequence_clipped(
+        return sequence_clipped(
             tokens.logprob_U,
             tokens.old_logprob_U,
             tokens.advantage_U,
             tokens.sample_U,
             tokens.num_samples,
             exponent=EXPONENTS[ratio],
+            weight_U=weight_U,
             **clips,
         )
-        return tokens.means(weight_U) * whole
 
     @property
     def _clips(self) -> dict[str, float]:
