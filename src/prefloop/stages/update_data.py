@@ -15,6 +15,7 @@ from prefloop.credit.steps import Paid
 from prefloop.losses.registry import objective, resolve_knobs
 from prefloop.records import Dataset, JSONObject, PrefloopError, Split, Valued, counted
 from prefloop.stages.context import Run
+from prefloop.stages.critic import STAGE as CRITIC
 from prefloop.stages.critic import Attempts, credit_by_critic
 from prefloop.stages.examples import Paths, example_of
 from prefloop.stages.rewarding import CUT_OFF, Credited, check_sampled, credit_groups
@@ -145,7 +146,9 @@ def _of_rollouts(
     detail = {**credited.detail, **mismatch}
     if attempts.paid:
         detail["num_without_steps"] = num_lost
-    return UpdateData(algorithm, list(credited.groups), [], warnings=_without_advantage(credited), detail=detail)
+    warnings = _without_advantage(credited)
+    warnings += [f"critic: {text}" for text in detail.get(CRITIC, {}).get("warnings", [])]
+    return UpdateData(algorithm, list(credited.groups), [], warnings=warnings, detail=detail)
 
 
 def _without_advantage(credited: Credited) -> list[str]:
