@@ -90,16 +90,6 @@ def test_whitening_may_keep_the_mean():
     assert kept == pytest.approx([2 - 0.5**0.5, 2 + 0.5**0.5])
 
 
-def test_weights_count_as_repetition_and_their_scale_does_not():
-    arrays, weights = [[1.0, 2.0], [6.0]], np.array([1.0, 3.0])
-    weighted = whiten(arrays, weights)
-    np.testing.assert_allclose(np.concatenate(whiten(arrays, 10 * weights)), np.concatenate(weighted))
-    mean = (1 + 2 + 3 * 6) / 5
-    variance = ((1 - mean) ** 2 + (2 - mean) ** 2 + 3 * (6 - mean) ** 2) / (5 - 11 / 5)
-    assert weighted[1] == pytest.approx((6 - mean) / math.sqrt(variance + 1e-8))
-    np.testing.assert_allclose(np.concatenate(whiten(arrays, [1, 1])), np.concatenate(whiten(arrays)))
-
-
 def test_whitening_of_little_is_finite():
     assert whiten([]) == []
     assert [array.tolist() for array in whiten([[4.0], []])] == [[0.0], []]
@@ -117,7 +107,6 @@ def test_whitening_of_little_is_finite():
         (lambda: gae([], [], 0.0), r"must both be \[U\]"),
         (lambda: gae([math.nan], [1.0], 0.0), "must be finite"),
         (lambda: gae([1.0], [1.0], math.nan), "must be finite"),
-        (lambda: whiten([[1.0]], [1.0, 2.0]), "as many weights"),
     ],
 )
 def test_what_is_wrong_is_said(call, says):

@@ -85,7 +85,7 @@ def test_verified_steps_pay_as_a_process_reward_model_would_that_is_never_wrong(
     verified = verified_steps(TASK, answered("7 + 5 = 2\n2 - 4 = 7\n7 + 1 = 8"))
     right = [float(flag) for _, flag in verified]
     assert step_rewards(right, "min").tolist() == [1.0, -1.0, 0.0]
-    assert step_rewards(right, "difference", baseline=1.0).tolist() == [0.0, -1.0, 1.0]
+    assert step_rewards(right, "difference").tolist() == [1.0, -1.0, 1.0]
     assert step_rewards([1.0, 1.0, 1.0], "min").tolist() == [1.0, 0.0, 0.0]
 
 

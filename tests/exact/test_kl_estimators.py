@@ -16,12 +16,12 @@ from softmax_tables import (
     reverse_improvement,
 )
 
-from prefloop.losses.kl import corrected_k3, k1, k2, k3
+from prefloop.losses.kl import corrected_k3, k2, k3
 from prefloop.losses.policy_gradient import reinforce
 
 BETA = 0.5
 ESTIMATORS = {
-    "k1": lambda logprob, ref: k1(logprob, ref),
+    "k1": lambda logprob, ref: logprob - ref,
     "k2": lambda logprob, ref: k2(logprob, ref),
     "k3": lambda logprob, ref: k3(logprob, ref),
     "corrected k3": lambda logprob, ref: corrected_k3(logprob, logprob.detach(), ref),

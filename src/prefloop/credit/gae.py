@@ -57,33 +57,20 @@ def discounted_sums(value_N: ArrayLike, factor: float) -> Floats:
     return np.array(found[::-1], dtype=np.float64)
 
 
-def whiten(
-    arrays: Sequence[ArrayLike], weights: ArrayLike | None = None, *, keep_mean: bool = False, eps: float = 1e-8
-) -> list[Floats]:
+def whiten(arrays: Sequence[ArrayLike], *, keep_mean: bool = False, eps: float = 1e-8) -> list[Floats]:
     """All numbers of a batch with mean 0 and variance 1: of one array a trajectory, over its own tokens.
 
         (x - mean) / √(var + ε)
 
-    Mean and variance are those of all arrays together, each number with its array's weight, so that they do not depend
-    on how a batch is cut up; of equal weights the variance has n - 1 in its denominator. `keep_mean` only scales (for
-    rewards, whose sign matters). NaN stays NaN and counts for nothing.
-
-    Raises:
-        PrefloopError: another number of weights than of arrays.
+    Mean and variance are those of all arrays together, so that they do not depend on how a batch is cut up; the
+    variance has n - 1 in its denominator. `keep_mean` only scales (for rewards, whose sign matters). NaN stays NaN and
+    counts for nothing.
     """
     streams = [np.asarray(array, dtype=np.float64) for array in arrays]
-    each = np.ones(len(streams)) if weights is None else np.asarray(weights, dtype=np.float64)
-    if each.shape != (len(streams),):
-        raise PrefloopError(f"whitening {len(streams)} trajectories needs as many weights, not {each.shape}")
-    if not streams:
-        return []
-    value_N = np.concatenate([stream.ravel() for stream in streams])
-    weight_N = np.repeat(each, [stream.size for stream in streams]) * ~np.isnan(value_N)
-    total = float(weight_N.sum())
-    if not total:
+    value_N = np.concatenate([np.zeros(0), *(stream.ravel() for stream in streams)])
+    known_N = value_N[~np.isnan(value_N)]
+    if not len(known_N):
         return streams
-    mean = float(np.nansum(weight_N * value_N)) / total
-    freedom = total - float((weight_N**2).sum()) / total
-    squares = float(np.nansum(weight_N * (value_N - mean) ** 2))
-    scale = np.sqrt((squares / freedom if freedom > 0 else 0.0) + eps)
+    mean = float(known_N.mean())
+    scale = np.sqrt((float(known_N.var(ddof=1)) if len(known_N) > 1 else 0.0) + eps)
     return [(stream - mean) / scale + (mean if keep_mean else 0.0) for stream in streams]

@@ -38,15 +38,15 @@ class Paid:
         return cls(np.zeros(1), np.array([num_tokens - 1]))
 
 
-def step_rewards(probability_K: ArrayLike, how: StepReward, *, baseline: float = 0.0) -> Floats:
+def step_rewards(probability_K: ArrayLike, how: StepReward) -> Floats:
     """The reward of each step of one trajectory, from a process reward model's probabilities that steps are right.
 
     "min": each step is paid what it lowers the minimum by, min(p_1 … p_k) - min(p_1 … p_{k-1}), and the first p_1; they
     add up to the lowest: a chain is as good as its weakest link. The objective is that of Cheng et al. 2025
     (arXiv:2504.15275), who pay it with the worst step, which is known at the end alone; paid when it is known, a step
     may be spared what came before it without a bias.
-    "difference": each step is paid what it changed, p_k - p_{k-1} with p_0 = `baseline`, where probabilities are those
-    of a good end (Setlur et al. 2024, arXiv:2410.08146, progress); they add up to p_K - p_0.
+    "difference": each step is paid what it changed, p_k - p_{k-1}, and the first p_1, where probabilities are those of
+    a good end (Setlur et al. 2024, arXiv:2410.08146, progress); they add up to p_K.
     "sum": each step is paid p_k. This pays for further steps whether they help or not, so that a policy learns to
     write more of them.
 
@@ -60,7 +60,7 @@ def step_rewards(probability_K: ArrayLike, how: StepReward, *, baseline: float =
         raise PrefloopError(f"step {int(np.flatnonzero(~np.isfinite(given_K))[0])} has no probability")
     if how == "min":
         return np.diff(np.minimum.accumulate(given_K), prepend=0.0)
-    return np.diff(given_K, prepend=baseline) if how == "difference" else given_K
+    return np.diff(given_K, prepend=0.0) if how == "difference" else given_K
 
 
 def at_tokens(reward_K: ArrayLike, token_K: ArrayLike, num_tokens: int) -> Floats:

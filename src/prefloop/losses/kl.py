@@ -1,8 +1,8 @@
 """Estimates of KL(π ‖ π_ref) at sampled tokens, and where each of them leads.
 
 With d = log π(token) - log π_ref(token), in nats, on tokens that the policy sampled (Schulman 2020, "Approximating KL
-divergence"). As numbers, k1 and k3 are unbiased and k2 nearly so. As objectives they differ (arXiv:2510.01555), with
-advantages that know nothing of KL and coefficient β:
+divergence"); k1 is d itself. As numbers, k1 and k3 are unbiased and k2 nearly so. As objectives they differ
+(arXiv:2510.01555), with advantages that know nothing of KL and coefficient β:
 
     k1 in the reward       the KL of whole trajectories: π_ref exp(r / β) / Z. The default (`prefloop.credit.shaping`).
     k1 in the loss         no pull at all: its gradient is 0 in expectation.
@@ -25,11 +25,6 @@ import torch
 from torch import Tensor
 
 from prefloop.losses.ratios import LARGEST_EXPONENT, token_ratio
-
-
-def k1(logprob_U: Tensor, ref_logprob_U: Tensor) -> Tensor:
-    """d: unbiased, of either sign; for rewards and reports, where no gradient goes through it."""
-    return logprob_U - ref_logprob_U
 
 
 def k2(logprob_U: Tensor, ref_logprob_U: Tensor) -> Tensor:

@@ -56,8 +56,8 @@ def sequence_clipped(
 
     "mean" is Zheng et al. 2025 (arXiv:2507.18071), GSPO, whose clips are about 1000 times as narrow as those of tokens;
     "sum" is RLOO as in TRL. Where A differs within a sample, each token answers for its own under the ratio of them all
-    (GSPO-token, section 4.3 there), and L is the mean over the tokens. A weight (`losses.mismatch`) is its token's alone,
-    too: one of 0 leaves the token out. Returns [S], unreduced.
+    (GSPO-token, section 4.3 there), and L is the mean over the tokens. A weight (`losses.mismatch`) is its token's
+    alone, too: one of 0 leaves the token out. Returns [S], unreduced.
     """
     ratio_U = shared_ratio(logprob_U, old_logprob_U, sample_U, num_samples, exponent=exponent)
     gain_U = _smaller(ratio_U, advantage_U, clip_low, clip_high)
