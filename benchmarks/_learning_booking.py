@@ -33,6 +33,8 @@ QUICK = (
 
 MORE = 12 * 64 * 8
 UNUSED: JSONObject = {"algorithm": "sft", "learning_rate": 1e-3}
+TO_THE_END = "guard.max_rolled_back=100"
+"""A loop whose updates are all taken back goes on, so that all algorithms have as many attempts."""
 
 Point = tuple[float, float]
 """CPU seconds since the loop began, and success on the held-out tasks of the policy that there was then."""
@@ -123,7 +125,7 @@ def a_run(
     """A run from a start policy, in a directory that is removed after it."""
     train = {"batch_size": 16, **table["train"]}
     tables = {"policy": {"model": start}, "sft": None, "curation": {}, **table, "train": train}
-    of_loop = tuple(one for one in overrides if not one.startswith("sft."))
+    of_loop = (TO_THE_END, *(one for one in overrides if not one.startswith("sft.")))
     with tempfile.TemporaryDirectory() as directory:
         settings = settings_of(seed, directory, tables, of_loop)
         with Store(f"{directory}/store.db") as store:
