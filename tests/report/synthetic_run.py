@@ -199,8 +199,11 @@ class SyntheticRun:
     @staticmethod
     def _credit(index):
         mismatch = {"mean": 2e-4, "largest": 0.03, "effective_share": 0.987}
+        reward = 0.2 + 0.1 * index
+        interval = {"value": reward, "low": reward - 0.2, "high": reward + 0.2, "n": 64}
         return {
-            "num": 64, "reward": 0.2 + 0.1 * index, "reward_sd": 0.4, "num_groups": 8, "kl_of_rollouts": 0.5 * index,
+            "num": 64, "reward": reward, "reward_sd": 0.4, "reward_interval": interval, "num_groups": 8,
+            "kl_of_rollouts": 0.5 * index,
             "kl_coef": 0.02, "num_groups_without_spread": index, "explained_variance": 0.25 * index,
             "sampling_mismatch": mismatch,
         }  # fmt: skip

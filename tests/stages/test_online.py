@@ -33,6 +33,7 @@ from prefloop.stages.update_data import (
     update_data,
 )
 from prefloop.stages.updating import train_stage
+from prefloop.stats.intervals import cluster_bootstrap
 from prefloop.store import Store
 from prefloop.store.metrics import read_metrics
 from prefloop.training.state import CARRIED
@@ -99,6 +100,8 @@ def test_advantages_are_rewards_less_kl_against_their_group_s_mean(curated):
     gap = data.detail["sampling_mismatch"]  # sampler and trainer compute the same by different code
     assert gap["mean"] < 1e-4 and gap["effective_share"] == pytest.approx(1.0, abs=1e-4)
     assert data.detail["reward"] == pytest.approx(np.mean(list(value.values())))
+    over_tasks = cluster_bootstrap([value[i] for ids in task.values() for i in ids], np.repeat([*task], 4).tolist())
+    assert data.detail["reward_interval"] == pytest.approx(over_tasks.to_dict())
 
 
 def test_the_price_of_kl_follows_its_target(tmp_path, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -266,8 +265,7 @@ def _lengths(turns: Sequence[Iteration]) -> Figure | None:
 
 
 def _reward(turns: Sequence[Iteration]) -> Figure | None:
-    credited = [(turn.number, turn.credit) for turn in turns if turn.credit]
-    points = [(at, _mean_with_interval(c["reward"], c["reward_sd"], c["num"])) for at, c in credited]
+    points = [(turn.number, turn.credit["reward_interval"]) for turn in turns if turn.credit.get("reward_interval")]
     if not points:
         return None
 
@@ -276,14 +274,9 @@ def _reward(turns: Sequence[Iteration]) -> Figure | None:
         axes.set_ylabel("reward")
         _iterations_axis(axes, [at for at, _ in points])
 
-    caption = "Mean of what the rollouts of each iteration were worth, KL not counted, with 95 % intervals."
+    caption = "Mean of what the rollouts of each iteration were worth, KL not counted, with 95 % intervals over tasks."
     said = _said("Reward", [(at, point["value"]) for at, point in points])
     return Figure("Reward of the rollouts", caption, draw("reward", said, paint))
-
-
-def _mean_with_interval(mean: float, sd: float, num: int) -> dict[str, float]:
-    half = 1.96 * sd / math.sqrt(num)
-    return {"value": mean, "low": mean - half, "high": mean + half}
 
 
 def _without_choice(turns: Sequence[Iteration]) -> Figure | None:
@@ -298,7 +291,7 @@ def _without_choice(turns: Sequence[Iteration]) -> Figure | None:
         _iterations_axis(axes, [at for at, _ in points])
 
     caption = (
-        "Share of tasks whose attempts were all worth the same, so that nothing is learned from them; "
+        "Share of tasks whose attempts were all worth the same, so that nothing but their KL is learned from; "
         "rollout.redraws draws others in their place."
     )
     return Figure("Tasks with nothing to choose", caption, draw("flat", _said("Share of tasks", points), paint))

@@ -18,6 +18,7 @@ from prefloop.credit.steps import Paid, at_tokens, returns_per_turn, step_reward
 from prefloop.losses.registry import resolve_knobs
 from prefloop.records import Dataset, Ended, JSONObject, Judgement, PrefloopError, Source, Status, Trajectory, Valued
 from prefloop.stages.context import Run
+from prefloop.stats.intervals import cluster_bootstrap
 
 if TYPE_CHECKING:
     from prefloop.batch.examples import Logprobs, RolloutGroup
@@ -309,10 +310,13 @@ def _pays(knobs: Mapping[str, Any]) -> bool:
 def _detail(groups: Sequence[RolloutGroup], reward_S: Floats, knobs: Mapping[str, Any]) -> JSONObject:
     """What the report says of any objective's credit."""
     kl = float(_kl(groups).mean()) if _pays(knobs) else None
+    task_S = [index for index, group in enumerate(groups) for _ in group.samples]
+    several = len(groups) > 1 and bool(np.isfinite(reward_S).all())
     detail: JSONObject = {
         "num": len(reward_S),
         "reward": float(reward_S.mean()),
         "reward_sd": float(reward_S.std(ddof=1)) if len(reward_S) > 1 else 0.0,
+        "reward_interval": cluster_bootstrap(reward_S, task_S).to_dict() if several else None,
         "num_groups": len(groups),
         "kl_of_rollouts": kl,
         "kl_coef": knobs["kl_coef"],
