@@ -142,6 +142,8 @@ def _found(stage: str, detail: JSONObject) -> str:
             return f"{counted(detail['steps'], 'step')}, loss {_number(detail['loss'][-1], 3)}"
         case "rollout":
             return _rollouts(detail)
+        case "judge" if "skipped" in detail:
+            return str(detail["skipped"])
         case "judge":
             return f"mean score {_number(detail['mean_score'])}, statuses {detail['statuses']}{_left_out(detail)}"
         case "redraw":

@@ -331,6 +331,13 @@ def test_a_judge_costs_calls_times_tokens_times_prices(capsys):
     assert judge["per_iteration"] == pytest.approx(16 * each)
 
 
+def test_a_judge_from_which_nothing_is_learned_costs_nothing(capsys):
+    changes = ["--set", 'train={algorithm="rloo", learning_rate=1e-4}', "--set", "reward={judge=0.0, verified=1.0}"]
+    assert main(["plan", "run.toml", *changes, "--set", JUDGE, "--json"]) == 0
+    judge = json.loads(capsys.readouterr().out)["judge"]
+    assert (judge["num_calls"], judge["per_iteration"]) == (0, 0.0)
+
+
 def test_confirmations_and_evaluations_by_the_judge_cost_calls_too(capsys):
     confirm = ["--set", "curation={confirm=2, fraction=0.25}", "--set", JUDGE, "--json"]
     assert main(["plan", "run.toml", *confirm]) == 0

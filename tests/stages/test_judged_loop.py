@@ -11,6 +11,7 @@ from fakes.served import fake_server
 from judge_examples import MODEL
 from prefloop import cli
 from prefloop.loop import run_loop
+from prefloop.report import write_report
 from prefloop.stages.context import BEFORE
 
 
@@ -50,3 +51,24 @@ def test_a_judge_stands_for_verified_outcomes(tmp_path):
                 assert sampled["num_unverified"] == 8
             assert finished["paired"] is None
             assert fake.num_billed == run.store.counts()["judge_call"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train__algorithm": "grpo", "reward": {"judge": 0.0, "verified": 1.0}},
+        pytest.param({"train__algorithm": "spin"}, marks=pytest.mark.slow),
+    ],
+    ids=["grpo", "spin"],
+)
+def test_a_judge_from_which_nothing_is_learned_is_not_asked(changes):
+    nobody = {"provider": "anthropic", "model": MODEL, "base_url": "http://127.0.0.1:9", "retry": {"num_attempts": 1}}
+    judge, beta = {"kind": "llm", "llm": nobody}, None if changes["train__algorithm"] == "grpo" else 0.1
+    with tiny_run(iterations=1, judge=judge, train__beta=beta, **changes) as run:
+        run_loop(run)
+        judged, trained = run.found(0, "judge"), run.found(0, "train")
+        assert judged["skipped"] == f"not asked, for {changes['train__algorithm']} learns nothing from it here"
+        assert (judged["num"], judged["mean_score"], judged["cost"]) == (0, None, 0.0)
+        assert trained["steps"] > 0 or "at no task do they differ" in trained["reason"]
+        assert run.store.counts()["judge_call"] == 0
+        write_report(run.store, run.id, "report.html")

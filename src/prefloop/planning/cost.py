@@ -53,7 +53,8 @@ def judge_cost(run: Run, lengths: Lengths, work: Workload) -> JudgeCost | None:
     judge = run.settings.judge
     if judge.kind != "llm" or judge.llm is None:
         return None
-    num = judge.llm.num_samples * (work.num_trajectories * judge.num_replicates + _confirmations(run, work))
+    each_asked = judge.num_replicates if run.settings.judge_is_read else 0
+    num = judge.llm.num_samples * (work.num_trajectories * each_asked + _confirmations(run, work))
     evaluations = judge.llm.num_samples * _evaluations(run)
     found = calls.mean_tokens(run.store)
     taken = found or (float(_asked(run, judge.llm, lengths)), float(min(VERDICT_TOKENS, judge.llm.max_tokens)))

@@ -19,6 +19,8 @@ STAGE = "judge"
 def judge_stage(run: Run, iteration: int) -> None:
     """Judge every rollout of an iteration that can be judged and that this judge has not judged yet.
 
+    A judge from which nothing is learned (`RunSettings.judge_is_read`) is not asked, and `skipped` says so.
+
     Raises:
         PrefloopError: the iteration is not rolled out yet, nothing of it can be judged, or the judge fails.
     """
@@ -29,8 +31,9 @@ def judge_stage(run: Run, iteration: int) -> None:
     with run.recorded(iteration, STAGE, len(trajectories)) as detail:
         left_out = reasons_left_out(run, trajectories)
         judged = [t for t in trajectories if t.id not in left_out]
-        for replicate in range(run.settings.judge.num_replicates):
-            judge(run, trajectories, replicate)
+        judge_replicates(run, trajectories)
+        if not run.settings.judge_is_read:
+            detail["skipped"] = f"not asked, for {run.settings.train.algorithm} learns nothing from it here"
         rater_id = run.judge.rater.id
         ids = [t.id for t in trajectories]
         judgements = run.store.judgements(trajectory_ids=[t.id for t in judged], rater_id=rater_id)
@@ -48,6 +51,16 @@ def judge_stage(run: Run, iteration: int) -> None:
             "success": proportion([is_success(v) for v in verdicts]).to_dict() if verdicts else None,
             "cost": sum(j.cost for j in judgements),
         }
+
+
+def judge_replicates(run: Run, trajectories: Sequence[Trajectory]) -> None:
+    """Judge rollouts as often as the run file says; not at all where nothing is learned from it.
+
+    Raises:
+        PrefloopError: as `judge`.
+    """
+    for replicate in range(run.settings.judge.num_replicates if run.settings.judge_is_read else 0):
+        judge(run, trajectories, replicate)
 
 
 def judge(run: Run, trajectories: Sequence[Trajectory], replicate: int = 0) -> None:

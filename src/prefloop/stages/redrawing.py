@@ -8,7 +8,7 @@ from __future__ import annotations
 from prefloop.records import JSONObject, PrefloopError, Split, Task, Trajectory
 from prefloop.stages import rollouts
 from prefloop.stages.context import Run
-from prefloop.stages.judging import judge
+from prefloop.stages.judging import judge_replicates
 from prefloop.stages.rewarding import tasks_without_choice, worth_of
 
 STAGE = "redraw"
@@ -78,8 +78,7 @@ def _play(run: Run, iteration: int, tasks: list[Task], others: list[Task]) -> JS
         run, checkpoint_id, others, num_samples, settings.sampling, iteration, rollouts.STAGE
     )
     trajectories = _rolled_out(run, iteration, tasks)
-    for replicate in range(run.settings.judge.num_replicates):
-        judge(run, trajectories, replicate)
+    judge_replicates(run, trajectories)
     return rollouts.rollout_summary(played)
 
 

@@ -142,6 +142,16 @@ class RunSettings(Settings):
             return None
         return self.reward.steps or "min"
 
+    @property
+    def judge_is_read(self) -> bool:
+        """Whether anything is made of what the judge says of rollouts; one of rules costs nothing and is always asked.
+
+        Objectives of rollouts learn from it where it is part of the reward, self-play never; the others choose by it.
+        """
+        found = OBJECTIVES[self.train.algorithm]
+        weighs = self.reward.judge > 0 if found.records == "rollouts" else not found.self_play
+        return weighs or self.judge.kind == "rules"
+
     @model_validator(mode="before")
     @classmethod
     def _follows_recipes(cls, given: Any) -> Any:
@@ -257,4 +267,6 @@ class RunSettings(Settings):
     def _noise_can_be_measured(self) -> RunSettings:
         if self.curation.margin_unit == "noise" and self.judge.num_replicates < 2:
             raise ValueError("curation.margin_unit 'noise' needs judge.num_replicates of at least 2")
+        if self.curation.margin_unit == "noise" and not self.judge_is_read:
+            raise ValueError("curation.margin_unit should be 'score': nothing is learned from the judge")
         return self
