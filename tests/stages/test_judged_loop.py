@@ -12,7 +12,11 @@ from judge_examples import MODEL
 from prefloop import cli
 from prefloop.loop import run_loop
 from prefloop.report import write_report
-from prefloop.stages.context import BEFORE
+from prefloop.stages.context import BEFORE, opened
+from prefloop.stages.curating import curate_stage
+from prefloop.stages.judging import judge_stage
+from prefloop.stages.rollouts import rollout_stage
+from prefloop.stages.start import start_policy
 
 
 @pytest.fixture(autouse=True)
@@ -53,22 +57,26 @@ def test_a_judge_stands_for_verified_outcomes(tmp_path):
             assert fake.num_billed == run.store.counts()["judge_call"]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"train__algorithm": "grpo", "reward": {"judge": 0.0, "verified": 1.0}},
-        pytest.param({"train__algorithm": "spin"}, marks=pytest.mark.slow),
-    ],
-    ids=["grpo", "spin"],
-)
-def test_a_judge_from_which_nothing_is_learned_is_not_asked(changes):
-    nobody = {"provider": "anthropic", "model": MODEL, "base_url": "http://127.0.0.1:9", "retry": {"num_attempts": 1}}
-    judge, beta = {"kind": "llm", "llm": nobody}, None if changes["train__algorithm"] == "grpo" else 0.1
-    with tiny_run(iterations=1, judge=judge, train__beta=beta, **changes) as run:
-        run_loop(run)
-        judged, trained = run.found(0, "judge"), run.found(0, "train")
-        assert judged["skipped"] == f"not asked, for {changes['train__algorithm']} learns nothing from it here"
+NOBODY = {"provider": "anthropic", "model": MODEL, "base_url": "http://127.0.0.1:9", "retry": {"num_attempts": 1}}
+VERIFIED = {"train__algorithm": "grpo", "train__beta": None, "reward": {"judge": 0.0, "verified": 1.0}}
+
+
+def test_a_judge_from_which_nothing_is_learned_is_not_asked():
+    with tiny_run(judge={"kind": "llm", "llm": NOBODY}, **VERIFIED) as described, opened(described) as run:
+        start_policy(run)
+        for stage in (rollout_stage, judge_stage, curate_stage):
+            stage(run, 0)
+        judged, curated = run.found(0, "judge"), run.found(0, "curate")
+        assert judged["skipped"] == "not asked, for grpo learns nothing from it here"
         assert (judged["num"], judged["mean_score"], judged["cost"]) == (0, None, 0.0)
-        assert trained["steps"] > 0 or "at no task do they differ" in trained["reason"]
-        assert run.store.counts()["judge_call"] == 0
+        assert curated["num_without_reward"] == curated["num_pairs"] == run.store.counts()["judge_call"] == 0
+        assert run.store.dataset(curated["valued_dataset_id"]).num_members == 16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [VERIFIED, {"train__algorithm": "spin"}], ids=["grpo", "spin"])
+def test_a_run_whose_judge_nobody_needs_comes_to_its_end_and_to_a_report(changes):
+    with tiny_run(iterations=1, judge={"kind": "llm", "llm": NOBODY}, **changes) as run:
+        run_loop(run)
+        assert "skipped" in run.found(0, "judge") and run.found(0, "train")["steps"] > 0
         write_report(run.store, run.id, "report.html")
