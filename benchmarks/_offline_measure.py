@@ -62,11 +62,6 @@ class Case:
     def shape(self) -> Shape:
         return WIDE if self.wide else SMALL
 
-    @property
-    def is_ragged(self) -> bool:
-        """Whether rows differ in length, so that a padded batch wastes places."""
-        return self.varied or not self.rows[0].isdigit()
-
     def examples(self, options: Options) -> list[Example]:
         found = OBJECTIVES[self.objective]
         num = min(self.num, QUICK_NUM) if options.quick else self.num
@@ -118,7 +113,7 @@ def new_engines(
     builders = {"ours": build(Ours), "installed": build(Theirs)}
     if objective.trainer in COMPACT:
         builders["compact"] = build(Theirs, compact=True)
-        if case.is_ragged and objective.algorithm in ("dpo", "sft"):
+        if objective.algorithm in ("dpo", "sft"):
             builders["compact_by_one"] = build(Theirs, compact=True, micro=1)
     builders["padded"] = build(Padded)
     if case.rows == "tau_bench":

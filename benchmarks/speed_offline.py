@@ -5,8 +5,8 @@
 A step is the policy's forward, the reference's forward where the objective has one, backward, clipping and fused AdamW,
 on one thread. The engines take turns; ratios are of medians of process CPU time. Three peers: TRL as installed; TRL
 compact, its head on the scored positions only as on CUDA, which is the honest one on a CPU; and a lean padded loop, TRL
-without its overhead. Where rows differ in length, TRL compact also runs one row at a time (`compact_by_one`), which
-pads least. Every cell first compares the losses of all engines, and takes the peak of memory in that first step: what
+without its overhead. For sft and dpo TRL compact also runs one row or pair at a time (`compact_by_one`), which pads
+least and is the faster on long rows of one length, too. Every cell first compares the losses of all engines, and takes the peak of memory in that first step: what
 the process grew by, gradients and the optimizer's state included. `matmul_share` is the work that no implementation can
 do without (every distinct token once) over the time, as a share of `torch.mm`'s rate (`_offline_models.py`).
 
