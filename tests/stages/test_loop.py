@@ -255,6 +255,8 @@ def test_a_run_is_not_gone_on_with_in_another_directory():
     )
     with tiny_run(iterations=0, directory="elsewhere") as run, elsewhere:
         run_loop(run)
+    with tiny_run(iterations=0, directory=str(Path("runs").resolve())) as run:  # the same, written otherwise
+        assert run_loop(run) is not None
 
 
 def test_one_task_is_too_few_to_measure_kl_on():

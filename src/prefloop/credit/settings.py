@@ -15,9 +15,9 @@ class RewardSettings(Settings):
     """The reward of a rollout: judge · (the judge's value) + verified · (the environment's), with what is taken off it.
 
     Values are in their raters' own units; the judge's is the mean of its replicates. The sum is clipped to `clip`;
-    then `missing_stop_penalty` is taken off where the policy did not end its last turn itself, and `length_penalty` for
-    each token of its own beyond `free_tokens`. With `whiten` the rewards of an iteration are divided by their standard
-    deviation, their mean staying.
+    then `missing_stop_penalty` is taken off where the attempt was cut off (at the longest reply, the last turn or the
+    deadline), and `length_penalty` for each token of its own beyond `free_tokens`. With `whiten` the rewards of an
+    iteration are divided by their standard deviation, their mean staying.
 
     `steps` says how a judge of kind `process` pays each step (`prefloop.credit.steps`): as the minimum (the default),
     as differences of value, as a sum; or not, its "whole" value coming at the end.

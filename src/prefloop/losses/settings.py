@@ -55,8 +55,10 @@ class LossSettings(Settings):
     scale: Literal["none", "group", "batch"] | None = Field(
         default=None, description="whose standard deviation group_mean's advantages are divided by"
     )
-    min_spread: float | None = Field(
-        default=None, ge=0, description="a group whose rewards' standard deviation is below teaches nothing"
+    min_spread: Annotated[float, Field(ge=0)] | Literal["noise"] | None = Field(
+        default=None,
+        description="a group whose rewards' standard deviation is below teaches nothing; 'noise': the judge's own, "
+        "measured from its replicates",
     )
     ratio: Literal["none", "token", "sequence", "sequence_mean"] | None = Field(
         default=None, description="what is clipped: no ratio, each token's, a sample's, or its mean over tokens (GSPO)"
@@ -79,7 +81,7 @@ class LossSettings(Settings):
         default=None, description="advantages over all own tokens get mean 0 and variance 1"
     )
     clip_value: float | None = Field(
-        default=None, gt=0, description="how far a step moves the critic's values, in the unit of the reward"
+        default=None, gt=0, description="how far an iteration moves the critic's values, in the unit of the reward"
     )
     kl_coef: float | None = Field(default=None, ge=0, description="β, the price of a nat of KL to the reference")
     kl_target: float | None = Field(

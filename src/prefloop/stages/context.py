@@ -281,7 +281,7 @@ def _check_place(store: Store, name: str, directory: Path, otherwise: str) -> No
     known = store.run(run_id(name))
     if known is None:
         return
-    if known["directory"] != str(directory):
+    if Path(known["directory"]).resolve() != directory.resolve():
         raise PrefloopError(
             f"run {name} lies in {known['directory']}, not in {directory}: {otherwise}, or name its directory again"
         )
