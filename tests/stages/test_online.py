@@ -289,6 +289,46 @@ def test_groups_whose_rewards_differ_by_noise_teach_nothing(curated):
     assert [text.split(":")[0] for text in told] == ["no rollout has an advantage"] and not groups.warnings
 
 
+def test_the_judge_s_noise_is_measured_from_its_replicates(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rules = {"lowest": -2.0, "noise_sd": 2.0}
+    settings = settings_of(
+        judge__rules=rules, judge__num_replicates=3, reward={"judge": 0.5, "verified": 1.0}, train__min_spread="noise"
+    )
+    with Store("runs/prefloop.db") as store, opened(Run(settings, store)) as run:
+        start_policy(run)
+        rollout_stage(run, 0)
+        judge_stage(run, 0)
+        curate_stage(run, 0)
+        judged = {}
+        for one in store.judgements(rater_id=run.judge.rater.id):
+            judged.setdefault(one.trajectory_id, []).append(one.value)
+        sd = np.sqrt(np.mean([np.var(values, ddof=1) for values in judged.values()]))
+        noise = run.found(0, "curate")["judge_noise"]
+        assert noise == pytest.approx(0.5 * sd / np.sqrt(3)) and noise > 0.2
+        assert online_knobs(run, 0, settings.train)["min_spread"] == noise
+        train_stage(run, 0)
+        rewards = {}
+        for one in store.dataset(run.found(0, "train")["dataset_id"]).valued:
+            (rollout,) = store.trajectories([one.trajectory_id])
+            rewards.setdefault(rollout.task_id, []).append(one.value)
+        flat = [task for task, values in rewards.items() if np.std(values, ddof=1) < noise]
+        assert run.found(0, "train")["credit"]["num_groups_without_spread"] == len(flat)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, "needs judge.num_replicates of at least 2"),
+        ({"judge__num_replicates": 2, "reward": {"judge": 0.0, "verified": 1.0}}, "reward.judge above 0"),
+        ({"judge__num_replicates": 2, "reward": {"whiten": True}}, "give a number where rewards are whitened"),
+    ],
+)
+def test_noise_that_cannot_be_measured_is_refused(changes, says):
+    with pytest.raises(PrefloopError, match=says):
+        settings_of(train__min_spread="noise", **changes)
+
+
 def test_a_sampler_that_drew_from_another_policy_is_told_of(curated):
     run = curated
     curate_stage(run, 0)

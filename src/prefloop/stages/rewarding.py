@@ -49,6 +49,7 @@ def valued_dataset(run: Run, iteration: int, trajectories: Sequence[Trajectory])
     are left out.
     """
     found = worth_of(run, trajectories)
+    noise = judge_noise(run, found) if run.settings.train.min_spread == "noise" and found else None
     flat = tasks_without_choice(run, found) if run.settings.rollout.redraws else set()
     valued = tuple(one.valued for one in found if one.task_id not in flat)
     settings = run.settings.reward
@@ -57,6 +58,7 @@ def valued_dataset(run: Run, iteration: int, trajectories: Sequence[Trajectory])
     return dataset, {
         "num_without_reward": len(trajectories) - len(found),
         **({"num_without_choice": len(found) - len(valued)} if run.settings.rollout.redraws else {}),
+        **({} if noise is None else {"judge_noise": noise}),
     }
 
 
@@ -93,10 +95,36 @@ def tasks_without_choice(run: Run, found: Sequence[Worth]) -> set[str]:
     if not found:
         return set()
     knobs = resolve_knobs(run.settings.train.algorithm, run.settings.train)
+    noise = judge_noise(run, found) if knobs["min_spread"] == "noise" else float(knobs["min_spread"])
     group_S = np.unique([one.task_id for one in found], return_inverse=True)[1]
     plain_SK = _padded([returns_per_turn(_completed(one.reward_K, one.valued.value)) for one in found])
-    flat_S = nothing_to_choose(plain_SK, group_S, float(knobs["min_spread"]))
+    flat_S = nothing_to_choose(plain_SK, group_S, noise)
     return {one.task_id for one, flat in zip(found, flat_S.tolist(), strict=True) if flat}
+
+
+def judge_noise(run: Run, found: Sequence[Worth]) -> float:
+    """The standard deviation that the judge's own noise gives a reward, in the unit of rewards.
+
+    That of one judgement around its rollout's mean, pooled over rollouts that were judged at least twice with n - 1
+    degrees of freedom each, makes that of the mean of a rollout's replicates, with the weight that the judge has.
+
+    Raises:
+        PrefloopError: no rollout was judged twice.
+    """
+    known = {judgement_id for one in found for judgement_id in one.valued.evidence}
+    values: dict[str, list[float]] = {one.valued.trajectory_id: [] for one in found}
+    for judgement in run.store.judgements(trajectory_ids=list(values), rater_id=run.judge.rater.id):
+        if judgement.id in known and judgement.value is not None:
+            values[judgement.trajectory_id].append(judgement.value)
+    freedom = sum(len(own) - 1 for own in values.values() if own)
+    if not freedom:
+        raise PrefloopError(
+            f"the noise of judge {run.judge.rater.name} cannot be measured: no rollout of the iteration has two "
+            "judgements; give train.min_spread as a number"
+        )
+    variance = sum(len(own) * float(np.var(own)) for own in values.values() if own) / freedom
+    each = np.mean([1 / len(own) for own in values.values() if own])
+    return run.settings.reward.judge * math.sqrt(variance * float(each))
 
 
 def rewards_of(

@@ -269,4 +269,15 @@ class RunSettings(Settings):
             raise ValueError("curation.margin_unit 'noise' needs judge.num_replicates of at least 2")
         if self.curation.margin_unit == "noise" and not self.judge_is_read:
             raise ValueError("curation.margin_unit should be 'score': nothing is learned from the judge")
+        if self.train.min_spread == "noise":
+            if self.judge.num_replicates < 2 or not self.reward.judge:
+                raise ValueError(
+                    "train.min_spread 'noise' is measured from replicates of what the judge pays: it needs "
+                    "judge.num_replicates of at least 2 and reward.judge above 0"
+                )
+            if self.reward.whiten or self.paid_steps is not None:
+                raise ValueError(
+                    "train.min_spread 'noise' is in the unit of the judge's values: give a number where rewards are "
+                    "whitened or steps are paid"
+                )
         return self

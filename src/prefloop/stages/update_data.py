@@ -203,12 +203,14 @@ def online_knobs(run: Run, iteration: int, settings: UpdateSettings) -> dict[str
     """The knobs of an objective of rollouts in an iteration.
 
     Where the whole reward is verified, KL costs nothing unless it is set; where it has a target, what it costs follows
-    from the last iteration that had something to learn from.
+    from the last iteration that had something to learn from. The judge's noise is what was measured of the iteration.
     """
     knobs = resolve_knobs(settings.algorithm, settings)
     if settings.kl_coef is None and not run.settings.reward.judge:
         knobs["kl_coef"] = 0.0
     knobs["kl_coef"] = _credit_before(run, iteration).get("next_kl_coef", knobs["kl_coef"])
+    if knobs.get("min_spread") == "noise":
+        knobs["min_spread"] = run.require(iteration, "curate")["judge_noise"]
     return knobs
 
 
