@@ -6,9 +6,11 @@ A step is the policy's forward, the reference's forward where the objective has 
 on one thread. The engines take turns; ratios are of medians of process CPU time. Three peers: TRL as installed; TRL
 compact, its head on the scored positions only as on CUDA, which is the honest one on a CPU; and a lean padded loop, TRL
 without its overhead. For sft and dpo TRL compact also runs one row or pair at a time (`compact_by_one`), which pads
-least and is the faster on long rows of one length, too. Every cell first compares the losses of all engines, and takes the peak of memory in that first step: what
-the process grew by, gradients and the optimizer's state included. `matmul_share` is the work that no implementation can
-do without (every distinct token once) over the time, as a share of `torch.mm`'s rate (`_offline_models.py`).
+least and is the faster on long rows of one length, too.
+
+Every cell first compares the losses of all engines, and takes the peak of memory in that first step: what the process
+grew by, gradients and the optimizer's state included. `matmul_share` is the work that no implementation can do without
+(every distinct token once) over the time, as a share of `torch.mm`'s rate (`_offline_models.py`).
 
 Rows of `llmbar` and `tau_bench` are read from PREFLOOP_DATA, by default `../shared/data` beside the checkout; without
 them these cells are skipped. Needs `pip install 'prefloop[oracle]'`.
