@@ -137,8 +137,7 @@ def test_kills_of_a_run_with_a_critic(tmp_path):
     run = MiniatureRun(tmp_path / "killed", settings)
     points = [
         "train/0:step:2",  # of one pass of warm-up
-        "train/0:rename:1:after",  # the moments of its optimizer
-        "train/0:rename:2:after",  # the critic that was warmed up
+        "train/0:rename:1:after",  # the critic that was warmed up
         "train/0:step:4",  # of two passes of its own
         "train/0:step:4",  # the policy's second: two were left of the critic
         "train/0:turn:5",

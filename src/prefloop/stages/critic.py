@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 STAGE = "critic"
 RESULT = "training.json"
 """Beside a critic's weights: what its training came to."""
-MOMENTS = "critic-moments"
-"""The folder of a run in which the newest critic's optimizer left its moments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +59,7 @@ def credit_by_critic(
     start = _critic_before(run, iteration) or learning.warmed_up()
     critic = learning.load(start)
     credited = learning.credit(critic)
-    return Credited(credited.groups, {**credited.detail, STAGE: learning.learn(critic, credited, start)})
+    return Credited(credited.groups, {**credited.detail, STAGE: learning.learn(critic, credited, str(start["path"]))})
 
 
 def _critic_before(run: Run, iteration: int) -> JSONObject | None:
@@ -113,32 +110,19 @@ class _Learning:
             critic, num_epochs = self._fresh(name), self.of_critic.warmup_epochs
             if not num_epochs:
                 return critic, TrainingResult()
-            return critic, self._train(critic, self.credit(critic), math.inf, num_epochs, name, BEFORE, None)
+            return critic, self._train(critic, self.credit(critic), math.inf, num_epochs, name, BEFORE)
 
         return self._kept(name, BEFORE, make)
 
-    def learn(self, critic: RewardModel, credited: Credited, start: JSONObject) -> JSONObject:
-        """The critic after this iteration: it learns the returns of its own credit, in place.
-
-        Its optimizer goes on with the moments of the critic that it was (`start`), as the policy's does.
-        """
-        num_epochs, path = self.of_critic.num_epochs or self.settings.num_epochs, str(start["path"])
-        begin = self._moments(Path(path)) if start["steps"] else None  # without warm-up it has none yet
+    def learn(self, critic: RewardModel, credited: Credited, start: str) -> JSONObject:
+        """The critic after this iteration: it learns the returns of its own credit, in place."""
+        num_epochs = self.of_critic.num_epochs or self.settings.num_epochs
 
         def make() -> tuple[RewardModel, TrainingResult]:
             clip = float(self.knobs["clip_value"])
-            return critic, self._train(critic, credited, clip, num_epochs, path, self.iteration, begin)
+            return critic, self._train(critic, credited, clip, num_epochs, start, self.iteration)
 
-        found = self._kept(path, self.iteration, make)
-        kept = self._moments(Path(found["path"]))
-        for old in kept.parent.glob("*"):
-            if old != kept:
-                shutil.rmtree(old, ignore_errors=True)
-        return found
-
-    def _moments(self, place: Path) -> Path:
-        """Where the optimizer of the critic in a folder left its moments."""
-        return self.run.directory / MOMENTS / place.name
+        return self._kept(start, self.iteration, make)
 
     def load(self, saved: JSONObject) -> RewardModel:
         """A critic that was saved, to be trained further."""
@@ -187,17 +171,9 @@ class _Learning:
         return critic
 
     def _train(
-        self,
-        critic: RewardModel,
-        credited: Credited,
-        clip: float,
-        num_epochs: int,
-        start: str,
-        iteration: int,
-        begin: Path | None,
+        self, critic: RewardModel, credited: Credited, clip: float, num_epochs: int, start: str, iteration: int
     ) -> TrainingResult:
-        """Train a critic in place on returns; `start` is where it came from, `begin` its optimizer's moments."""
-        from prefloop.training.state import Carried
+        """Train a critic in place on returns; `start` is where it came from."""
         from prefloop.training.trainer import train
         from prefloop.training.value import Value
 
@@ -215,7 +191,6 @@ class _Learning:
                     seed=derived_seed(run.settings.seed, STAGE, iteration),
                     identity=self._key(start, iteration),
                     state_directory=run.directory / "training" / f"{self.iteration:03d}",
-                    carried=Carried(begin, self._moments(self._place(start, iteration))),
                     writers=writers,
                     on_step=lambda step, _, metrics: run.progress.advance(
                         step, f"critic: loss {metrics.get('loss', 0):.3f}"
@@ -226,10 +201,11 @@ class _Learning:
 
     def _kept(self, start: str, iteration: int, make: Callable[[], tuple[RewardModel, TrainingResult]]) -> JSONObject:
         """The critic of an iteration on disk, made unless it is there: where it lies, and what its training came to."""
+        from prefloop.stages.policies import CHECKPOINTS
         from prefloop.training.checkpoint import save_atomically, verify
         from prefloop.training.state import TrainingResult
 
-        place = self._place(start, iteration)
+        place = self.run.directory / CHECKPOINTS / f"{iteration + 1:03d}-{STAGE}-{self._key(start, iteration)[:8]}"
         try:
             manifest_hash = verify(place)
         except PrefloopError:
@@ -242,12 +218,6 @@ class _Learning:
             manifest_hash = save_atomically(place, write)
         result = TrainingResult.from_dict(json.loads((place / RESULT).read_text()))
         return {"path": str(place), "manifest_hash": manifest_hash, **result.summary()}
-
-    def _place(self, start: str, iteration: int) -> Path:
-        """The folder of the critic of an iteration."""
-        from prefloop.stages.policies import CHECKPOINTS
-
-        return self.run.directory / CHECKPOINTS / f"{iteration + 1:03d}-{STAGE}-{self._key(start, iteration)[:8]}"
 
     def _key(self, start: str, iteration: int) -> str:
         tasks, rewards = [group.name for group in self.attempts.groups], self.attempts.reward_S.tolist()
