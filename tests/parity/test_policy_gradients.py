@@ -7,6 +7,7 @@ head rounds log-probs to float32 and its rewards are float32.
 
 import copy
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,12 +16,19 @@ import torch
 from test_trl import EOS, tokenizer
 
 from packed_examples import VOCAB, gradient, keep_float64, perturbed, relative_error, tiny_model
+from prefloop.batch.examples import RolloutGroup
 from prefloop.credit.groups import divisor, group_mean, leave_one_out
 from prefloop.credit.shaping import penalised, shaped, weighted_sum
 from prefloop.losses.kl import corrected_k3, k3
 from prefloop.losses.mismatch import sampling_mismatch, sequence_masked, token_masked, token_truncated
 from prefloop.losses.policy_gradient import clipped, is_clipped, sequence_clipped
 from prefloop.losses.ratios import mean_of_samples, sample_ratio, sum_of_samples, token_ratio
+from prefloop.losses.registry import objective
+from prefloop.records import Source, TokenPath
+from prefloop.stages.rewarding import credit_groups
+from prefloop.training.logprobs import logprobs_of, with_reference
+from prefloop.training.policy_gradient import PolicyGradient
+from prefloop.training.step import StepSettings, TrainingStep
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 trl = pytest.importorskip("trl", reason="the oracle is not installed (pip install 'prefloop[oracle]')")
@@ -315,3 +323,68 @@ def test_rloo(rloo, monkeypatch, beta, clip):
     share = is_clipped(ratio_S, torch.from_numpy(credit.advantage_S), **wide).double().mean().item()
     assert share == pytest.approx(metrics["clip_ratio/region_mean"])
     assert 0 < share < 1
+
+
+# --- the same through prefloop's own step -----------------------------------------------------------------------
+
+SCORED = {name: [0.1 if value is None else value for value in values] for name, values in REWARDS.items()}
+
+
+def our_groups(oracle, knobs):
+    """TRL's rollouts as groups with their credit, and the log-probs of the policies beside the trained one."""
+    prompts, completions, own = rollouts(with_tools=True)
+    rows = zip(prompts, completions, own, sampled_logprobs(oracle.start), strict=True)
+    attempts = [(own_path(*row),) for row in rows]
+    groups = [RolloutGroup(tuple(attempts[i : i + GROUP]), ()) for i in range(0, NUM, GROUP)]
+    groups = credit_groups(groups, our_values(SCORED), knobs).groups
+    olds = logprobs_of(oracle.start, groups, temperature=TEMPERATURE)
+    groups = [replace(group, old_logprob=old) for group, old in zip(groups, olds, strict=True)]
+    return with_reference(oracle.reference, groups, temperature=TEMPERATURE)
+
+
+def own_path(prompt, completion, marks, logprob):
+    token = np.array(prompt + completion, dtype=np.int32)
+    source = np.array([Source.PROMPT] * len(prompt) + [Source.SAMPLED if mark else Source.TOOL for mark in marks])
+    sampled = np.full(len(token), np.nan, dtype=np.float32)
+    sampled[source == Source.SAMPLED] = np.array(logprob)[np.array(marks, dtype=bool)]
+    return TokenPath(token, source.astype(np.uint8), np.zeros_like(token), sampled)
+
+
+STEPS = {
+    "grpo": ({"denominator": "sequences"}, {"loss_type": "grpo"}),
+    "dr_grpo": ({"denominator": "constant"}, {"loss_type": "dr_grpo"}),
+    "dapo": ({"denominator": "tokens"}, {"loss_type": "dapo"}),
+    "bnpo": ({"denominator": "tokens"}, {"loss_type": "bnpo"}),
+    "scaled by group": ({"denominator": "tokens", "scale": "group"}, {"loss_type": "dapo", "scale_rewards": "group"}),
+    "scaled by batch": ({"denominator": "tokens", "scale": "batch"}, {"loss_type": "dapo", "scale_rewards": "batch"}),
+    "k3": (
+        {"denominator": "sequences", "kl_as": "k3", "kl_coef": 0.2},
+        {"loss_type": "grpo", "beta": 0.2, "bias_correction": True},
+    ),
+    "gspo": (
+        {"denominator": "samples", "ratio": "sequence_mean"},
+        {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    ),
+}
+"""Our knobs, and the settings of TRL's trainer that mean the same."""
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_of_grpo(grpo, monkeypatch, name):
+    ours, settings = STEPS[name]
+    theirs = {"importance_sampling_level": "token", "beta": 0.0, "scale_rewards": "none", **settings}
+    monkeypatch.setattr(grpo.trainer.args, "use_bias_correction_kl", theirs.pop("bias_correction", False))
+    for key, value in (theirs | {"epsilon_low": CLIP["clip_low"], "epsilon_high": CLIP["clip_high"]}).items():
+        monkeypatch.setattr(grpo.trainer, key, value)
+    monkeypatch.setattr(grpo, "rewards", SCORED)
+    loss, expected, _ = grpo.loss(grpo.scored())
+
+    knobs = {**objective("grpo").knobs, "kl_coef": 0.0, "mismatch": "none", **CLIP, **ours}
+    groups = our_groups(grpo, knobs)
+    grpo.model.zero_grad()
+    algorithm = PolicyGradient("grpo", knobs, TEMPERATURE, LONGEST)
+    optimizer = torch.optim.SGD(grpo.model.parameters())
+    metrics = TrainingStep(grpo.model, None, algorithm, optimizer, StepSettings()).gradient(groups)
+    assert metrics["loss"] == pytest.approx(loss, **FLOAT32)
+    assert float(expected.norm()) > 1e-3
+    assert relative_error(gradient(grpo.model), expected) < 2e-5
