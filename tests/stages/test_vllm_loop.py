@@ -42,8 +42,9 @@ def fake(talker):
 
 
 def served_settings(model, url, **changes):
-    """A small run whose policy the server at `url` samples."""
-    settings = tiny_settings(**{"name": "served", "train__learning_rate": 2e-2, **changes})
+    """A small run whose policy the server at `url` samples; its large updates are kept however far they go."""
+    large = {"name": "served", "train__learning_rate": 2e-2, "guard__max_kl": 1e6}
+    settings = tiny_settings(**{**large, **changes})
     del settings["sft"]
     settings["policy"] = {
         "model": str(model),
