@@ -35,10 +35,23 @@ def objectives(found):
         (Holdings(num_good=5, num_bad=2), ["kto"], "5 good and 2 bad"),
         (Holdings(num_good=5, num_shown=5), ["sft"], "imitate"),
         (Holdings(num_steps=7), ["process_reward"], "7 labelled steps"),
-        (Holdings(environment="prompts", num_rollouts=8), ["dpo", "rloo"], "environment prompts verifies nothing"),
-        (Holdings(environment="booking", num_verified=200, num_successes=60), ["grpo", "dpo"], "30% of 200 attempts"),
-        (Holdings(environment="booking", num_verified=200, num_successes=1), ["sft"], "imitate first"),
-        (Holdings(environment="booking", num_verified=200, num_successes=200), ["–"], "little is left to learn"),
+        (Holdings(environment="prompts", num_attempts=8), ["dpo", "rloo"], "environment prompts verifies nothing"),
+        (Holdings(environment="booking"), ["–"], "no attempt of the policy is there yet"),
+        (
+            Holdings(environment="booking", num_attempts=200, num_verified=200, num_successes=60),
+            ["grpo", "dpo"],
+            "30% of 200 attempts",
+        ),
+        (
+            Holdings(environment="booking", num_attempts=200, num_verified=200, num_successes=1),
+            ["sft"],
+            "imitate first",
+        ),
+        (
+            Holdings(environment="booking", num_attempts=200, num_verified=200, num_successes=200),
+            ["–"],
+            "little is left to learn",
+        ),
     ],
 )
 def test_each_kind_of_rows_has_its_objective(found, expected, said):
@@ -74,7 +87,7 @@ def test_holdings_count_what_stands(store):
     after = holdings(store)
     assert (after.num_pairs, after.num_ties) == (1, 1)
     assert (after.num_good, after.num_bad, after.num_verified, after.num_successes) == (1, 1, 2, 1)
-    assert after.num_steps == 1 and after.num_shown + after.num_rollouts == 2
+    assert after.num_steps == 1 and after.num_shown + after.num_attempts == 2
 
 
 def test_success_is_that_of_the_newest_policy_s_sampled_attempts_alone(store):
@@ -99,12 +112,15 @@ def test_success_is_that_of_the_newest_policy_s_sampled_attempts_alone(store):
         store.add_trajectories([attempt(name, run_id=run_id, iteration=iteration, extra={"stage": stage}, **by)])
         store.add_judgements([Judgement(name, test.id, Status.OK, success, success, criteria={"success": success})])
     found = holdings(store)
-    assert (found.environment, found.num_verified, found.num_successes) == ("booking", 2, 0)
+    assert (found.environment, found.num_attempts, found.num_verified, found.num_successes) == ("booking", 2, 2, 0)
     assert found.num_shown == 0 and found.names == ("old", "new", "model")
     assert objectives(found) == ["sft"]
 
 
-ADVISED = [Holdings(environment="e"), *(Holdings(environment="e", num_verified=9, num_successes=n) for n in (0, 5))]
+ADVISED = [
+    Holdings(environment="e", num_attempts=9),
+    *(Holdings(environment="e", num_attempts=9, num_verified=9, num_successes=num) for num in (0, 5)),
+]
 
 
 @pytest.mark.parametrize("found", ADVISED, ids=["not verified", "no success", "successes"])
@@ -133,7 +149,7 @@ def test_the_commands_that_are_advised_for_a_run_file_can_be_given(found, exampl
 
 def test_a_run_file_that_does_it_already_is_run_as_it_is():
     data = {"name": "mine", "train": {"algorithm": "rloo", "kl_coef": 0.1}, "rollout": {"redraws": 1}}
-    found = Holdings(environment="prompts", settings=data, names=("mine", "mine-dpo"))
+    found = Holdings(environment="prompts", num_attempts=9, settings=data, names=("mine", "mine-dpo"))
     assert [advice.command for advice in advise(found)] == [
         "prefloop run RUN.toml --set name=mine-dpo-2 --set train.algorithm=dpo --set train.kl_coef= "
         "--set rollout.redraws=",

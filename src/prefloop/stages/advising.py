@@ -43,11 +43,11 @@ class Holdings:
     """What somebody could learn from: counts of the rows of a store.
 
     `num_pairs` decided comparisons and `num_ties`; `num_good` and `num_bad` trajectories by the scores of people and
-    judges; `num_steps` labelled steps; `num_shown` trajectories of people and files; `num_rollouts` of policies.
+    judges; `num_steps` labelled steps; `num_shown` trajectories of people and files.
 
     Of the newest run in an environment: `environment` is its name, empty where there is no such run, `settings` are the
-    run's; `num_verified` of its newest policy's sampled attempts have a verified outcome, `num_successes` of them well.
-    `names` are those of all runs.
+    run's; of `num_attempts` that its newest policy sampled `num_verified` have a verified outcome, `num_successes` of
+    them well. `names` are those of all runs.
     """
 
     num_pairs: int = 0
@@ -56,7 +56,7 @@ class Holdings:
     num_bad: int = 0
     num_steps: int = 0
     num_shown: int = 0
-    num_rollouts: int = 0
+    num_attempts: int = 0
     num_verified: int = 0
     num_successes: int = 0
     environment: str = ""
@@ -98,11 +98,11 @@ def holdings(store: Store) -> Holdings:
         "num_bad": judged(~is_test, j.c.score < GOOD_FROM),
         "num_steps": select(func.count()).select_from(schema.step_label),
         "num_shown": select(func.count()).where(shown, t.c.messages.is_not(None)),
-        "num_rollouts": select(func.count()).where(by_policy, t.c.messages.is_not(None)),
     }
     if newest is not None:
         own = (t.c.run_id == newest["id"]) & by_policy & t.c.extra["stage"].as_string().in_(OF_THE_POLICY)
         last = own & (t.c.iteration == select(func.max(t.c.iteration)).where(own).scalar_subquery())
+        counts["num_attempts"] = select(func.count()).where(last)
         counts["num_verified"] = judged(is_test, last)
         counts["num_successes"] = judged(is_test, last, j.c.criteria["success"].as_float() > 0)
     with store.reading() as connection:
@@ -127,6 +127,9 @@ def _of_an_environment(found: Holdings) -> Iterator[Advice]:
     if not found.environment:
         return
     where = f"environment {found.environment}"
+    if not found.num_attempts:
+        yield Advice("–", f"{where}: no attempt of the policy is there yet that would tell", "prefloop run RUN.toml")
+        return
     if not found.num_verified:
         reason = (
             f"{where} verifies nothing, so that a judge decides: pairs of the best and the worst need its order alone"
