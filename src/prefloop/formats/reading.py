@@ -25,6 +25,9 @@ from prefloop.formats.limits import (
 from prefloop.records import PrefloopError
 
 BLOCK = 1 << 16
+READ_AHEAD = 1 << 22
+"""Bytes that are read, and held against the limits, before the first row is: small bombs are refused unread."""
+
 FILES = "JSON Lines, a JSON list or Parquet, plain or gzipped"
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BOM = b"\xef\xbb\xbf"
@@ -93,7 +96,7 @@ def _rows(path: Path, limits: Limits) -> Iterator[RawRow]:
 
             yield from parquet_rows(path, limits)
             return
-        stream = io.BufferedReader(_Metered(file, str(path), limits), BLOCK)
+        stream = io.BufferedReader(_Metered(file, str(path), limits), READ_AHEAD)
         start = stream.peek(1).removeprefix(_BOM).lstrip()
         yield from _ListReader(stream, limits).rows() if start[:1] == b"[" else _jsonl_rows(stream, str(path), limits)
 
