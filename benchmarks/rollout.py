@@ -154,7 +154,7 @@ def measure(name: str, options: Options) -> Measured:
     seeds = itertools.count(options.seed)
     engines = {"generate": run_generate, "prefloop": run_ours}
     runs = {engine: partial(checked, engine, regime, run, seeds) for engine, run in engines.items()}
-    timings = interleaved(runs, 1 if options.quick else 3)
+    timings = interleaved(runs, 1 if options.quick else 5)
     rates = {engine: regime.new_tokens / timing.median_cpu for engine, timing in timings.items()}
     rows = [
         {
